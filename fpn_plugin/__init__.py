@@ -1,0 +1,25 @@
+"""Feature pyramids for Detectron2. Importing this package registers everything with Detectron2."""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "fpn_plugin needs Detectron2, which is not on PyPI under its own name. In a checkout of fpn_plugin, `make setup`"
+        " installs a pinned build into .venv; for your own environment, follow Detectron2's installation guide, or run"
+        " `pip install ./tools/detectron2_wheel` in the checkout (pure Python, no compiler needed)."
+    ) from error
+
+from fpn_plugin.config import add_fpn_config, validate_config
+from fpn_plugin.data import register_all
+from fpn_plugin.pyramid.backbone import PyramidBackbone, build_pyramid_backbone
+from fpn_plugin.pyramid.pyramid import Pyramid
+
+__all__ = [
+    "Pyramid",
+    "PyramidBackbone",
+    "add_fpn_config",
+    "build_pyramid_backbone",
+    "validate_config",
+]
+
+register_all()

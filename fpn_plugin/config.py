@@ -1,0 +1,171 @@
+"""Every config key that this plugin adds to Detectron2's, with its default, and the checks on their values.
+
+The defaults reproduce Detectron2: a zoo config whose `MODEL.BACKBONE.NAME` is `build_pyramid_backbone` builds the
+model that it built before, parameter for parameter. Detectron2's own `MODEL.FPN.IN_FEATURES`, `OUT_CHANNELS`,
+`NORM` and `FUSE_TYPE` keep their meaning; `FUSE_TYPE` takes every fusion of the registry.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+
+from fpn_plugin.registry import unknown_name
+
+
+def add_fpn_config(cfg: CfgNode) -> None:
+    """Add the keys of this plugin to `cfg`, in place."""
+    _add_pyramid_keys(cfg)
+    _add_bottom_up_keys(cfg)
+    _add_training_keys(cfg)
+    _add_data_keys(cfg)
+
+
+def _add_pyramid_keys(cfg: CfgNode) -> None:
+    fpn = cfg.MODEL.FPN
+    # How maps of different levels are joined: a name of the TOPOLOGIES registry
+    fpn.TOPOLOGY = "fpn"
+    # How often the topology runs, each time on the maps that the last one gave
+    fpn.REPEATS = 1
+    # Levels coarser than the last bottom-up map: none; maxpool (one: the top output, subsampled); conv_c5 or
+    # conv_p5 (two: 3x3 stride 2 from the top bottom-up or output map). auto: as Detectron2's builders do it,
+    # conv_c5 for RetinaNet, none for an inline GRAPH, maxpool for everything else
+    fpn.EXTRA_LEVELS = "auto"
+    # How a coarser map is brought to a finer level: a name of the UPSAMPLE registry
+    fpn.UPSAMPLE = "nearest"
+    # How a finer map is brought to a coarser level: a name of the DOWNSAMPLE registry
+    fpn.DOWNSAMPLE = "maxpool"
+    # The block on each bottom-up map, and the block of each output: names of the BLOCKS registry
+    fpn.LATERAL = "conv1x1"
+    fpn.BLOCK = "conv3x3"
+    # The activation of the blocks: a name of the ACTIVATIONS registry, or "" for none
+    fpn.ACTIVATION = ""
+    # A pyramid of one's own: a list of nodes ({name, level, inputs, fuse, block, output}) instead of TOPOLOGY
+    fpn.GRAPH = []
+
+
+def _add_bottom_up_keys(cfg: CfgNode) -> None:
+    cfg.MODEL.BOTTOM_UP = CfgNode()
+    # The network underneath: a builder of Detectron2's BACKBONE_REGISTRY, or timm/<model>
+    cfg.MODEL.BOTTOM_UP.NAME = "build_resnet_backbone"
+    # A file with weights for that network alone; "" starts from its initialisation (or MODEL.WEIGHTS)
+    cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    # timm networks: "FrozenBN" freezes their batch norms (statistics and affine), "" leaves them as they are
+    cfg.MODEL.BOTTOM_UP.NORM = ""
+
+
+def _add_training_keys(cfg: CfgNode) -> None:
+    # Keep the weights in channels-last memory format (faster convolutions on most devices, the same numbers)
+    cfg.MODEL.CHANNELS_LAST = False
+    # The type that SOLVER.AMP.ENABLED computes in: fp16, bf16, or auto (fp16 on CUDA, bf16 on the CPU)
+    cfg.SOLVER.AMP.PRECISION = "auto"
+    # SGD (Detectron2's) or AdamW
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def _add_data_keys(cfg: CfgNode) -> None:
+    # Your own data in COCO's format; the names are own_train and own_val
+    cfg.DATASETS.OWN = CfgNode()
+    cfg.DATASETS.OWN.TRAIN_JSON = ""
+    cfg.DATASETS.OWN.TRAIN_IMAGES = ""
+    cfg.DATASETS.OWN.VAL_JSON = ""
+    cfg.DATASETS.OWN.VAL_IMAGES = ""
+    # How thoroughly a dataset is checked before training: full (decode every image), headers (existence and
+    # size), annotations (the JSON alone), off; auto: by the number of images
+    cfg.DATASETS.CHECK = "auto"
+
+
+def extra_levels_for(cfg: CfgNode) -> str:
+    """`MODEL.FPN.EXTRA_LEVELS` with "auto" worked out as Detectron2's builders would."""
+    if cfg.MODEL.FPN.EXTRA_LEVELS != "auto":
+        return cfg.MODEL.FPN.EXTRA_LEVELS
+    if cfg.MODEL.FPN.GRAPH:
+        return "none"
+    return "conv_c5" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "maxpool"
+
+
+def validate_config(cfg: CfgNode) -> None:
+    """Check the keys of `MODEL.FPN` that can be checked without building anything.
+
+    Raises:
+        ValueError: (KeyError for an unknown name) naming the key, the value and the choices.
+    """
+    from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, norm_layer
+    from fpn_plugin.pyramid.graph import as_operator
+    from fpn_plugin.pyramid.pyramid import REGISTRIES
+    from fpn_plugin.pyramid.topologies import EXTRA_LEVELS, TOPOLOGIES
+
+    fpn = cfg.MODEL.FPN
+    if fpn.EXTRA_LEVELS not in ("auto", *EXTRA_LEVELS):
+        raise unknown_name("MODEL.FPN.EXTRA_LEVELS", fpn.EXTRA_LEVELS, ("auto", *EXTRA_LEVELS))
+    TOPOLOGIES.get(fpn.TOPOLOGY, "MODEL.FPN.TOPOLOGY")
+    ACTIVATIONS.get(fpn.ACTIVATION, "MODEL.FPN.ACTIVATION")
+    for key, registry in {
+        "FUSE_TYPE": REGISTRIES["fuse"],
+        "UPSAMPLE": REGISTRIES["up"],
+        "DOWNSAMPLE": REGISTRIES["down"],
+        "LATERAL": BLOCKS,
+        "BLOCK": BLOCKS,
+    }.items():
+        operator = as_operator(fpn[key], f"MODEL.FPN.{key}")
+        registry.get(operator.name if operator else "", f"MODEL.FPN.{key}")
+    if isinstance(fpn.OUT_CHANNELS, bool) or not isinstance(fpn.OUT_CHANNELS, int) or fpn.OUT_CHANNELS < 1:
+        raise ValueError(f"MODEL.FPN.OUT_CHANNELS: {fpn.OUT_CHANNELS!r} is not a whole number of 1 or more")
+    norm_layer(fpn.NORM, fpn.OUT_CHANNELS)
+
+
+def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
+    """Check that the heads of the config read maps that the pyramid gives, with as many anchors as maps.
+
+    Args:
+        shapes: what the pyramid gives, by name ("p2", ...).
+
+    Raises:
+        ValueError: naming the key, the value and the maps that exist.
+    """
+    for key, features in _head_features(cfg).items():
+        missing = [name for name in features if name not in shapes]
+        if missing:
+            raise ValueError(f"{key}: {missing} are not among the pyramid's maps: {', '.join(shapes)}")
+        if len(features) == 0:
+            raise ValueError(f"{key}: it is empty; choose from {', '.join(shapes)}")
+        if key in ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES"):
+            _validate_anchors(cfg, key, len(features))
+
+
+def _head_features(cfg: CfgNode) -> dict[str, Sequence[str]]:
+    """The maps that the heads of this meta-architecture read, by the key that names them."""
+    model = cfg.MODEL
+    architecture = model.META_ARCHITECTURE
+    features: dict[str, Sequence[str]] = {}
+    if architecture == "RetinaNet":
+        features["MODEL.RETINANET.IN_FEATURES"] = model.RETINANET.IN_FEATURES
+    if architecture in ("GeneralizedRCNN", "ProposalNetwork", "PanopticFPN"):
+        if model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
+            features["MODEL.RPN.IN_FEATURES"] = model.RPN.IN_FEATURES
+    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
+        features["MODEL.ROI_HEADS.IN_FEATURES"] = model.ROI_HEADS.IN_FEATURES
+    if architecture in ("PanopticFPN", "SemanticSegmentor"):
+        features["MODEL.SEM_SEG_HEAD.IN_FEATURES"] = model.SEM_SEG_HEAD.IN_FEATURES
+    return features
+
+
+def _validate_anchors(cfg: CfgNode, where: str, count: int) -> None:
+    """Anchor sizes and ratios are given once for all maps, or once for each."""
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        values = cfg.MODEL.ANCHOR_GENERATOR[key]
+        lists = [value for value in values if isinstance(value, (list, tuple))]
+        if lists and len(lists) not in (1, count):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.{key}: {len(lists)} lists for the {count} maps of {where}"
+                f" {list(cfg_get(cfg, where))}: give one list for all, or {count}"
+            )
+
+
+def cfg_get(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg

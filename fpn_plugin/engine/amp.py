@@ -1,0 +1,77 @@
+"""Mixed precision on any device: which type, the model that computes in it, and the training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import nn
+
+from fpn_plugin.registry import unknown_name
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def device_type(cfg: CfgNode) -> str:
+    """`MODEL.DEVICE` without its index: cuda, cpu, …"""
+    return torch.device(cfg.MODEL.DEVICE).type
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The type that `SOLVER.AMP` asks for on this device, or None when it is off.
+
+    Raises:
+        KeyError: if `SOLVER.AMP.PRECISION` is unknown.
+        ValueError: for fp16 on the CPU, where gradients underflow: there is no scaler for it.
+    """
+    precision, device = cfg.SOLVER.AMP.PRECISION, device_type(cfg)
+    if precision not in ("auto", *_DTYPES):
+        raise unknown_name("SOLVER.AMP.PRECISION", precision, ("auto", *_DTYPES))
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    if precision == "auto":
+        precision = "fp16" if device == "cuda" else "bf16"
+    if precision == "fp16" and device != "cuda":
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION 'fp16' needs CUDA, and MODEL.DEVICE is {device!r}; choose 'bf16' or 'auto'"
+        )
+    return _DTYPES[precision]
+
+
+class Autocast(nn.Module):
+    """Runs a model's forward under autocast, and only its forward, as torch asks for.
+
+    It wraps the model where it is called; checkpoints and optimizers keep using the model itself.
+    """
+
+    def __init__(self, model: nn.Module, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own inputs and outputs."""
+        with torch.autocast(self.device, self.dtype):
+            return self.model(*args, **kwargs)
+
+
+def build_step_trainer(
+    cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer
+) -> SimpleTrainer:
+    """The trainer of single steps: Detectron2's SimpleTrainer or AMPTrainer, or, on the CPU, autocast without a scaler.
+
+    Raises:
+        KeyError: if `SOLVER.AMP.PRECISION` is unknown.
+        ValueError: for fp16 on the CPU.
+    """
+    dtype, device = amp_dtype(cfg), device_type(cfg)
+    if dtype is None:
+        return SimpleTrainer(model, data_loader, optimizer)
+    if device != "cuda":
+        return SimpleTrainer(Autocast(model, device, dtype), data_loader, optimizer)
+    # bfloat16 has float32's range: nothing to scale.
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    return AMPTrainer(model, data_loader, optimizer, grad_scaler=scaler, precision=dtype)

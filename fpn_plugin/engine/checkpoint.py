@@ -1,0 +1,159 @@
+"""Checkpoints that survive a kill: written whole or not at all, and read only when they are whole."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import IO, Any, Callable
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+TAG = "last_checkpoint"
+_CHECKPOINT = re.compile(r"model_(\d{7}|final|best)\.pth")
+
+
+def list_checkpoints(folder: str) -> list[Path]:
+    """The files of a folder that a trainer wrote as checkpoints, oldest first, whole or not."""
+    files = [file for file in Path(folder).glob("model_*.pth") if _CHECKPOINT.fullmatch(file.name)]
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a file is a checkpoint of torch that was written to its end, by the check sums in it."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return _is_whole(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _is_whole(path: str, size: int, mtime: int) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        return False
+
+
+def find_checkpoint(folder: str) -> str:
+    """The checkpoint that a run in this folder goes on from.
+
+    That is the one its `last_checkpoint` names or, if that file is missing or broken, the newest whole one.
+
+    Returns:
+        its path, or "" if the folder holds no checkpoint at all.
+
+    Raises:
+        ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting over by itself
+            would throw a run away.
+    """
+    tag = Path(folder, TAG)
+    tagged = Path(folder, tag.read_text().strip()) if tag.is_file() else None
+    if tagged is not None and is_whole(tagged):
+        return str(tagged)
+    found = list_checkpoints(folder)
+    whole = next((file for file in reversed(found) if is_whole(file)), None)
+    if whole is not None:
+        state = "there is no last_checkpoint" if tagged is None else f"{tagged.name} is missing or broken"
+        logger.warning("In OUTPUT_DIR %s %s: going on from the newest whole one, %s", folder, state, whole.name)
+        return str(whole)
+    if tagged is None and not found:
+        return ""
+    names = ", ".join(sorted({file.name for file in found} | ({tagged.name} if tagged else set())))
+    raise ValueError(
+        f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({names}). Restore one, or start over with --overwrite"
+    )
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Replace a file as one step: whoever reads it, also after a kill, sees the old file or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system allows folders to be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what a save that was killed left behind."""
+    for file in [*Path(folder).glob("model_*.pth.tmp"), Path(folder, TAG + ".tmp")]:
+        if file.is_file():
+            logger.info("Removing %s, left by a save that was interrupted", file)
+            file.unlink()
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with atomic saves, which resumes from a whole checkpoint only.
+
+    Args:
+        model: as in Detectron2.
+        save_dir: a local folder.
+        save_to_disk: by default, in the main process.
+        checkpointables: as in Detectron2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        if self.save_dir and self.save_to_disk:
+            remove_leftovers(self.save_dir)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `name`.pth and then point `last_checkpoint` to it, each in one step.
+
+        Args:
+            name: the file's name without its ending.
+            kwargs: more to save beside the model and the checkpointables.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = Path(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        write_atomically(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Let `last_checkpoint` name this file."""
+        content = last_filename_basename.encode()
+        write_atomically(Path(self.save_dir, TAG), lambda file: file.write(content))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to resume from; see :func:`find_checkpoint`, also for what it raises."""
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The path of the checkpoint to resume from, or ""; see :func:`find_checkpoint`, also for what it raises."""
+        return find_checkpoint(self.save_dir) if self.save_dir else ""

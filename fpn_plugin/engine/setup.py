@@ -1,0 +1,188 @@
+"""From a command line to a run: the config, the output folder, and what every process does first."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from fpn_plugin.config import add_fpn_config
+from fpn_plugin.data.checks import check_config_datasets
+from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.engine.checkpoint import find_checkpoint
+from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
+from fpn_plugin.registry import unknown_name
+
+logger = logging.getLogger(__name__)
+
+_OWN_FLAGS = ("train_json", "train_images", "val_json", "val_images")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's command line with `--overwrite` and the flags for one's own data."""
+    parser = default_argument_parser()
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds")
+    for flag in _OWN_FLAGS:
+        kind = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
+        option, key = "--" + flag.replace("_", "-"), flag.upper()
+        parser.add_argument(option, default="", metavar="PATH", help=f"your own data, {kind} (DATASETS.OWN.{key})")
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of a run, with its output folder claimed. Call it once, before any process is launched.
+
+    Args:
+        args: of :func:`argument_parser`.
+
+    Raises:
+        FileNotFoundError: if a file that the command line names does not exist.
+        KeyError: for a config key that does not exist.
+        ValueError: for a bad value, or an evaluation without weights.
+        FileExistsError: if OUTPUT_DIR holds another run's results.
+    """
+    setup_logger(name="fpn_plugin")
+    cfg = load_config(args)
+    choose_device(cfg)
+    if args.eval_only:
+        _prepare_eval(cfg, args.resume)
+    else:
+        claim_output_dir(cfg, args.resume, args.overwrite)
+        if args.resume and find_checkpoint(cfg.OUTPUT_DIR):
+            _drop_bottom_up_weights(cfg, "the checkpoint has them")
+    cfg.freeze()
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The config that the file, the `KEY VALUE` pairs and the data flags give, in this order; not frozen.
+
+    Raises:
+        FileNotFoundError: if the config file does not exist.
+        KeyError: for a key that does not exist.
+        ValueError: for a key without a value, or a value of another type than the key's.
+    """
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    if args.config_file:
+        if not os.path.isfile(args.config_file):
+            raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
+        cfg.merge_from_file(args.config_file)
+    opts = list(args.opts or [])
+    if len(opts) % 2:
+        raise ValueError(f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner")
+    known = _keys(cfg)
+    for key in opts[::2]:
+        if key not in known:
+            raise _unknown_key(key, known)
+    cfg.merge_from_list(opts)
+    for flag in _OWN_FLAGS:
+        if path := getattr(args, flag, ""):
+            cfg.DATASETS.OWN[flag.upper()] = path
+    return cfg
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Turn `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place."""
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.info("MODEL.DEVICE is 'cuda' but no GPU is available: using 'cpu'")
+
+
+def prepare_launch(cfg: CfgNode, num_processes: int) -> None:
+    """Let `detectron2.engine.launch` pick gloo for several processes on the CPU of a machine with GPUs.
+
+    It picks by whether a process sees a GPU, so its children must not see any.
+    """
+    if num_processes > 1 and cfg.MODEL.DEVICE == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """What each process does before it trains or evaluates: logs, seeds, datasets and the checks on them.
+
+    Args:
+        cfg: of :func:`setup`.
+        args: of :func:`argument_parser`.
+
+    Returns:
+        the config with the run's seed in `SEED`.
+
+    Raises:
+        ValueError: if the data is bad; what :func:`check_config_datasets` raises.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = _run_seed(cfg, args.resume)
+    register_own(cfg)
+    cfg.freeze()
+    _share_cores(cfg)
+    # In a launched process there is no handler yet; in the one that ran setup() stdout has its own already.
+    fresh = not logging.getLogger("fpn_plugin").handlers
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
+    default_setup(cfg, args)
+    logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
+    if comm.is_main_process():
+        check_config_datasets(cfg)
+    comm.synchronize()
+    return cfg
+
+
+def _prepare_eval(cfg: CfgNode, resume: bool) -> None:
+    folder = cfg.OUTPUT_DIR
+    if resume:
+        cfg.MODEL.WEIGHTS = find_checkpoint(folder)
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {folder!r}")
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "--eval-only: MODEL.WEIGHTS is empty; name a checkpoint, or give --resume for the last one in OUTPUT_DIR"
+        )
+    _drop_bottom_up_weights(cfg, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} has them")
+    cfg.OUTPUT_DIR = claim_eval_dir(folder)
+    logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
+
+
+def _drop_bottom_up_weights(cfg: CfgNode, reason: str) -> None:
+    if cfg.MODEL.BOTTOM_UP.WEIGHTS:
+        logger.info("MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s", cfg.MODEL.BOTTOM_UP.WEIGHTS, reason)
+        cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+
+
+def _run_seed(cfg: CfgNode, resume: bool) -> int:
+    """The config's seed if it has one, else that of the run that goes on, else a random one; the same everywhere."""
+    recorded = recorded_config(cfg.OUTPUT_DIR).get("SEED", -1) if resume else -1
+    drawn = comm.shared_random_seed()
+    seed = next(seed for seed in (cfg.SEED, recorded, drawn) if seed >= 0)
+    return comm.all_gather(seed)[0]
+
+
+def _share_cores(cfg: CfgNode) -> None:
+    """Several processes on one CPU: a fair part of its cores for each, unless the user decided."""
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
+
+
+def _keys(node: CfgNode, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key, value in node.items():
+        keys.add(prefix + key)
+        if isinstance(value, CfgNode):
+            keys |= _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _unknown_key(key: str, known: set[str]) -> KeyError:
+    """An error that lists the keys beside the wrong one: the nearest section of it that exists."""
+    section = key.rpartition(".")[0]
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    prefix = section + "." if section else ""
+    beside = [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]
+    return unknown_name("config key", key, beside)

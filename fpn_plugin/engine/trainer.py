@@ -1,0 +1,130 @@
+"""Detectron2's DefaultTrainer on any device, with exact resume and atomic checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+from fpn_plugin.engine.amp import Autocast, amp_dtype, build_step_trainer, device_type
+from fpn_plugin.engine.checkpoint import Checkpointer
+from fpn_plugin.engine.data import build_train_loader, start_at
+from fpn_plugin.engine.evaluation import build_evaluator
+from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.rng import SeedHook
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer that runs on the CPU too and resumes exactly.
+
+    A run that was killed and resumed gives the weights of an unbroken one: bit for bit on the CPU, and on a GPU as
+    far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN` are the exception: that hook starts
+    its own data over.
+
+    Args:
+        cfg: Detectron2's keys and this plugin's. A negative `SEED` is replaced by a random one.
+
+    Attributes:
+        cfg: the config with the run's seed in it.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer's own __init__ would wrap and train the model in ways that need CUDA.
+        super(DefaultTrainer, self).__init__()
+        self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        # DDP on the CPU refuses device_ids; None leaves the choice to it.
+        device_ids = [comm.get_local_rank()] if device_type(cfg) == "cuda" else None
+        self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._seed_hook = SeedHook(cfg.SEED)
+        self.register_hooks([self._seed_hook, *self.build_hooks()])
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in DDP if there are several processes, without the autocast that a step may run it in."""
+        return self._model
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last whole checkpoint in `OUTPUT_DIR`, or else load `MODEL.WEIGHTS`.
+
+        Raises:
+            ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
+            RuntimeError: if some processes see another checkpoint than the rest.
+        """
+        super().resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise RuntimeError(
+                f"the processes would start at iterations {starts}: OUTPUT_DIR {self.cfg.OUTPUT_DIR!r} must be the "
+                "same folder on all machines"
+            )
+        if self._seed_hook.seed != self.cfg.SEED:
+            self._adopt_seed(self._seed_hook.seed)
+        start_at(self.data_loader, self.start_iter)
+
+    def _adopt_seed(self, seed: int) -> None:
+        logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)
+        self.cfg = _with_seed(self.cfg, seed)
+        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, in `MODEL.CHANNELS_LAST` if asked for."""
+        model = super().build_model(cfg)
+        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """By `SOLVER.OPTIMIZER`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """A loader that can start at any iteration."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """By the dataset's `evaluator_type`."""
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """Detectron2's, with the model in the precision that it trains in."""
+        dtype = amp_dtype(cfg)
+        if dtype is not None:
+            model = Autocast(model, device_type(cfg), dtype)
+        return super().test(cfg, model, evaluators)
+
+
+def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:
+    """The config with `SEED` set: to `seed`, or else to what it was, or else to one that all processes draw."""
+    if seed < 0 <= cfg.SEED:
+        return cfg
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed if seed >= 0 else comm.shared_random_seed()
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+

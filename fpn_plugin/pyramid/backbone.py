@@ -1,0 +1,184 @@
+"""PyramidBackbone: a bottom-up network and a pyramid as one Detectron2 backbone. Shapes are `(N, C, H, W)`."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping, Sequence
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from fpn_plugin.bottom_up import build_bottom_up
+from fpn_plugin.config import extra_levels_for, validate_config, validate_heads
+from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator
+from fpn_plugin.pyramid.inline import parse_graph
+from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.resolve import Defaults
+from fpn_plugin.pyramid.topologies import Style, add_extra_levels, build_graph
+
+
+class PyramidBackbone(Pyramid, Backbone):
+    """A bottom-up network and the pyramid on its maps.
+
+    The defaults build Detectron2's `FPN` (arXiv:1612.03144) with its parameter names, so its checkpoints load.
+
+    Args:
+        bottom_up: the network whose maps the pyramid reads.
+        in_features: the maps to read, from high to low resolution.
+        out_channels: channels of every pyramid map.
+        topology: a name of the TOPOLOGIES registry.
+        graph: a list of nodes to run instead of `topology`; the format is `MODEL.FPN.GRAPH`'s.
+        repeats: how often the topology runs.
+        extra_levels: "none", "maxpool", "conv_c5" or "conv_p5".
+        fuse_type: a name of the FUSIONS registry; this and the next four also as `{name: ..., argument: ...}`.
+        square_pad: if > 0, images are padded to squares of this size.
+
+    Raises:
+        ValueError: (KeyError for an unknown name) naming the config key or node, the value and what is valid.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        in_features: Sequence[str],
+        out_channels: int,
+        *,
+        topology: str = "fpn",
+        graph: Sequence[Mapping[str, Any]] = (),
+        repeats: int = 1,
+        extra_levels: str = "none",
+        fuse_type: OperatorLike = "sum",
+        upsample: OperatorLike = "nearest",
+        downsample: OperatorLike = "maxpool",
+        lateral: OperatorLike = "conv1x1",
+        block: OperatorLike = "conv3x3",
+        norm: str = "",
+        activation: str = "",
+        square_pad: int = 0,
+    ) -> None:
+        shapes = bottom_up.output_shape()
+        levels = feature_levels(shapes, in_features)
+        if graph:
+            made = add_extra_levels(parse_graph(levels, graph), extra_levels)
+        else:
+            style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"))
+            made = build_graph(topology, levels, style, repeats, extra_levels)
+        defaults = Defaults(
+            out_channels,
+            _operator(fuse_type, "FUSE_TYPE"),
+            _operator(upsample, "UPSAMPLE"),
+            _operator(downsample, "DOWNSAMPLE"),
+            norm,
+            activation,
+        )
+        super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
+        self.bottom_up = bottom_up
+        self._square_pad = square_pad
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """The constructor's arguments, from `MODEL.FPN` and `MODEL.BOTTOM_UP`."""
+        fpn = cfg.MODEL.FPN
+        validate_config(cfg)
+        return {
+            "bottom_up": build_bottom_up(cfg, input_shape),
+            "in_features": fpn.IN_FEATURES,
+            "out_channels": fpn.OUT_CHANNELS,
+            "topology": fpn.TOPOLOGY,
+            "graph": fpn.GRAPH,
+            "repeats": fpn.REPEATS,
+            "extra_levels": extra_levels_for(cfg),
+            "fuse_type": fpn.FUSE_TYPE,
+            "upsample": fpn.UPSAMPLE,
+            "downsample": fpn.DOWNSAMPLE,
+            "lateral": fpn.LATERAL,
+            "block": fpn.BLOCK,
+            "norm": fpn.NORM,
+            "activation": fpn.ACTIVATION,
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the image's height and width must be divisible by, in pixels; 0 for no such need."""
+        return max(self.graph.size_divisibility(), self.bottom_up.size_divisibility)
+
+    @property
+    def padding_constraints(self) -> Dict[str, int]:
+        """Detectron2's padding options: `{"square_size": pixels}`, 0 for none."""
+        return {"square_size": self._square_pad}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride in pixels of each output, from high to low resolution."""
+        return {
+            name: ShapeSpec(channels=self.defaults.channels, stride=2 ** self.graph.level(node))
+            for name, node in self.graph.output_names().items()
+        }
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Run the network and the pyramid.
+
+        Args:
+            x: images, `(N, 3, H, W)`.
+
+        Returns:
+            `{"p2": (N, C, H/4, W/4), ...}` from high to low resolution.
+        """
+        return self._run(self.bottom_up(x))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        module = super().__prepare_scriptable__()
+        # what Detectron2's models read from a scripted backbone
+        module.size_divisibility = self.size_divisibility
+        module.padding_constraints = self.padding_constraints
+        return module
+
+
+def _operator(value: OperatorLike, key: str) -> Operator:
+    made = as_operator(value, f"MODEL.FPN.{key}")
+    if made is None:
+        raise ValueError(f"MODEL.FPN.{key}: None is not an operator")
+    return made
+
+
+def feature_levels(shapes: Mapping[str, ShapeSpec], in_features: Sequence[str]) -> dict[str, int]:
+    """The level (log2 of the stride) of each map to read.
+
+    Raises:
+        ValueError: naming MODEL.FPN.IN_FEATURES, if a map does not exist, comes twice or out of order, or has a
+            stride that is not a power of two.
+    """
+    where = "MODEL.FPN.IN_FEATURES"
+    if not in_features:
+        raise ValueError(f"{where}: it is empty; choose from {', '.join(shapes)}")
+    levels: dict[str, int] = {}
+    for name in in_features:
+        if name not in shapes:
+            raise ValueError(
+                f"{where}: the bottom-up network gives no {name!r}, but {', '.join(shapes)}"
+                " (a ResNet gives those that MODEL.RESNETS.OUT_FEATURES lists)"
+            )
+        stride = shapes[name].stride
+        if stride is None or stride < 1 or stride & (stride - 1):
+            raise ValueError(f"{where}: {name!r} has a stride of {stride} pixels, which is not a power of two")
+        levels[name] = stride.bit_length() - 1
+    order = list(levels.values())
+    if order != sorted(set(order)) or len(levels) != len(in_features):
+        raise ValueError(f"{where}: {list(in_features)} are of levels {order}: list each level once, finest first")
+    return levels
+
+
+@BACKBONE_REGISTRY.register()
+def build_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
+    """The builder behind `MODEL.BACKBONE.NAME: build_pyramid_backbone`.
+
+    Args:
+        input_shape: of the image; its channels are the first convolution's.
+
+    Raises:
+        ValueError: also if a head wants maps that the pyramid does not produce.
+    """
+    backbone = PyramidBackbone(cfg, input_shape)
+    validate_heads(cfg, backbone.output_shape())
+    return backbone

@@ -1,0 +1,172 @@
+"""BLOCKS: the convolutions of laterals, projections and nodes. Shapes are `(N, C, H, W)`.
+
+A block is built as `Block(in_channels, out_channels, norm=..., activation=..., **arguments)`.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from fpn_plugin.registry import Registry
+
+BLOCKS: Registry[Callable[..., nn.Module]] = Registry("block")
+ACTIVATIONS: Registry[Callable[[], nn.Module]] = Registry("activation")
+ORDERS = ("conv-norm-act", "act-conv-norm")
+
+for _name, _activation in {
+    "": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,  # the name in EfficientDet's paper
+}.items():
+    ACTIVATIONS.register(_name)(_activation)
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module | None:
+    """Detectron2's normalisation layer of that name over `channels`; None for "".
+
+    Raises:
+        ValueError: naming MODEL.FPN.NORM, if the name is unknown or does not divide the channels.
+    """
+    try:
+        return get_norm(norm, channels)
+    except KeyError as error:
+        raise ValueError(f"MODEL.FPN.NORM: unknown norm {norm!r}; choose from BN, SyncBN, FrozenBN, GN, LN") from error
+    except ValueError as error:  # torch's GroupNorm: channels must be divisible by groups
+        raise ValueError(
+            f"MODEL.FPN.NORM: {norm!r} cannot normalise {channels} channels (MODEL.FPN.OUT_CHANNELS): {error};"
+            " GN has 32 groups, so take a multiple of 32"
+        ) from error
+
+
+class _PreActivationConv(Conv2d):
+    """activation -> convolution -> norm, with the parameter names of Detectron2's `Conv2d`."""
+
+    def __init__(self, *args: int, pre_activation: nn.Module, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.pre_activation = pre_activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pre_activation(x)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x
+
+
+def conv_block(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    norm: str = "",
+    activation: str = "",
+    order: str = "conv-norm-act",
+) -> Conv2d:
+    """A convolution that keeps the size (or divides it by `stride`, rounding up), with norm and activation.
+
+    It has a bias exactly if it has no norm, and Detectron2's initialisation (`c2_xavier_fill`) and parameter names:
+    `weight`, `bias`, `norm.*`.
+
+    Args:
+        order: one of `ORDERS`.
+
+    Raises:
+        ValueError: if `order`, `norm` or `activation` is unknown.
+    """
+    act = ACTIVATIONS.get(activation, "activation")()
+    keywords = {
+        "stride": stride,
+        "padding": kernel // 2,
+        "bias": norm == "",
+        "norm": norm_layer(norm, out_channels),
+    }
+    if order not in ORDERS:
+        raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+    if order == "conv-norm-act":
+        conv = Conv2d(in_channels, out_channels, kernel, activation=act if activation else None, **keywords)
+    else:
+        conv = _PreActivationConv(in_channels, out_channels, kernel, pre_activation=act, **keywords)
+    weight_init.c2_xavier_fill(conv)
+    return conv
+
+
+@BLOCKS.register("conv1x1")
+def conv1x1(
+    in_channels: int,
+    out_channels: int,
+    stride: int = 1,
+    norm: str = "",
+    activation: str = "",
+    order: str = "conv-norm-act",
+) -> nn.Module:
+    """A 1x1 convolution."""
+    return conv_block(in_channels, out_channels, 1, stride, norm, activation, order)
+
+
+@BLOCKS.register("conv3x3")
+def conv3x3(
+    in_channels: int,
+    out_channels: int,
+    stride: int = 1,
+    norm: str = "",
+    activation: str = "",
+    order: str = "conv-norm-act",
+) -> nn.Module:
+    """A 3x3 convolution."""
+    return conv_block(in_channels, out_channels, 3, stride, norm, activation, order)
+
+
+@BLOCKS.register("separable")
+class SeparableConv(nn.Module):
+    """Depthwise 3x3, then pointwise 1x1 (Sifre 2014; as in EfficientDet, arXiv:1911.09070).
+
+    The depthwise convolution has no bias; norm and activation belong to the pointwise one, except that
+    "act-conv-norm" activates before both.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+    ) -> None:
+        super().__init__()
+        first = order == "act-conv-norm"
+        self.pre_activation = ACTIVATIONS.get(activation if first else "", "activation")()
+        self.depthwise = Conv2d(
+            in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
+        )
+        weight_init.c2_xavier_fill(self.depthwise)
+        rest = ("", "conv-norm-act") if first else (activation, order)
+        self.pointwise = conv_block(in_channels, out_channels, 1, 1, norm, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(self.pre_activation(x)))
+
+
+@BLOCKS.register("identity")
+class Identity(nn.Module):
+    """Nothing; it takes a norm and an activation only to refuse to ignore them.
+
+    Raises:
+        ValueError: if the channels change.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "", activation: str = "") -> None:
+        super().__init__()
+        if in_channels != out_channels:
+            raise ValueError(f"identity cannot turn {in_channels} channels into {out_channels}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -1,0 +1,277 @@
+"""A pyramid as data: a directed acyclic graph of named nodes. This module imports no torch.
+
+A level `l` is a stride of `2**l` pixels. Each node brings every input to its level, fuses them into one map, and
+applies its block. A lateral, a top-down step, an output convolution and P6 are all such nodes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Collection, Iterable, Mapping, Union
+
+from fpn_plugin.registry import unknown_name
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_RESERVED = re.compile(r".*(_fuse|_edge\d+)(\..*)?|bottom_up(\..*)?")
+MAX_LEVEL = 12  # a stride of 4096 pixels
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The name of a registered operator and its arguments, e.g. `op("conv3x3", activation="relu")`."""
+
+    name: str
+    args: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def stride(self) -> int:
+        """By how much a block makes its map smaller; 1 if it does not."""
+        stride = dict(self.args).get("stride", 1)
+        if not isinstance(stride, int) or stride < 1 or stride & (stride - 1):
+            raise ValueError(f"{self.name}: stride {stride!r} is not a power of two (1, 2, 4, ...)")
+        return stride
+
+    def __str__(self) -> str:
+        args = ", ".join(f"{key}={value}" for key, value in self.args)
+        return f"{self.name}({args})" if args else self.name
+
+
+def op(name: str, **args: Any) -> Operator:
+    """An operator with arguments: `op("conv", activation="relu")`."""
+    return Operator(name, tuple(args.items()))
+
+
+OperatorLike = Union[str, Operator, Mapping[str, Any]]
+
+
+def as_operator(value: OperatorLike | None, where: str) -> Operator | None:
+    """An operator from a name, a `{name: ..., argument: ...}` mapping as in YAML, or an operator.
+
+    Raises:
+        ValueError: naming `where`, if `value` is none of these.
+    """
+    if value is None or isinstance(value, Operator):
+        return value
+    if isinstance(value, str):
+        return Operator(value)
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return Operator(value["name"], tuple((k, v) for k, v in value.items() if k != "name"))
+    raise ValueError(f"{where}: {value!r} is not an operator: write a name, or {{name: ..., argument: ...}}")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where a map comes from and how it reaches the node: `block(resample(project(source)))`.
+
+    Attributes:
+        source: a graph input or an earlier node.
+        project: a block before the resampling. Default: a 1x1 convolution where the channels need it.
+        resample: how it changes level. Default: the pyramid's UPSAMPLE or DOWNSAMPLE.
+        block: a block after the resampling. Default: none.
+    """
+
+    source: str
+    project: Operator | None = None
+    resample: Operator | None = None
+    block: Operator | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """Brings every input to its level, fuses them, and applies a block.
+
+    Attributes:
+        name: the submodule's name, and so the first part of its checkpoint keys.
+        level: of the map that it gives.
+        fuse: a fusion operator. Default: the pyramid's FUSE_TYPE. Not used with one input.
+        block: what follows the fusion. A block with a stride takes its input that much finer.
+    """
+
+    name: str
+    level: int
+    inputs: tuple[Edge, ...]
+    fuse: Operator | None = None
+    block: Operator = Operator("identity")
+
+    @property
+    def input_level(self) -> int:
+        """The level that the inputs are brought to: finer than `level` if the block has a stride."""
+        return self.level - (self.block.stride.bit_length() - 1)
+
+
+def node(
+    name: str,
+    level: int,
+    inputs: Iterable[str | Edge],
+    fuse: OperatorLike | None = None,
+    block: OperatorLike = "identity",
+) -> Node:
+    """A `Node` written shortly: inputs and operators may be plain names."""
+    edges = tuple(Edge(item) if isinstance(item, str) else item for item in inputs)
+    where = f"node {name!r}"
+    made = as_operator(block, f"{where}, block")
+    return Node(name, level, edges, as_operator(fuse, f"{where}, fuse"), made or Operator("identity"))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole pyramid.
+
+    Attributes:
+        inputs: the level of each bottom-up map, by name.
+        nodes: in an order in which they can be computed.
+        outputs: node names from high to low resolution, one per level.
+    """
+
+    inputs: Mapping[str, int]
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+
+    def level(self, name: str) -> int:
+        """The level of an input or a node."""
+        if name in self.inputs:
+            return self.inputs[name]
+        return next(item.level for item in self.nodes if item.name == name)
+
+    def output_names(self) -> dict[str, str]:
+        """`{"p3": name of the node that gives it, ...}` from high to low resolution."""
+        return {f"p{self.level(name)}": name for name in self.outputs}
+
+    def size_divisibility(self) -> int:
+        """What height and width must be divisible by for upsampled maps to meet: 0 if nothing is upsampled."""
+        levels = {**self.inputs, **{item.name: item.level for item in self.nodes}}
+        upsampled = [
+            levels[edge.source]
+            for item in self.nodes
+            for edge in item.inputs
+            if levels[edge.source] > item.input_level
+        ]
+        return 2 ** max(upsampled) if upsampled else 0
+
+    def check(self, operators: Mapping[str, Collection[str]] | None = None) -> None:
+        """Verify that the graph can be built.
+
+        Args:
+            operators: the names that exist, by kind: "fuse", "block", "up" and "down".
+
+        Raises:
+            ValueError: (or a KeyError for an unknown operator) naming the node, the value and the choices.
+        """
+        self._check_inputs()
+        defined = dict(self.inputs)
+        for item in self.nodes:
+            _check_node(item, defined)
+            if operators is not None:
+                _check_operators(item, defined, operators)
+            defined[item.name] = item.level
+        _check_prefixes(defined)
+        self._check_outputs(defined)
+        self._check_readers()
+
+    def _check_inputs(self) -> None:
+        if not self.inputs:
+            raise ValueError("the graph has no inputs: name at least one bottom-up map")
+        for name, level in self.inputs.items():
+            check_level(f"input {name!r}", level)
+
+    def _check_outputs(self, defined: Mapping[str, int]) -> None:
+        if not self.outputs:
+            raise ValueError("the graph has no outputs")
+        names = {item.name for item in self.nodes}
+        for name in self.outputs:
+            if name not in names:
+                raise unknown_name("the graph's outputs", name, names)
+        levels = [defined[name] for name in self.outputs]
+        if levels != sorted(set(levels)):
+            raise ValueError(
+                f"the graph's outputs {list(self.outputs)} have levels {levels}: give one output per level,"
+                " from high to low resolution (levels ascending)"
+            )
+
+    def _check_readers(self) -> None:
+        read = {edge.source for item in self.nodes for edge in item.inputs} | set(self.outputs)
+        for name in [*self.inputs, *(item.name for item in self.nodes)]:
+            if name not in read:
+                kind = "input" if name in self.inputs else "node"
+                raise ValueError(f"{kind} {name!r} is neither an output nor read by any node: remove it or use it")
+
+
+def check_level(where: str, level: object) -> None:
+    if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= MAX_LEVEL:
+        raise ValueError(f"{where}: level {level!r} is not a whole number from 0 to {MAX_LEVEL}")
+
+
+def _check_node(item: Node, defined: Mapping[str, int]) -> None:
+    where = f"node {item.name!r}"
+    if not isinstance(item.name, str) or not _NAME.fullmatch(item.name):
+        raise ValueError(f"{where}: a name is letters, digits and underscores, not beginning with a digit")
+    if _RESERVED.fullmatch(item.name):
+        raise ValueError(f"{where}: names that end in _fuse or _edge<number>, and bottom_up, are taken")
+    if item.name in defined:
+        raise ValueError(f"{where}: the name is used twice; every input and node needs its own")
+    check_level(where, item.level)
+    if item.input_level < 0:
+        raise ValueError(f"{where}: the stride {item.block.stride} of its block is too large for level {item.level}")
+    if not item.inputs:
+        raise ValueError(f"{where}: it has no inputs; choose from {', '.join(defined)}")
+    for edge in item.inputs:
+        if edge.source not in defined:
+            raise unknown_name(f"{where}, inputs (only maps that are defined before it)", edge.source, defined)
+
+
+def _check_operators(
+    item: Node, defined: Mapping[str, int], operators: Mapping[str, Collection[str]]
+) -> None:
+    where = f"node {item.name!r}"
+    _check_operator(f"{where}, block", item.block, operators["block"])
+    _check_operator(f"{where}, fuse", item.fuse, operators["fuse"])
+    for edge in item.inputs:
+        place = f"{where}, input {edge.source!r}"
+        _check_operator(f"{place}, project", edge.project, operators["block"])
+        _check_operator(f"{place}, block", edge.block, operators["block"])
+        gap = defined[edge.source] - item.input_level
+        if gap == 0 and edge.resample is not None:
+            raise ValueError(f"{place}, resample: {edge.resample}, but both are at level {item.input_level}")
+        _check_operator(f"{place}, resample", edge.resample, operators["up" if gap > 0 else "down"])
+
+
+def _check_operator(where: str, value: Operator | None, choices: Collection[str]) -> None:
+    if value is not None and value.name not in choices:
+        raise unknown_name(where, value.name, choices)
+
+
+def _check_prefixes(names: Iterable[str]) -> None:
+    """A node `a` and a node `a.b` would be the same submodule."""
+    known = set(names)
+    for name in known:
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            if ".".join(parts[:count]) in known:
+                raise ValueError(f"node {name!r}: {'.'.join(parts[:count])!r} is a node too; rename one of them")
+
+
+def chain(first: Graph, second: Graph, prefix: str) -> Graph:
+    """One graph after another: the second reads the first's outputs in place of its inputs, level by level.
+
+    Args:
+        prefix: put before every node name of `second`.
+
+    Raises:
+        ValueError: if `second` reads a level that `first` does not give.
+    """
+    given = {first.level(name): name for name in first.outputs}
+    names = {item.name: prefix + item.name for item in second.nodes}
+    for name, level in second.inputs.items():
+        if level not in given:
+            raise ValueError(f"{prefix!r}: reads level {level}, but the pyramid before it gives {sorted(given)}")
+        names[name] = given[level]
+    moved = tuple(
+        replace(
+            item,
+            name=names[item.name],
+            inputs=tuple(replace(edge, source=names[edge.source]) for edge in item.inputs),
+        )
+        for item in second.nodes
+    )
+    return Graph(first.inputs, first.nodes + moved, tuple(names[name] for name in second.outputs))

@@ -1,0 +1,148 @@
+"""The executor: a `Graph` as a `torch.nn.Module`. Shapes are `(N, C, H, W)`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Callable, Dict, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from fpn_plugin.pyramid.blocks import BLOCKS
+from fpn_plugin.pyramid.fusion import FUSIONS
+from fpn_plugin.pyramid.graph import Graph
+from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
+from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
+from fpn_plugin.registry import Registry, unknown_name
+
+REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
+    "block": BLOCKS,
+    "fuse": FUSIONS,
+    "up": UPSAMPLE,
+    "down": DOWNSAMPLE,
+}
+
+
+class Pyramid(nn.Module):
+    """Runs a pyramid graph: a dict of bottom-up maps in, a dict of pyramid maps out.
+
+    Every node's block is the submodule of the node's name; its fusion is `<node>_fuse`, and what input number i passes
+    on its way is `<node>_edge<i>.project`, `.resample` and `.block`. These names are the checkpoint's keys. Parts
+    without parameters have no key, and modules are registered from high to low resolution, in Detectron2's order.
+
+    Args:
+        graph: the nodes.
+        in_channels: of the graph's inputs, by name.
+        defaults: the width, and what a node gets that does not say otherwise.
+
+    Raises:
+        ValueError: (KeyError for an unknown operator) naming the node, the value and what is valid.
+
+    Example:
+        >>> from fpn_plugin.pyramid.topologies import fpn, Style
+        >>> graph = fpn({"res2": 2, "res3": 3}, Style())
+        >>> pyramid = Pyramid(graph, {"res2": 16, "res3": 32}, Defaults(channels=8))
+        >>> maps = {"res2": torch.rand(1, 16, 10, 14), "res3": torch.rand(1, 32, 5, 7)}
+        >>> {name: tuple(x.shape) for name, x in pyramid(maps).items()}
+        {'p2': (1, 8, 10, 14), 'p3': (1, 8, 5, 7)}
+    """
+
+    def __init__(self, graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> None:
+        super().__init__()
+        graph.check({kind: registry.names() for kind, registry in REGISTRIES.items()})
+        self.graph = graph
+        self.defaults = defaults
+        self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults)
+        self.output_channels = {name: defaults.channels for name in graph.output_names()}
+        for step in sorted(self.steps, key=lambda step: step.node.level):
+            for part in step.parts():
+                self._register(part.path, build_part(part, defaults))
+        # the levels whose size must be known, because a map is resampled to them
+        self._sized = {step.node.input_level for step in self.steps for edge in step.edges if edge.resample}
+
+    def _register(self, path: str, module: nn.Module) -> None:
+        *containers, name = path.split(".")
+        parent: nn.Module = self
+        for container in containers:
+            if container not in parent._modules:
+                parent.add_module(container, nn.Module())
+            parent = parent.get_submodule(container)
+        if hasattr(parent, name):
+            raise ValueError(f"node {path!r}: the name is taken by an attribute of the module; choose another")
+        parent.add_module(name, module)
+
+    def forward(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Run the graph.
+
+        Args:
+            features: the graph's inputs by name, and possibly more. Not changed.
+
+        Returns:
+            `{"p2": (N, C, H/4, W/4), ...}` from high to low resolution.
+        """
+        return self._run(features)
+
+    def _run(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        maps = {name: features[name] for name in self.graph.inputs}
+        del features  # so that each map is freed after its last reader
+        sizes: dict[int, list[int]] = {}
+        for name, level in self.graph.inputs.items():
+            self._note_size(sizes, level, maps[name])
+        for step in self.steps:
+            maps[step.node.name] = self._run_node(step, maps, sizes)
+            self._note_size(sizes, step.node.level, maps[step.node.name])
+            for name in step.drop:
+                del maps[name]
+        return {name: maps[source] for name, source in self.graph.output_names().items()}
+
+    def _note_size(self, sizes: dict[int, list[int]], level: int, x: Tensor) -> None:
+        """The first map of a level says what size the others of that level are brought to."""
+        if level in self._sized and level not in sizes:
+            sizes[level] = [x.shape[2], x.shape[3]]
+
+    def _run_node(self, step: ResolvedNode, maps: Dict[str, Tensor], sizes: dict[int, list[int]]) -> Tensor:
+        inputs = []
+        for edge in step.edges:
+            x = maps[edge.source]
+            for part in edge.parts():
+                module = self.get_submodule(part.path)
+                x = module(x, sizes.get(step.node.input_level)) if part is edge.resample else module(x)
+            inputs.append(x)
+        x = inputs[0] if step.fuse is None else self.get_submodule(step.fuse.path)(inputs)
+        return x if step.block is None else self.get_submodule(step.block.path)(x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles in this module's place: the same submodules, called in straight-line code.
+
+        TorchScript cannot look up a submodule by a name that it computes, so the loop over the graph is unrolled
+        by torch.fx, in which every submodule is a leaf.
+        """
+        return fx.GraphModule(self, _LeafTracer().trace(self), type(self).__name__)
+
+
+class _LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def build_part(part: Part, defaults: Defaults) -> nn.Module:
+    """Build one module of a resolved graph.
+
+    Raises:
+        ValueError: naming the node, if the operator does not take an argument or a value.
+    """
+    builder = REGISTRIES[part.kind].get(part.operator.name, part.where)
+    arguments: dict[str, Any] = dict(part.operator.args)
+    accepted = [name for name, given in inspect.signature(builder).parameters.items() if given.default is not given.empty]
+    for name in arguments:
+        if name not in accepted:
+            raise unknown_name(f"{part.where}, arguments of {part.operator.name}", name, accepted)
+    if "norm" in accepted:
+        arguments.setdefault("norm", defaults.norm)
+    if "activation" in accepted and part.kind == "block":
+        arguments.setdefault("activation", defaults.activation)
+    sizes = (part.in_channels, part.out_channels) if part.kind == "block" else (part.in_channels, part.amount)
+    try:
+        return builder(*sizes, **arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{part.where}: {error}") from error

@@ -1,0 +1,153 @@
+"""What a graph's defaults come to: every resampler, projection, fusion and channel count made explicit.
+
+This module imports no torch. The executor builds from it, and `tools/show_pyramid.py` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator, Mapping
+
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, op
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a node or edge gets that does not say otherwise.
+
+    Attributes:
+        channels: of every map inside the pyramid.
+        norm: of every block, projection, fusion and resampler that has convolutions.
+        activation: of every block of a node or edge.
+    """
+
+    channels: int
+    fuse: Operator = Operator("sum")
+    upsample: Operator = Operator("nearest")
+    downsample: Operator = Operator("maxpool")
+    norm: str = ""
+    activation: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module: the submodule's path, its operator, and what it is built from.
+
+    Attributes:
+        kind: "block", "fuse", "up" or "down".
+        amount: the number of maps for a fusion, of levels for a resampler; 0 for a block.
+        where: the place in the graph, for error messages.
+    """
+
+    path: str
+    kind: str
+    operator: Operator
+    in_channels: int
+    out_channels: int
+    amount: int
+    where: str
+
+
+@dataclass(frozen=True)
+class ResolvedEdge:
+    """An edge with every part that it really has; None where it has none."""
+
+    source: str
+    project: Part | None
+    resample: Part | None
+    block: Part | None
+
+    def parts(self) -> Iterator[Part]:
+        """In the order in which they run."""
+        return (part for part in (self.project, self.resample, self.block) if part is not None)
+
+
+@dataclass(frozen=True)
+class ResolvedNode:
+    """A node with every part that it really has, and the maps that nobody reads after it."""
+
+    node: Node
+    edges: tuple[ResolvedEdge, ...]
+    fuse: Part | None
+    block: Part | None
+    drop: tuple[str, ...]
+
+    def parts(self) -> Iterator[Part]:
+        """In the order in which they run."""
+        for edge in self.edges:
+            yield from edge.parts()
+        yield from (part for part in (self.fuse, self.block) if part is not None)
+
+
+def resolve(graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> tuple[ResolvedNode, ...]:
+    """Make a checked graph explicit.
+
+    Every node gives `defaults.channels` channels. Where a bottom-up map has others, the node's own block changes
+    them if the node has one input; where maps are fused or the block is the identity, each edge gets a 1x1
+    convolution of its own (as in the first cell of EfficientDet, arXiv:1911.09070).
+
+    Args:
+        in_channels: of the graph's inputs, by name.
+    """
+    channels = dict(in_channels)
+    levels = dict(graph.inputs)
+    last_reader = {edge.source: item.name for item in graph.nodes for edge in item.inputs}
+    resolved = []
+    for item in graph.nodes:
+        edges = tuple(_resolve_edge(item, i, levels, channels, defaults) for i in range(len(item.inputs)))
+        fuse = None
+        if len(edges) > 1:
+            operator = item.fuse or defaults.fuse
+            where = f"node {item.name!r}, fuse"
+            width = defaults.channels
+            fuse = Part(f"{item.name}_fuse", "fuse", operator, width, width, len(edges), where)
+        width = _width(edges[0], channels, defaults) if len(edges) == 1 else defaults.channels
+        block = _block(item.name, item.block, width, defaults.channels, f"node {item.name!r}, block")
+        read = dict.fromkeys(edge.source for edge in item.inputs)
+        drop = tuple(name for name in read if last_reader[name] == item.name and name not in graph.outputs)
+        resolved.append(ResolvedNode(item, edges, fuse, block, drop))
+        channels[item.name] = defaults.channels
+        levels[item.name] = item.level
+    return tuple(resolved)
+
+
+def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) -> int:
+    """The channels that an edge delivers."""
+    return defaults.channels if edge.project or edge.block else channels[edge.source]
+
+
+def _block(path: str, operator: Operator | None, width: int, channels: int, where: str) -> Part | None:
+    if operator is None or operator == Operator("identity"):
+        return None
+    return Part(path, "block", operator, width, channels, 0, where)
+
+
+def _resolve_edge(
+    item: Node,
+    index: int,
+    levels: Mapping[str, int],
+    channels: Mapping[str, int],
+    defaults: Defaults,
+) -> ResolvedEdge:
+    edge = item.inputs[index]
+    path, where = f"{item.name}_edge{index}", f"node {item.name!r}, input {edge.source!r}"
+    width = channels[edge.source]
+    projection = edge.project or _default_projection(item, edge, width, defaults)
+    project = _block(f"{path}.project", projection, width, defaults.channels, f"{where}, project")
+    width = defaults.channels if project else width
+    steps = levels[edge.source] - item.input_level
+    resample = None
+    if steps:
+        kind = "up" if steps > 0 else "down"
+        operator = edge.resample or (defaults.upsample if steps > 0 else defaults.downsample)
+        resample = Part(f"{path}.resample", kind, operator, width, width, abs(steps), f"{where}, resample")
+    block = _block(f"{path}.block", edge.block, width, defaults.channels, f"{where}, block")
+    return ResolvedEdge(edge.source, project, resample, block)
+
+
+def _default_projection(item: Node, edge: Edge, width: int, defaults: Defaults) -> Operator | None:
+    """A 1x1 convolution without activation, where nothing later on the way changes the channels."""
+    changed_later = (edge.block or Operator("identity")).name != "identity" or (
+        len(item.inputs) == 1 and item.block.name != "identity"
+    )
+    return op("conv1x1", activation="") if width != defaults.channels and not changed_later else None

@@ -1,0 +1,81 @@
+"""A registry of names whose error lists the names that exist."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Callable, Generic, Iterable, TypeVar
+
+T = TypeVar("T")
+
+
+class UnknownNameError(KeyError):
+    """A name that nothing is registered under. Unlike a plain KeyError it prints its message as it is."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def unknown_name(where: str, name: object, choices: Iterable[str]) -> UnknownNameError:
+    """The error for a wrong name: where it stands, what it is, what may stand there.
+
+    Args:
+        where: the config key, node or registry that holds the name.
+    """
+    known = sorted(choices)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return UnknownNameError(f"{where}: unknown name {name!r}{hint}; choose from: {', '.join(known)}")
+
+
+class Registry(Generic[T]):
+    """Names for objects of one kind.
+
+    Args:
+        kind: what it holds, as the error message calls it.
+
+    Example:
+        >>> SHAPES: Registry[type] = Registry("shape")
+        >>> @SHAPES.register("square")
+        ... class Square: ...
+        >>> SHAPES.get("square") is Square
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._objects: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that enters an object under `name`.
+
+        Raises:
+            ValueError: if the name is taken.
+        """
+
+        def enter(obj: T) -> T:
+            if name in self._objects:
+                raise ValueError(f"{self.kind} {name!r} is registered already")
+            self._objects[name] = obj
+            return obj
+
+        return enter
+
+    def get(self, name: str, where: str = "") -> T:
+        """The object under `name`.
+
+        Args:
+            where: the config key or node that named it, for the error message.
+
+        Raises:
+            UnknownNameError: (a KeyError) naming `where`, the name and the choices.
+        """
+        if name not in self._objects:
+            raise unknown_name(where or self.kind, name, self._objects)
+        return self._objects[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._objects)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._objects

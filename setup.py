@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Package metadata: version ranges and extras. Exact versions with hashes are in requirements.txt."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EXTRAS = {
+    "timm": ["timm>=1.0,<2"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["timm"],
+    "pytest>=8",
+    "black>=25,<27",
+    "isort>=6",
+    "flake8>=7",
+    "mypy>=1.15",
+    "types-PyYAML",
+]
+
+setup(
+    name="fpn_plugin",
+    version="0.1.0",
+    description="Feature pyramids for Detectron2: topology, fusion, resampling and backbone by config",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fpn_plugin", "fpn_plugin.*"]),
+    package_data={"fpn_plugin": ["py.typed"]},
+    # Detectron2 is not listed: it is not on PyPI under its own name, and the build that is
+    # already installed must be kept. Without it, `import fpn_plugin` says what to install.
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "fvcore>=0.1.5",
+        "opencv-python>=4.8",
+        "pycocotools>=2.0.7",
+        "numpy>=1.24",
+        "Pillow>=10",
+        "PyYAML>=6",
+        "safetensors>=0.4",
+        "matplotlib>=3.7",
+        "tqdm>=4.60",
+    ],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Set up the environment that `make` uses: the locked requirements, Detectron2 and this plugin.
+
+Uses the standard library alone, because it runs before anything is installed. It writes inside the environment
+only, and does nothing when the last set-up still fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.txt"
+UV_LOCK = ROOT / "tools" / "requirements-uv.txt"
+REPUBLICATION = ROOT / "tools" / "detectron2_wheel"
+GITHUB = "detectron2 @ git+https://github.com/facebookresearch/detectron2.git@main"
+INPUTS = [LOCK, UV_LOCK, ROOT / "setup.py", *sorted(REPUBLICATION.glob("*.*")), Path(__file__)]
+
+
+def run(*command: object, quiet: bool = False) -> None:
+    """Run a command; end with its exit code and its name when it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, stdout=subprocess.DEVNULL if quiet else None)
+    if done.returncode:
+        sys.exit(f"setup_env: failed with exit code {done.returncode}: {' '.join(words)}")
+
+
+def fingerprint(args: argparse.Namespace) -> str:
+    """A digest of everything that the set-up depends on."""
+    digest = hashlib.sha256(f"{args.detectron2} {sys.version}".encode())
+    for path in INPUTS:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def has_detectron2(python: Path) -> bool:
+    code = "import importlib.util as u, sys; sys.exit(not u.find_spec('detectron2'))"
+    return python.exists() and subprocess.run([str(python), "-c", code]).returncode == 0
+
+
+def installer(python: Path) -> list[str]:
+    """The command that installs: uv where its wheel can be had (four times faster), else pip."""
+    pip = [str(python), "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check"]
+    boot = subprocess.run([*pip, "--quiet", "--require-hashes", "--requirement", str(UV_LOCK)])
+    if boot.returncode:
+        print("setup_env: uv cannot be installed here; going on with pip", flush=True)
+        return [*pip, "--progress-bar", "off"]
+    uv = str(python.with_name("uv"))
+    return [uv, "pip", "install", "--python", str(python), "--no-cache", "--compile-bytecode"]
+
+
+def install(args: argparse.Namespace, python: Path) -> None:
+    """Install what is missing. An environment that has Detectron2 already keeps its own versions."""
+    if has_detectron2(python) and not args.ours:
+        print(f"setup_env: keeping the Detectron2 of {args.venv}; only this plugin is installed")
+        pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+        run(*pip, "--editable", f"{ROOT}[dev]")
+        return
+    command = installer(python)
+    os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = str(write_build_constraint(args))
+    run(*command, "--require-hashes", "--requirement", LOCK)
+    if args.detectron2 == "git":
+        run(*command, "--no-deps", "--no-build-isolation", GITHUB)
+    else:
+        run(*command, "--no-deps", REPUBLICATION)
+    run(*command, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+
+
+def write_build_constraint(args: argparse.Namespace) -> Path:
+    """The few requirements without a wheel are built with the setuptools that the lock pins."""
+    pinned = next(line for line in LOCK.read_text().splitlines() if line.startswith("setuptools=="))
+    path = Path(args.venv) / "build-constraint.txt"
+    path.write_text(pinned.split(" ")[0] + "\n")
+    return path
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment to use")
+    parser.add_argument(
+        "--detectron2",
+        choices=["pinned", "git"],
+        default="pinned",
+        help="what to install where the environment has none: the pinned republication, or upstream",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if sys.version_info < (3, 10):
+        sys.exit(f"setup_env: Python 3.10 or later is needed, this is {sys.version.split()[0]}")
+    python = args.venv / "bin" / "python"
+    stamp = args.venv / "fpn-plugin-setup"  # its presence also says that we made this environment
+    args.ours = stamp.exists() or not python.exists()
+    wanted = fingerprint(args)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    start = time.time()
+    print(f"setup_env: setting up {args.venv}, about 5.5 GB; this happens once", flush=True)
+    if args.ours:
+        run(sys.executable, "-m", "venv", "--clear", args.venv)
+        stamp.write_text("unfinished")
+    install(args, python)
+    run(python, "-m", "pip", "check", "--disable-pip-version-check")
+    stamp.write_text(wanted)
+    print(f"setup_env: done in {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

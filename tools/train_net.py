@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Train or evaluate any Detectron2 detector with a pyramid: Detectron2's command line, on GPUs or on the CPU.
+
+    python tools/train_net.py --config-file configs/… [--num-gpus N] [--resume | --overwrite] [KEY VALUE …]
+    python tools/train_net.py --config-file configs/… --eval-only MODEL.WEIGHTS model.pth
+    python tools/train_net.py --config-file configs/… --train-json a.json --train-images a/ [--val-json … --val-images …]
+    python tools/train_net.py --config-file configs/… --num-gpus 2 MODEL.DEVICE cpu      (two processes, no GPU)
+"""
+
+import os
+
+# Before torch is imported: its OpenMP workers otherwise spin, and starve everything else on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse  # noqa: E402
+from typing import Any  # noqa: E402
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.engine import launch  # noqa: E402
+from detectron2.evaluation import verify_results  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+
+import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
+from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
+from fpn_plugin.engine.setup import argument_parser, begin, prepare_launch, setup  # noqa: E402
+from fpn_plugin.engine.trainer import Trainer  # noqa: E402
+
+
+def main(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Train or evaluate, in one of the launched processes."""
+    cfg = begin(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = argument_parser().parse_args()
+    config = setup(arguments)
+    prepare_launch(config, arguments.num_gpus * arguments.num_machines)
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(config, arguments),
+    )
