@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, Sequence
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up import build_bottom_up
@@ -37,6 +37,9 @@ class PyramidBackbone(Pyramid, Backbone):
     Raises:
         ValueError: (KeyError for an unknown name) naming the config key or node, the value and what is valid.
     """
+
+    # Detectron2's ResNet keeps its stages in a plain list, which TorchScript refuses
+    _unrolled = (ResNet,)
 
     @configurable
     def __init__(

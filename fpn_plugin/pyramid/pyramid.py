@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from typing import Any, Callable, Dict, Mapping
 
 import torch
@@ -46,6 +47,9 @@ class Pyramid(nn.Module):
         >>> {name: tuple(x.shape) for name, x in pyramid(maps).items()}
         {'p2': (1, 8, 10, 14), 'p3': (1, 8, 5, 7)}
     """
+
+    # submodules that TorchScript cannot compile by themselves: see __prepare_scriptable__
+    _unrolled: tuple[type, ...] = ()
 
     def __init__(self, graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> None:
         super().__init__()
@@ -115,13 +119,32 @@ class Pyramid(nn.Module):
         """What `torch.jit.script` compiles in this module's place: the same submodules, called in straight-line code.
 
         TorchScript cannot look up a submodule by a name that it computes, so the loop over the graph is unrolled
-        by torch.fx, in which every submodule is a leaf.
+        by torch.fx, in which the submodules are leaves.
         """
-        return fx.GraphModule(self, _LeafTracer().trace(self), type(self).__name__)
+        graph = _Unroller(self._unrolled).trace(self)
+        types = typing.get_type_hints(type(self).forward)
+        for item in graph.nodes:  # the tracer has taken over the annotations as strings
+            if item.op in ("placeholder", "output"):
+                item.type = types["return" if item.op == "output" else item.target]
+        return fx.GraphModule(self, graph, type(self).__name__)
 
 
-class _LeafTracer(fx.Tracer):
+class _Unroller(fx.Tracer):
+    """Writes a module's forward as straight-line code of calls to its submodules.
+
+    Args:
+        unrolled: submodules of these types are written out too. Nothing in their forward may depend on a condition
+            on tensors except an assertion, which is taken to hold.
+    """
+
+    def __init__(self, unrolled: tuple[type, ...]) -> None:
+        super().__init__()
+        self.unrolled = unrolled
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, self.unrolled)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
         return True
 
 
