@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Package metadata: version ranges and extras. Exact versions with hashes are in requirements.txt."""
+"""Package metadata: version ranges and extras. Exact versions with hashes are in
+requirements.txt."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -22,7 +24,7 @@ EXTRAS["dev"] = [
 setup(
     name="fpn_plugin",
     version="0.1.0",
-    description="Feature pyramids for Detectron2: topology, fusion, resampling and backbone by config",
+    description="Feature pyramids for Detectron2: topology, fusion and backbone by config",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

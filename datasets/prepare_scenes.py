@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw $DETECTRON2_DATASETS/scenes: textured shapes with exact masks, the same for the same seed."""
+"""Draw $DETECTRON2_DATASETS/scenes: textured shapes with masks, the same for the same seed."""
 
 import argparse
 from pathlib import Path

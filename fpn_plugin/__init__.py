@@ -4,8 +4,10 @@ try:
     import detectron2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "fpn_plugin needs Detectron2, which is not on PyPI under its own name. In a checkout of fpn_plugin, `make setup`"
-        " installs a pinned build into .venv; for your own environment, follow Detectron2's installation guide, or run"
+        "fpn_plugin needs Detectron2, which is not on PyPI under its own name. In a"
+        " checkout of fpn_plugin, `make setup`"
+        " installs a pinned build into .venv; for your own environment, follow"
+        " Detectron2's installation guide, or run"
         " `pip install ./tools/detectron2_wheel` in the checkout (pure Python, no compiler needed)."
     ) from error
 

@@ -1,8 +1,10 @@
-"""Every config key that this plugin adds to Detectron2's, with its default, and the checks on their values.
+"""Every config key that this plugin adds to Detectron2's, with its default, and the checks on their
+values.
 
-The defaults reproduce Detectron2: a zoo config whose `MODEL.BACKBONE.NAME` is `build_pyramid_backbone` builds the
-model that it built before, parameter for parameter. Detectron2's own `MODEL.FPN.IN_FEATURES`, `OUT_CHANNELS`,
-`NORM` and `FUSE_TYPE` keep their meaning; `FUSE_TYPE` takes every fusion of the registry.
+The defaults reproduce Detectron2: a zoo config whose `MODEL.BACKBONE.NAME` is
+`build_pyramid_backbone` builds the model that it built before, parameter for parameter.
+Detectron2's own `MODEL.FPN.IN_FEATURES`, `OUT_CHANNELS`, `NORM` and `FUSE_TYPE` keep their meaning;
+`FUSE_TYPE` takes every fusion of the registry.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
     fpn.TOPOLOGY = "fpn"
     # How often the topology runs, each time on the maps that the last one gave
     fpn.REPEATS = 1
-    # Levels coarser than the last bottom-up map: none; maxpool (one: the top output, subsampled); conv_c5 or
-    # conv_p5 (two: 3x3 stride 2 from the top bottom-up or output map). auto: as Detectron2's builders do it,
-    # conv_c5 for RetinaNet, none for an inline GRAPH, maxpool for everything else
+    # Levels coarser than the last bottom-up map: none; maxpool (one: the top output, subsampled);
+    # conv_c5 or conv_p5 (two: 3x3 stride 2 from the top bottom-up or output map). auto: as
+    # Detectron2's builders do it, conv_c5 for RetinaNet, none for an inline GRAPH, maxpool for
+    # everything else
     fpn.EXTRA_LEVELS = "auto"
     # How a coarser map is brought to a finer level: a name of the UPSAMPLE registry
     fpn.UPSAMPLE = "nearest"
@@ -42,7 +45,8 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
     fpn.BLOCK = "conv3x3"
     # The activation of the blocks: a name of the ACTIVATIONS registry, or "" for none
     fpn.ACTIVATION = ""
-    # A pyramid of one's own: a list of nodes ({name, level, inputs, fuse, block, output}) instead of TOPOLOGY
+    # A pyramid of one's own: a list of nodes ({name, level, inputs, fuse, block, output}) instead
+    # of TOPOLOGY
     fpn.GRAPH = []
 
 
@@ -50,16 +54,20 @@ def _add_bottom_up_keys(cfg: CfgNode) -> None:
     cfg.MODEL.BOTTOM_UP = CfgNode()
     # The network underneath: a builder of Detectron2's BACKBONE_REGISTRY, or timm/<model>
     cfg.MODEL.BOTTOM_UP.NAME = "build_resnet_backbone"
-    # A file with weights for that network alone; "" starts from its initialisation (or MODEL.WEIGHTS)
+    # A file with weights for that network alone; "" starts from its initialisation (or
+    # MODEL.WEIGHTS)
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
-    # timm networks: "FrozenBN" freezes their batch norms (statistics and affine), "" leaves them as they are
+    # timm networks: "FrozenBN" freezes their batch norms (statistics and affine), "" leaves them as
+    # they are
     cfg.MODEL.BOTTOM_UP.NORM = ""
 
 
 def _add_training_keys(cfg: CfgNode) -> None:
-    # Keep the weights in channels-last memory format (faster convolutions on most devices, the same numbers)
+    # Keep the weights in channels-last memory format (faster convolutions on most devices, the same
+    # numbers)
     cfg.MODEL.CHANNELS_LAST = False
-    # The type that SOLVER.AMP.ENABLED computes in: fp16, bf16, or auto (fp16 on CUDA, bf16 on the CPU)
+    # The type that SOLVER.AMP.ENABLED computes in: fp16, bf16, or auto (fp16 on CUDA, bf16 on the
+    # CPU)
     cfg.SOLVER.AMP.PRECISION = "auto"
     # SGD (Detectron2's) or AdamW
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -72,8 +80,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.OWN.TRAIN_IMAGES = ""
     cfg.DATASETS.OWN.VAL_JSON = ""
     cfg.DATASETS.OWN.VAL_IMAGES = ""
-    # How thoroughly a dataset is checked before training: full (decode every image), headers (existence and
-    # size), annotations (the JSON alone), off; auto: by the number of images
+    # How thoroughly a dataset is checked before training: full (decode every image), headers
+    # (existence and size), annotations (the JSON alone), off; auto: by the number of images
     cfg.DATASETS.CHECK = "auto"
 
 
@@ -111,13 +119,20 @@ def validate_config(cfg: CfgNode) -> None:
     }.items():
         operator = as_operator(fpn[key], f"MODEL.FPN.{key}")
         registry.get(operator.name if operator else "", f"MODEL.FPN.{key}")
-    if isinstance(fpn.OUT_CHANNELS, bool) or not isinstance(fpn.OUT_CHANNELS, int) or fpn.OUT_CHANNELS < 1:
-        raise ValueError(f"MODEL.FPN.OUT_CHANNELS: {fpn.OUT_CHANNELS!r} is not a whole number of 1 or more")
+    if (
+        isinstance(fpn.OUT_CHANNELS, bool)
+        or not isinstance(fpn.OUT_CHANNELS, int)
+        or fpn.OUT_CHANNELS < 1
+    ):
+        raise ValueError(
+            f"MODEL.FPN.OUT_CHANNELS: {fpn.OUT_CHANNELS!r} is not a whole number of 1 or more"
+        )
     norm_layer(fpn.NORM, fpn.OUT_CHANNELS)
 
 
 def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
-    """Check that the heads of the config read maps that the pyramid gives, with as many anchors as maps.
+    """Check that the heads of the config read maps that the pyramid gives, with as many anchors as
+    maps.
 
     Args:
         shapes: what the pyramid gives, by name ("p2", ...).
@@ -128,7 +143,9 @@ def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
     for key, features in _head_features(cfg).items():
         missing = [name for name in features if name not in shapes]
         if missing:
-            raise ValueError(f"{key}: {missing} are not among the pyramid's maps: {', '.join(shapes)}")
+            raise ValueError(
+                f"{key}: {missing} are not among the pyramid's maps: {', '.join(shapes)}"
+            )
         if len(features) == 0:
             raise ValueError(f"{key}: it is empty; choose from {', '.join(shapes)}")
         if key in ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES"):

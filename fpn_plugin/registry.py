@@ -9,7 +9,8 @@ T = TypeVar("T")
 
 
 class UnknownNameError(KeyError):
-    """A name that nothing is registered under. Unlike a plain KeyError it prints its message as it is."""
+    """A name that nothing is registered under. Unlike a plain KeyError it prints its message as it
+    is."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -24,7 +25,10 @@ def unknown_name(where: str, name: object, choices: Iterable[str]) -> UnknownNam
     known = sorted(choices)
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return UnknownNameError(f"{where}: unknown name {name!r}{hint}; choose from: {', '.join(known)}")
+    return UnknownNameError(
+        f"{where}: unknown name {name!r}{hint}; choose from:"
+        f" {', '.join(item or repr(item) for item in known)}"
+    )
 
 
 class Registry(Generic[T]):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Set up the environment that `make` uses: the locked requirements, Detectron2 and this plugin.
 
-Uses the standard library alone, because it runs before anything is installed. It writes inside the environment
-only, and does nothing when the last set-up still fits.
+Uses the standard library alone, because it runs before anything is installed. It writes inside the
+environment only, and does nothing when the last set-up still fits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.txt"
 UV_LOCK = ROOT / "tools" / "requirements-uv.txt"
 REPUBLICATION = ROOT / "tools" / "detectron2_wheel"
+LOCK_HEADER = "# Made by `make lock` from setup.py and tools/detectron2_wheel/pyproject.toml.\n"
 GITHUB = "detectron2 @ git+https://github.com/facebookresearch/detectron2.git@main"
-INPUTS = [LOCK, UV_LOCK, ROOT / "setup.py", *sorted(REPUBLICATION.glob("*.*")), Path(__file__)]
+INPUTS = [LOCK, UV_LOCK, ROOT / "setup.py", *sorted(REPUBLICATION.glob("*.*"))]
 
 
-def run(*command: object, quiet: bool = False) -> None:
+def run(*command: object) -> None:
     """Run a command; end with its exit code and its name when it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, stdout=subprocess.DEVNULL if quiet else None)
+    done = subprocess.run(words)
     if done.returncode:
         sys.exit(f"setup_env: failed with exit code {done.returncode}: {' '.join(words)}")
 
@@ -56,14 +57,17 @@ def installer(python: Path) -> list[str]:
 
 
 def install(args: argparse.Namespace, python: Path) -> None:
-    """Install what is missing. An environment that has Detectron2 already keeps its own versions."""
+    """Install what is missing. An environment that has Detectron2 already keeps its own
+    versions."""
     if has_detectron2(python) and not args.ours:
         print(f"setup_env: keeping the Detectron2 of {args.venv}; only this plugin is installed")
         pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
         run(*pip, "--editable", f"{ROOT}[dev]")
         return
     command = installer(python)
-    os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = str(write_build_constraint(args))
+    os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = str(
+        write_build_constraint(args)
+    )
     run(*command, "--require-hashes", "--requirement", LOCK)
     if args.detectron2 == "git":
         run(*command, "--no-deps", "--no-build-isolation", GITHUB)
@@ -75,7 +79,7 @@ def install(args: argparse.Namespace, python: Path) -> None:
 def write_build_constraint(args: argparse.Namespace) -> Path:
     """The few requirements without a wheel are built with the setuptools that the lock pins."""
     pinned = next(line for line in LOCK.read_text().splitlines() if line.startswith("setuptools=="))
-    path = Path(args.venv) / "build-constraint.txt"
+    path = args.venv.resolve() / "build-constraint.txt"
     path.write_text(pinned.split(" ")[0] + "\n")
     return path
 
@@ -87,9 +91,26 @@ def parse() -> argparse.Namespace:
         "--detectron2",
         choices=["pinned", "git"],
         default="pinned",
-        help="what to install where the environment has none: the pinned republication, or upstream",
+        help="where the environment has none: the pinned republication, or upstream main",
     )
+    parser.add_argument("--lock", action="store_true", help="work out requirements.txt again")
     return parser.parse_args()
+
+
+def lock(python: Path) -> None:
+    """Write requirements.txt: exact versions with hashes, for every platform and Python."""
+    command = [
+        python.with_name("uv"),
+        "pip",
+        "compile",
+        "setup.py",
+        REPUBLICATION / "pyproject.toml",
+    ]
+    command += ["--extra", "dev", "--universal", "--python-version", "3.10", "--generate-hashes"]
+    command += ["--no-header", "--no-annotate", "--quiet", "--no-cache", "--output-file", LOCK]
+    os.chdir(ROOT)
+    run(*command)
+    LOCK.write_text(LOCK_HEADER + LOCK.read_text())
 
 
 def main() -> None:
@@ -97,6 +118,8 @@ def main() -> None:
     if sys.version_info < (3, 10):
         sys.exit(f"setup_env: Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     python = args.venv / "bin" / "python"
+    if args.lock:
+        return lock(python)
     stamp = args.venv / "fpn-plugin-setup"  # its presence also says that we made this environment
     args.ours = stamp.exists() or not python.exists()
     wanted = fingerprint(args)
@@ -104,8 +127,8 @@ def main() -> None:
         return
     start = time.time()
     print(f"setup_env: setting up {args.venv}, about 5.5 GB; this happens once", flush=True)
-    if args.ours:
-        run(sys.executable, "-m", "venv", "--clear", args.venv)
+    if not python.exists():
+        run(sys.executable, "-m", "venv", args.venv)
         stamp.write_text("unfinished")
     install(args, python)
     run(python, "-m", "pip", "check", "--disable-pip-version-check")

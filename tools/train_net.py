@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Train or evaluate any Detectron2 detector with a pyramid: Detectron2's command line, on GPUs or on the CPU.
+"""Train or evaluate any Detectron2 detector, on GPUs or on the CPU: Detectron2's command line.
 
-    python tools/train_net.py --config-file configs/… [--num-gpus N] [--resume | --overwrite] [KEY VALUE …]
-    python tools/train_net.py --config-file configs/… --eval-only MODEL.WEIGHTS model.pth
-    python tools/train_net.py --config-file configs/… --train-json a.json --train-images a/ [--val-json … --val-images …]
-    python tools/train_net.py --config-file configs/… --num-gpus 2 MODEL.DEVICE cpu      (two processes, no GPU)
+train_net.py --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE …]
+train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
+train_net.py --config-file FILE --train-json a.json --train-images a/ --val-json … --val-images …
+train_net.py --config-file FILE --num-gpus 2 MODEL.DEVICE cpu      two processes without a GPU
 """
 
 import os
 
-# Before torch is imported: its OpenMP workers otherwise spin, and starve everything else on a busy machine.
+# Before torch is imported: its OpenMP workers otherwise spin and starve a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402

@@ -34,7 +34,8 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     elif name in BACKBONE_REGISTRY:
         if cfg.MODEL.BOTTOM_UP.NORM:
             raise ValueError(
-                f"MODEL.BOTTOM_UP.NORM: {cfg.MODEL.BOTTOM_UP.NORM!r} is for timm networks; {name} takes its norm"
+                f"MODEL.BOTTOM_UP.NORM: {cfg.MODEL.BOTTOM_UP.NORM!r} is for timm networks;"
+                f" {name} takes its norm"
                 " from its own keys (MODEL.RESNETS.NORM)"
             )
         bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from typing import Any, Dict, Sequence
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -14,14 +14,16 @@ NORMS = ("", "FrozenBN")
 
 
 class TimmBackbone(Backbone):
-    """A timm network (`features_only=True`) whose maps are named `res<level>`, with level = log2(stride).
+    """A timm network (`features_only=True`) whose maps are named `res<level>`, with level =
+    log2(stride).
 
     Args:
         model: timm's name for it, e.g. "tf_efficientnet_lite0".
         out_features: the maps to give, e.g. `["res3", "res4", "res5"]`; empty for all.
-        freeze_at: 0: train everything; 1: freeze the stem, that is all before and including the first map
-            (`res1`); 2: and up to `res2`; and so on, as Detectron2 counts.
-        norm: "FrozenBN" freezes the statistics and the affine parameters of every batch norm; "" keeps them.
+        freeze_at: 0: train everything; 1: freeze the stem, that is all before and including the
+            first map (`res1`); 2: and up to `res2`; and so on, as Detectron2 counts.
+        norm: "FrozenBN" freezes the statistics and the affine parameters of every batch norm; ""
+            keeps them.
         in_channels: of the image.
 
     Raises:
@@ -39,11 +41,13 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.model = _create(model, in_channels)
-        info = self.model.feature_info
+        info: Any = self.model.feature_info
         names = [f"res{stride.bit_length() - 1}" for stride in info.reduction()]
         for name in out_features:
             if name not in names:
-                raise unknown_name("MODEL.FPN.IN_FEATURES (maps of timm/" + model + ")", name, names)
+                raise unknown_name(
+                    "MODEL.FPN.IN_FEATURES (maps of timm/" + model + ")", name, names
+                )
         self._names = names
         self._out_features = [name for name in names if name in out_features or not out_features]
         self._out_feature_channels = dict(zip(names, info.channels()))
@@ -74,7 +78,8 @@ class TimmBackbone(Backbone):
             x: images, `(N, 3, H, W)`.
 
         Returns:
-            `{"res2": (N, C2, H/4, W/4), ...}`, the maps of `out_features` from high to low resolution.
+            `{"res2": (N, C2, H/4, W/4), ...}`, the maps of `out_features` from high to low
+            resolution.
         """
         maps: Dict[str, Tensor] = {}
         for name, y in zip(self._names, self.model(x)):
@@ -85,7 +90,9 @@ class TimmBackbone(Backbone):
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride in pixels of each map."""
         return {
-            name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
+            name: ShapeSpec(
+                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
+            )
             for name in self._out_features
         }
 
@@ -94,8 +101,12 @@ def _create(model: str, in_channels: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ImportError("MODEL.BOTTOM_UP.NAME: timm/... needs timm: pip install 'fpn_plugin[timm]'") from error
+        raise ImportError(
+            "MODEL.BOTTOM_UP.NAME: timm/... needs timm: pip install 'fpn_plugin[timm]'"
+        ) from error
     if not timm.is_model(model):
         close = timm.list_models(f"*{model.split('_')[0]}*")[:20]
-        raise unknown_name("MODEL.BOTTOM_UP.NAME", f"timm/{model}", close or timm.list_models()[:20])
+        raise unknown_name(
+            "MODEL.BOTTOM_UP.NAME", f"timm/{model}", close or timm.list_models()[:20]
+        )
     return timm.create_model(model, pretrained=False, features_only=True, in_chans=in_channels)

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 def load_weights(module: nn.Module, path: str) -> None:
     """Load a state dict into `module` by name, and log what matched, was missing, or was left over.
 
-    A checkpoint that wraps its weights in `model` or `state_dict` is unwrapped. The file is read without running
-    code from it.
+    A checkpoint that wraps its weights in `model` or `state_dict` is unwrapped. The file is read
+    without running code from it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -25,7 +25,8 @@ def load_weights(module: nn.Module, path: str) -> None:
     given = read_state_dict(path)
     wanted = module.state_dict()
     wrong = [
-        f"{name} is {tuple(given[name].shape)} in the file, {tuple(wanted[name].shape)} in the network"
+        f"{name} is {tuple(given[name].shape)} in the file, {tuple(wanted[name].shape)} in"
+        " the network"
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
@@ -34,14 +35,24 @@ def load_weights(module: nn.Module, path: str) -> None:
     matched = [name for name in wanted if name in given]
     if not matched:
         raise ValueError(
-            f"{KEY}: nothing in {path} matches the network: it has {_few(given)}, the network has {_few(wanted)}"
+            f"{KEY}: nothing in {path} matches the network: it has {_few(given)}, the"
+            f" network has {_few(wanted)}"
         )
     module.load_state_dict({name: given[name] for name in matched}, strict=False)
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    unused = [name for name in given if name not in wanted and not name.endswith("num_batches_tracked")]
+    missing = [
+        name for name in wanted if name not in given and not name.endswith("num_batches_tracked")
+    ]
+    unused = [
+        name for name in given if name not in wanted and not name.endswith("num_batches_tracked")
+    ]
     logger.info("%s: %s: %d tensors matched", KEY, path, len(matched))
     if missing:
-        logger.warning("%s: %d tensors of the network are not in the file: %s", KEY, len(missing), _few(missing))
+        logger.warning(
+            "%s: %d tensors of the network are not in the file: %s",
+            KEY,
+            len(missing),
+            _few(missing),
+        )
     if unused:
         logger.info("%s: %d tensors of the file are not used: %s", KEY, len(unused), _few(unused))
 
@@ -57,12 +68,16 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{KEY}: there is no file {path!r}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here, all meaning "not a plain weight file"
+    except (
+        Exception
+    ) as error:  # torch raises many kinds here, all meaning "not a plain weight file"
         raise ValueError(f"{KEY}: {path} cannot be read as plain weights: {error}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(value, Tensor) for value in loaded.values()
+    ):
         raise ValueError(f"{KEY}: {path} holds no state dict (names with tensors)")
     return loaded
 

@@ -68,7 +68,7 @@ def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the pixels ``(H, W)`` inside a polygon ``(K, 2)``, as a boolean mask."""
     # Pixel centres lie at half coordinates, while OpenCV puts them at whole ones.
     fixed = np.rint((points - 0.5) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
-    canvas = np.zeros((height, width), np.uint8)
+    canvas: np.ndarray = np.zeros((height, width), np.uint8)
     cv2.fillPoly(canvas, [fixed], 1, lineType=cv2.LINE_8, shift=_SUBPIXEL_BITS)
     return canvas.astype(bool)
 
@@ -108,7 +108,7 @@ def _gradient(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndar
 
 
 def _noise(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return value_noise(rng, *u.shape, cell=4) / 255.0
+    return value_noise(rng, u.shape[0], u.shape[1], cell=4) / 255.0
 
 
 TEXTURES: dict[str, Texture] = {
@@ -142,7 +142,7 @@ def paint(
         period: length after which the texture repeats, in pixels.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    window: tuple[slice, slice] = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     y, x = np.mgrid[window].astype(np.float64)
     cos, sin = math.cos(angle) / period, math.sin(angle) / period
     share = TEXTURES[texture](rng, x * cos + y * sin, y * cos - x * sin)[..., None]

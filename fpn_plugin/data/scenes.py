@@ -195,7 +195,7 @@ def _write_split(folder: Path, split: str, count: int, options: SceneOptions) ->
     for index in range(count):
         scene = draw_scene(options, split, index)
         image_id, file_name = index + 1, f"{index:06d}.png"
-        Image.fromarray(scene.pixels).save(folder / split / file_name)
+        Image.fromarray(scene.pixels).save(folder / split / file_name, compress_level=3)
         height, width = scene.owner.shape
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         for number in range(len(scene.classes)):

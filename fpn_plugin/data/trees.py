@@ -1,6 +1,6 @@
 """Tree crowns in aerial photos: overlapping tiles with their boxes, split by source photo.
 
-Boxes are ``(x0, y0, x1, y1)`` in pixels, ``x1`` and ``y1`` exclusive, in arrays of shape ``(N, 4)``.
+Boxes are ``(x0, y0, x1, y1)`` in pixels, ``x1`` and ``y1`` exclusive; arrays of them ``(N, 4)``.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def cut_tiles(
             yield x, y, pixels, boxes[(inside > 0) & (inside >= min_visible * areas)]
 
 
-def prepare_trees(root: Path, options: TreeOptions = TreeOptions(), cache: Path | None = None) -> bool:
+def prepare_trees(
+    root: Path, options: TreeOptions = TreeOptions(), cache: Path | None = None
+) -> bool:
     """Make ``root/trees``: JPEG tiles in ``train`` and ``val``, COCO JSON in ``annotations``.
 
     Args:

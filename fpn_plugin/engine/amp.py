@@ -1,4 +1,4 @@
-"""Mixed precision on any device: which type, the model that computes in it, and the training step."""
+"""Mixed precision on any device: the type, the model that computes in it, the training step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
         precision = "fp16" if device == "cuda" else "bf16"
     if precision == "fp16" and device != "cuda":
         raise ValueError(
-            f"SOLVER.AMP.PRECISION 'fp16' needs CUDA, and MODEL.DEVICE is {device!r}; choose 'bf16' or 'auto'"
+            f"SOLVER.AMP.PRECISION 'fp16' needs CUDA, and MODEL.DEVICE is {device!r}; "
+            "choose 'bf16' or 'auto'"
         )
     return _DTYPES[precision]
 
@@ -61,7 +62,7 @@ class Autocast(nn.Module):
 def build_step_trainer(
     cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer
 ) -> SimpleTrainer:
-    """The trainer of single steps: Detectron2's SimpleTrainer or AMPTrainer, or, on the CPU, autocast without a scaler.
+    """The trainer of single steps: Detectron2's, with autocast and no scaler for AMP on the CPU.
 
     Raises:
         KeyError: if `SOLVER.AMP.PRECISION` is unknown.

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: written whole or not at all, and read only when they are whole."""
+"""Checkpoints that survive a kill: written whole or not at all, and read only when whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import IO, Any, Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.logger import log_first_n
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def list_checkpoints(folder: str) -> list[Path]:
 
 
 def is_whole(path: str | Path) -> bool:
-    """Whether a file is a checkpoint of torch that was written to its end, by the check sums in it."""
+    """Whether a file is a checkpoint of torch written to its end, by the check sums in it."""
     try:
         stat = os.stat(path)
     except FileNotFoundError:
@@ -47,13 +48,15 @@ def _is_whole(path: str, size: int, mtime: int) -> bool:
 def find_checkpoint(folder: str) -> str:
     """The checkpoint that a run in this folder goes on from.
 
-    That is the one its `last_checkpoint` names or, if that file is missing or broken, the newest whole one.
+    That is the one its `last_checkpoint` names or, if that file is missing or broken, the newest
+    whole one.
 
     Returns:
         its path, or "" if the folder holds no checkpoint at all.
 
     Raises:
-        ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting over by itself
+        ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting
+        over by itself
             would throw a run away.
     """
     tag = Path(folder, TAG)
@@ -63,19 +66,27 @@ def find_checkpoint(folder: str) -> str:
     found = list_checkpoints(folder)
     whole = next((file for file in reversed(found) if is_whole(file)), None)
     if whole is not None:
-        state = "there is no last_checkpoint" if tagged is None else f"{tagged.name} is missing or broken"
-        logger.warning("In OUTPUT_DIR %s %s: going on from the newest whole one, %s", folder, state, whole.name)
+        state = (
+            "there is no last_checkpoint"
+            if tagged is None
+            else f"{tagged.name} is missing or broken"
+        )
+        message = (
+            f"In OUTPUT_DIR {folder} {state}: going on from the newest whole one, {whole.name}"
+        )
+        log_first_n(logging.WARNING, message, key="message")
         return str(whole)
     if tagged is None and not found:
         return ""
     names = ", ".join(sorted({file.name for file in found} | ({tagged.name} if tagged else set())))
     raise ValueError(
-        f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({names}). Restore one, or start over with --overwrite"
+        f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({names}). "
+        "Restore one, or start over with --overwrite"
     )
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replace a file as one step: whoever reads it, also after a kill, sees the old file or the new, never a part."""
+    """Replace a file in one step: whoever reads it, also after a kill, sees the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -151,9 +162,9 @@ class Checkpointer(DetectionCheckpointer):
         write_atomically(Path(self.save_dir, TAG), lambda file: file.write(content))
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one to resume from; see :func:`find_checkpoint`, also for what it raises."""
+        """Whether there is one to resume from; see, also for what it raises, `find_checkpoint`."""
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The path of the checkpoint to resume from, or ""; see :func:`find_checkpoint`, also for what it raises."""
+        """The path of the one to resume from, or ""; see `find_checkpoint` as well."""
         return find_checkpoint(self.save_dir) if self.save_dir else ""

@@ -1,8 +1,8 @@
-"""The training loader: Detectron2's samplers and mapper, made to go on at any iteration as if never interrupted.
+"""The training loader: Detectron2's samplers and mapper, able to go on at any iteration.
 
-Which images make a batch is decided in the sampler, before any image is read, and what a sample's augmentation
-draws follows from its position alone. So the batches are a function of the run's seed and the iteration, for any
-number of workers; a resumed run skips what is done without loading it.
+Which images make a batch is decided in the sampler, before any image is read, and what a sample's
+augmentation draws follows from its position alone. So the batches are a function of the run's seed
+and the iteration, for any number of workers; a resumed run skips what is done without loading it.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ _MAPPER_TRIES = 100
 
 
 class Token(NamedTuple):
-    """One sample of this process's stream: its position in the sampler's order and its index in the dataset."""
+    """A sample of this process: its position in the sampler's order, its index in the dataset."""
 
     position: int
-    index: int
+    item: int
 
 
 class ResumableSampler(torchdata.Sampler):
     """Yields the tokens of whole batches, from any batch on.
 
     Args:
-        sampler: an endless sampler of this process's indices that starts over, in the same order, each time it is
-            iterated; Detectron2's training samplers do.
+        sampler: an endless sampler of this process's indices that starts over, in the same order,
+            each time it is iterated; Detectron2's training samplers do.
         batch_size: images per batch of this process.
-        groups: the group of every dataset index; a batch holds images of one group. None: no grouping.
+        groups: the group of every dataset index; a batch holds images of one group. None: no
+            grouping.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class ResumableSampler(torchdata.Sampler):
 class SeededDataset(torchdata.Dataset):
     """Maps a token to a training sample, with a seed that follows from the token.
 
-    Detectron2's MapDataset is not used because its replacement for a sample that the mapper refuses (returns None
-    for) depends on what the worker did before; here it is drawn from the token's seed as well.
+    Detectron2's MapDataset is not used because its replacement for a sample that the mapper
+    refuses (returns None for) depends on what the worker did before; here it is drawn from the
+    token's seed as well.
 
     Args:
         dataset: dataset dicts by index.
@@ -84,7 +86,9 @@ class SeededDataset(torchdata.Dataset):
         seed: the run's seed.
     """
 
-    def __init__(self, dataset: torchdata.Dataset, mapper: Callable[[dict], Any], seed: int) -> None:
+    def __init__(
+        self, dataset: torchdata.Dataset, mapper: Callable[[dict], Any], seed: int
+    ) -> None:
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
@@ -97,12 +101,14 @@ class SeededDataset(torchdata.Dataset):
         for attempt in range(_MAPPER_TRIES):
             # The seed covers which image replaces a refused one, so a retry needs its own.
             seed = derive_seed(self.seed, SAMPLE_STREAM, self.rank, token.position, attempt)
-            index = token.index if attempt == 0 else seed % len(self)
+            index = token.item if attempt == 0 else seed % len(self)
             with seeded(seed):
                 sample = self.mapper(self.dataset[index])
             if sample is not None:
                 return sample
-        raise ValueError(f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {token.index}")
+        raise ValueError(
+            f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {token.item}"
+        )
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> Any:
@@ -113,21 +119,25 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         mapper: by default Detectron2's DatasetMapper for training.
 
     Returns:
-        a DataLoader that gives lists of mapped samples; pass it to :func:`start_at` before it is iterated.
+        a DataLoader that gives lists of mapped samples; pass it to :func:`start_at` before it is
+        iterated.
 
     Raises:
         ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes.
     """
+    batch_size = _batch_per_process(cfg)
     dataset = _training_dicts(cfg)
     mapper = mapper or DatasetMapper(cfg, is_train=True)
     if isinstance(dataset, torchdata.IterableDataset):
-        logger.warning("DATASETS.TRAIN %s is a stream: a resumed run starts it over", cfg.DATASETS.TRAIN)
+        logger.warning(
+            "DATASETS.TRAIN %s is a stream: a resumed run starts it over", cfg.DATASETS.TRAIN
+        )
         return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [_is_wide(record) for record in dataset] if grouped else None
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
-    sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), _batch_per_process(cfg), groups)
+    sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), batch_size, groups)
     return build_detection_train_loader(
         SeededDataset(dataset, mapper, cfg.SEED),
         mapper=None,
@@ -158,13 +168,18 @@ def _training_dicts(cfg: CfgNode) -> Any:
 
 
 def _detectron2_sampler(cfg: CfgNode, dataset: Any) -> torchdata.Sampler:
-    """The sampler that Detectron2 makes of `DATALOADER.SAMPLER_TRAIN`, with every seed from the run's.
+    """Detectron2's sampler of `DATALOADER.SAMPLER_TRAIN`, with every seed from the run's.
 
-    Only some of its samplers can be given a seed; the rest draw one from numpy, so it is numpy that is seeded.
+    Only some of its samplers can be given a seed; the rest draw one from numpy, so it is numpy
+    that is seeded.
     """
     with seeded(cfg.SEED):
         loader = build_detection_train_loader(
-            cfg, mapper=lambda record: record, dataset=dataset, aspect_ratio_grouping=False, num_workers=0
+            cfg,
+            mapper=lambda record: record,
+            dataset=dataset,
+            aspect_ratio_grouping=False,
+            num_workers=0,
         )
     return loader.dataset.sampler
 
@@ -173,7 +188,8 @@ def _batch_per_process(cfg: CfgNode) -> int:
     total, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if total < processes or total % processes:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {total}; with {processes} processes choose a multiple of {processes}"
+            f"SOLVER.IMS_PER_BATCH is {total}; "
+            f"with {processes} processes choose a multiple of {processes}"
         )
     return total // processes
 

@@ -37,7 +37,11 @@ def _sem_seg(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
 
 @EVALUATORS.register("coco_panoptic_seg")
 def _panoptic(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
-    return [*_sem_seg(cfg, name, folder), *_coco(cfg, name, folder), COCOPanopticEvaluator(name, folder)]
+    return [
+        *_sem_seg(cfg, name, folder),
+        *_coco(cfg, name, folder),
+        COCOPanopticEvaluator(name, folder),
+    ]
 
 
 @EVALUATORS.register("lvis")
@@ -64,8 +68,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str = "") ->
     """The evaluator of a registered dataset.
 
     Args:
-        output_folder: where it writes its files. By default `OUTPUT_DIR/inference`, with a folder per dataset in
-            it when `DATASETS.TEST` names several.
+        output_folder: where it writes its files. By default `OUTPUT_DIR/inference`, with a folder
+            per dataset in it when `DATASETS.TEST` names several.
 
     Raises:
         KeyError: if the dataset's `evaluator_type` is missing or unknown; it names the choices.
@@ -75,6 +79,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str = "") ->
         if len(cfg.DATASETS.TEST) > 1:
             output_folder = os.path.join(output_folder, dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-    build = EVALUATORS.get(kind, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)")
+    build = EVALUATORS.get(
+        kind, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)"
+    )
     evaluators = build(cfg, dataset_name, output_folder)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,4 +1,4 @@
-"""Randomness as a function of the run's seed and a position, so that a resumed run draws what an unbroken one draws."""
+"""Randomness as a function of the run's seed and a position: a resumed run draws the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE_STREAM = 1
 
 
 def derive_seed(*parts: int) -> int:
-    """A 32-bit seed that depends on every part: equal parts give equal seeds, neighbours give unrelated ones.
+    """A 32-bit seed from all parts: equal for equal parts, unrelated for neighbours.
 
     Args:
         parts: the run's seed first, then what identifies the position; none is negative.
@@ -36,7 +36,8 @@ def seed_all(seed: int) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Run a block on the CPU under a seed, and leave the generators outside as they were."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    # Not torch.manual_seed: that would also reset the GPUs' generators, which belong to the training step.
+    # Not torch.manual_seed: that would also reset the GPUs' generators, which belong to the
+    # training step.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -51,8 +52,8 @@ def seeded(seed: int) -> Iterator[None]:
 class SeedHook(HookBase):
     """Seeds every training step from the run's seed, the iteration and the rank.
 
-    What a step draws (RPN and ROI sampling, dropout) then depends on nothing that happened before it: neither on
-    an evaluation in between nor on whether the run was interrupted.
+    What a step draws (RPN and ROI sampling, dropout) then depends on nothing that happened before
+    it: neither on an evaluation in between nor on whether the run was interrupted.
     """
 
     def __init__(self, seed: int) -> None:

@@ -20,7 +20,13 @@ CONFIG = "config.yaml"
 # A resumed run that differs in one of these sections will not be the run that was interrupted …
 _COMPARED = ("MODEL", "DATASETS", "DATALOADER", "INPUT", "SOLVER")
 # … except for where it runs, what it no longer reads, and what its batches do not depend on.
-_FREE = ("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.BOTTOM_UP.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.CHECK")
+_FREE = (
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.BOTTOM_UP.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.CHECK",
+)
 
 
 def run_results(folder: str) -> list[Path]:
@@ -42,7 +48,9 @@ def run_files(folder: str) -> list[Path]:
     root = Path(folder)
     names = (CONFIG, "metrics.json", "log.txt", TAG, f"{TAG}.tmp")
     extra = [*root.glob("log.txt.rank*"), *root.glob("model_*.pth.tmp")]
-    return sorted({*run_results(folder), *extra, *(root / name for name in names if (root / name).is_file())})
+    return sorted(
+        {*run_results(folder), *extra, *(root / name for name in names if (root / name).is_file())}
+    )
 
 
 def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
@@ -54,11 +62,14 @@ def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: if it holds another run's results and neither flag is given.
-        ValueError: if both are given, if `overwrite` would remove `MODEL.WEIGHTS`, or if no checkpoint is whole.
+        ValueError: if both are given, if `overwrite` would remove `MODEL.WEIGHTS`, or if no
+        checkpoint is whole.
     """
     folder = cfg.OUTPUT_DIR
     if resume and overwrite:
-        raise ValueError("--resume keeps the run in OUTPUT_DIR and --overwrite removes it: choose one")
+        raise ValueError(
+            "--resume keeps the run in OUTPUT_DIR and --overwrite removes it: choose one"
+        )
     if resume:
         _check_resumed(cfg)
     elif overwrite:
@@ -66,13 +77,13 @@ def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
     elif found := run_results(folder):
         names = ", ".join(file.name for file in found[:5]) + (", …" if len(found) > 5 else "")
         raise FileExistsError(
-            f"OUTPUT_DIR {folder!r} holds another run's results ({names}). Give --resume to go on with that run, "
-            "--overwrite to replace it, or another OUTPUT_DIR"
+            f"OUTPUT_DIR {folder!r} holds another run's results ({names}). Give --resume to go on "
+            "with that run, --overwrite to replace it, or another OUTPUT_DIR"
         )
 
 
 def claim_eval_dir(folder: str) -> str:
-    """Create the next free `eval-N` in a folder: an evaluation writes there and never touches the run itself."""
+    """Create the next free `eval-N` in a folder: an evaluation never touches the run itself."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     number = next(n for n in itertools.count(1) if not Path(folder, f"eval-{n}").exists())
     path = os.path.join(folder, f"eval-{number}")
@@ -88,25 +99,38 @@ def recorded_config(folder: str) -> dict[str, Any]:
 
 def _remove_run(cfg: CfgNode) -> None:
     files = run_files(cfg.OUTPUT_DIR)
-    for key, value in (("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS), ("MODEL.BOTTOM_UP.WEIGHTS", cfg.MODEL.BOTTOM_UP.WEIGHTS)):
+    for key, value in (
+        ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
+        ("MODEL.BOTTOM_UP.WEIGHTS", cfg.MODEL.BOTTOM_UP.WEIGHTS),
+    ):
         if value and Path(value).resolve() in {file.resolve() for file in files}:
-            raise ValueError(f"{key} {value!r} is a file that --overwrite would remove: choose another OUTPUT_DIR")
+            raise ValueError(
+                f"{key} {value!r} would be removed by --overwrite: choose another OUTPUT_DIR"
+            )
     for file in files:
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
         else:
             file.unlink()
     if files:
-        logger.info("--overwrite: removed %s from %s", ", ".join(f.name for f in files), cfg.OUTPUT_DIR)
+        logger.info(
+            "--overwrite: removed %s from %s", ", ".join(f.name for f in files), cfg.OUTPUT_DIR
+        )
 
 
 def _check_resumed(cfg: CfgNode) -> None:
     if not find_checkpoint(cfg.OUTPUT_DIR):
-        logger.warning("--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR)
+        logger.warning(
+            "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
+        )
         return
     before, now = _flat(recorded_config(cfg.OUTPUT_DIR)), _flat(yaml.safe_load(cfg.dump()))
     keys = [key for key in now if key.split(".")[0] in _COMPARED and key not in _FREE]
-    changed = [f"{key} {before[key]!r} -> {now[key]!r}" for key in keys if before.get(key, now[key]) != now[key]]
+    changed = [
+        f"{key} {before[key]!r} -> {now[key]!r}"
+        for key in keys
+        if before.get(key, now[key]) != now[key]
+    ]
     if changed:
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changed))
 
@@ -114,5 +138,7 @@ def _check_resumed(cfg: CfgNode) -> None:
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in node.items():
-        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        leaves.update(
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return leaves

@@ -1,4 +1,4 @@
-"""From a command line to a run: the config, the output folder, and what every process does first."""
+"""From a command line to a run: the config, the output folder, what each process does first."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ _OWN_FLAGS = ("train_json", "train_images", "val_json", "val_images")
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's command line with `--overwrite` and the flags for one's own data."""
     parser = default_argument_parser()
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
+    )
     for flag in _OWN_FLAGS:
         kind = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
         option, key = "--" + flag.replace("_", "-"), flag.upper()
-        parser.add_argument(option, default="", metavar="PATH", help=f"your own data, {kind} (DATASETS.OWN.{key})")
+        parser.add_argument(
+            option, default="", metavar="PATH", help=f"your own data, {kind} (DATASETS.OWN.{key})"
+        )
     return parser
 
 
@@ -48,12 +52,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileExistsError: if OUTPUT_DIR holds another run's results.
     """
     setup_logger(name="fpn_plugin")
-    cfg = load_config(args)
+    cfg = register_own(load_config(args))
     choose_device(cfg)
     if args.eval_only:
-        _prepare_eval(cfg, args.resume)
+        _prepare_eval(cfg, args.resume, args.machine_rank)
     else:
-        claim_output_dir(cfg, args.resume, args.overwrite)
+        if args.machine_rank == 0:
+            claim_output_dir(cfg, args.resume, args.overwrite)
         if args.resume and find_checkpoint(cfg.OUTPUT_DIR):
             _drop_bottom_up_weights(cfg, "the checkpoint has them")
     cfg.freeze()
@@ -61,7 +66,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The config that the file, the `KEY VALUE` pairs and the data flags give, in this order; not frozen.
+    """The config of the file, then the `KEY VALUE` pairs, then the data flags; not frozen.
 
     Raises:
         FileNotFoundError: if the config file does not exist.
@@ -75,8 +80,12 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
         cfg.merge_from_file(args.config_file)
     opts = list(args.opts or [])
+    if flags := [opt for opt in opts if opt.startswith("--")]:
+        raise ValueError(f"{flags[0]} stands after a KEY VALUE override: flags go first")
     if len(opts) % 2:
-        raise ValueError(f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner")
+        raise ValueError(
+            f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner"
+        )
     known = _keys(cfg)
     for key in opts[::2]:
         if key not in known:
@@ -119,11 +128,14 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
+    # Machine 0 decided where results go; the others' folders must agree with it.
+    cfg.OUTPUT_DIR = comm.all_gather(cfg.OUTPUT_DIR)[0]
     cfg.SEED = _run_seed(cfg, args.resume)
-    register_own(cfg)
+    register_own(cfg)  # again, for a process that was launched
     cfg.freeze()
     _share_cores(cfg)
-    # In a launched process there is no handler yet; in the one that ran setup() stdout has its own already.
+    # In a launched process there is no handler yet; in the one that ran setup() stdout has its own
+    # already.
     fresh = not logging.getLogger("fpn_plugin").handlers
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
     default_setup(cfg, args)
@@ -134,29 +146,35 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _prepare_eval(cfg: CfgNode, resume: bool) -> None:
+def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
     folder = cfg.OUTPUT_DIR
     if resume:
         cfg.MODEL.WEIGHTS = find_checkpoint(folder)
         if not cfg.MODEL.WEIGHTS:
-            raise ValueError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {folder!r}")
+            raise ValueError(
+                f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {folder!r}"
+            )
     if not cfg.MODEL.WEIGHTS:
         raise ValueError(
-            "--eval-only: MODEL.WEIGHTS is empty; name a checkpoint, or give --resume for the last one in OUTPUT_DIR"
+            "--eval-only: MODEL.WEIGHTS is empty; name a checkpoint, or give --resume "
+            "for the last one in OUTPUT_DIR"
         )
     _drop_bottom_up_weights(cfg, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} has them")
-    cfg.OUTPUT_DIR = claim_eval_dir(folder)
+    if machine_rank == 0:
+        cfg.OUTPUT_DIR = claim_eval_dir(folder)
     logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
 
 
 def _drop_bottom_up_weights(cfg: CfgNode, reason: str) -> None:
     if cfg.MODEL.BOTTOM_UP.WEIGHTS:
-        logger.info("MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s", cfg.MODEL.BOTTOM_UP.WEIGHTS, reason)
+        logger.info(
+            "MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s", cfg.MODEL.BOTTOM_UP.WEIGHTS, reason
+        )
         cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
 
 
 def _run_seed(cfg: CfgNode, resume: bool) -> int:
-    """The config's seed if it has one, else that of the run that goes on, else a random one; the same everywhere."""
+    """The config's seed, else that of the run that goes on, else a random one; rank 0's for all."""
     recorded = recorded_config(cfg.OUTPUT_DIR).get("SEED", -1) if resume else -1
     drawn = comm.shared_random_seed()
     seed = next(seed for seed in (cfg.SEED, recorded, drawn) if seed >= 0)
@@ -165,7 +183,11 @@ def _run_seed(cfg: CfgNode, resume: bool) -> int:
 
 def _share_cores(cfg: CfgNode) -> None:
     """Several processes on one CPU: a fair part of its cores for each, unless the user decided."""
-    if cfg.MODEL.DEVICE == "cpu" and comm.get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if (
+        cfg.MODEL.DEVICE == "cpu"
+        and comm.get_local_size() > 1
+        and "OMP_NUM_THREADS" not in os.environ
+    ):
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
 
 

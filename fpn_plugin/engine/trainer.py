@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """DefaultTrainer that runs on the CPU too and resumes exactly.
 
-    A run that was killed and resumed gives the weights of an unbroken one: bit for bit on the CPU, and on a GPU as
-    far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN` are the exception: that hook starts
-    its own data over.
+    A run that was killed and resumed gives the weights of an unbroken one: bit for bit on the CPU,
+    and on a GPU as far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN` are
+    the exception: that hook starts its own data over.
 
     Args:
         cfg: Detectron2's keys and this plugin's. A negative `SEED` is replaced by a random one.
@@ -58,7 +58,7 @@ class Trainer(DefaultTrainer):
 
     @property
     def model(self) -> nn.Module:
-        """The model, in DDP if there are several processes, without the autocast that a step may run it in."""
+        """The model, in DDP if there are several processes, without any autocast around it."""
         return self._model
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -72,8 +72,8 @@ class Trainer(DefaultTrainer):
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise RuntimeError(
-                f"the processes would start at iterations {starts}: OUTPUT_DIR {self.cfg.OUTPUT_DIR!r} must be the "
-                "same folder on all machines"
+                f"the processes would start at iterations {starts}: OUTPUT_DIR "
+                f"{self.cfg.OUTPUT_DIR!r} must be the same folder on all machines"
             )
         if self._seed_hook.seed != self.cfg.SEED:
             self._adopt_seed(self._seed_hook.seed)
@@ -117,7 +117,7 @@ class Trainer(DefaultTrainer):
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:
-    """The config with `SEED` set: to `seed`, or else to what it was, or else to one that all processes draw."""
+    """The config with `SEED` set: to `seed`, else to what it was, else to one that all draw."""
     if seed < 0 <= cfg.SEED:
         return cfg
     frozen, cfg = cfg.is_frozen(), cfg.clone()
@@ -126,5 +126,3 @@ def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
-
-

@@ -1,1 +1,2 @@
-"""Pyramids as graphs: the data (`graph`, `topologies`), the operators, and the module that runs them."""
+"""Pyramids as graphs: the data (`graph`, `topologies`), the operators, and the module that runs
+them."""

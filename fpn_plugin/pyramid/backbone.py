@@ -1,4 +1,5 @@
-"""PyramidBackbone: a bottom-up network and a pyramid as one Detectron2 backbone. Shapes are `(N, C, H, W)`."""
+"""PyramidBackbone: a bottom-up network and a pyramid as one Detectron2 backbone. Shapes are `(N, C,
+H, W)`."""
 
 from __future__ import annotations
 
@@ -11,17 +12,18 @@ from torch import Tensor, nn
 
 from fpn_plugin.bottom_up import build_bottom_up
 from fpn_plugin.config import extra_levels_for, validate_config, validate_heads
-from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator
+from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
-from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style, add_extra_levels, build_graph
 
 
-class PyramidBackbone(Pyramid, Backbone):
+class PyramidBackbone(GraphExecutor, Backbone):
     """A bottom-up network and the pyramid on its maps.
 
-    The defaults build Detectron2's `FPN` (arXiv:1612.03144) with its parameter names, so its checkpoints load.
+    The defaults build Detectron2's `FPN` (arXiv:1612.03144) with its parameter names, so its
+    checkpoints load.
 
     Args:
         bottom_up: the network whose maps the pyramid reads.
@@ -31,11 +33,13 @@ class PyramidBackbone(Pyramid, Backbone):
         graph: a list of nodes to run instead of `topology`; the format is `MODEL.FPN.GRAPH`'s.
         repeats: how often the topology runs.
         extra_levels: "none", "maxpool", "conv_c5" or "conv_p5".
-        fuse_type: a name of the FUSIONS registry; this and the next four also as `{name: ..., argument: ...}`.
+        fuse_type: a name of the FUSIONS registry; this and the next four also as `{name: ...,
+            argument: ...}`.
         square_pad: if > 0, images are padded to squares of this size.
 
     Raises:
-        ValueError: (KeyError for an unknown name) naming the config key or node, the value and what is valid.
+        ValueError: (KeyError for an unknown name) naming the config key or node, the value and what
+            is valid.
     """
 
     # Detectron2's ResNet keeps its stages in a plain list, which TorchScript refuses
@@ -133,8 +137,8 @@ class PyramidBackbone(Pyramid, Backbone):
     def __prepare_scriptable__(self) -> nn.Module:
         module = super().__prepare_scriptable__()
         # what Detectron2's models read from a scripted backbone
-        module.size_divisibility = self.size_divisibility
-        module.padding_constraints = self.padding_constraints
+        for name in ("size_divisibility", "padding_constraints"):
+            setattr(module, name, getattr(self, name))
         return module
 
 
@@ -149,8 +153,8 @@ def feature_levels(shapes: Mapping[str, ShapeSpec], in_features: Sequence[str]) 
     """The level (log2 of the stride) of each map to read.
 
     Raises:
-        ValueError: naming MODEL.FPN.IN_FEATURES, if a map does not exist, comes twice or out of order, or has a
-            stride that is not a power of two.
+        ValueError: naming MODEL.FPN.IN_FEATURES, if a map does not exist, comes twice or out of
+            order, or has a stride that is not a power of two.
     """
     where = "MODEL.FPN.IN_FEATURES"
     if not in_features:
@@ -164,11 +168,16 @@ def feature_levels(shapes: Mapping[str, ShapeSpec], in_features: Sequence[str]) 
             )
         stride = shapes[name].stride
         if stride is None or stride < 1 or stride & (stride - 1):
-            raise ValueError(f"{where}: {name!r} has a stride of {stride} pixels, which is not a power of two")
+            raise ValueError(
+                f"{where}: {name!r} has a stride of {stride} pixels, which is not a power of two"
+            )
         levels[name] = stride.bit_length() - 1
     order = list(levels.values())
     if order != sorted(set(order)) or len(levels) != len(in_features):
-        raise ValueError(f"{where}: {list(in_features)} are of levels {order}: list each level once, finest first")
+        raise ValueError(
+            f"{where}: {list(in_features)} are of levels {order}: list each level once,"
+            " finest first"
+        )
     return levels
 
 

@@ -38,10 +38,13 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
     try:
         return get_norm(norm, channels)
     except KeyError as error:
-        raise ValueError(f"MODEL.FPN.NORM: unknown norm {norm!r}; choose from BN, SyncBN, FrozenBN, GN, LN") from error
+        raise ValueError(
+            f"MODEL.FPN.NORM: unknown norm {norm!r}; choose from BN, SyncBN, FrozenBN, GN, LN"
+        ) from error
     except ValueError as error:  # torch's GroupNorm: channels must be divisible by groups
         raise ValueError(
-            f"MODEL.FPN.NORM: {norm!r} cannot normalise {channels} channels (MODEL.FPN.OUT_CHANNELS): {error};"
+            f"MODEL.FPN.NORM: {norm!r} cannot normalise {channels} channels"
+            f" (MODEL.FPN.OUT_CHANNELS): {error};"
             " GN has 32 groups, so take a multiple of 32"
         ) from error
 
@@ -55,7 +58,9 @@ class _PreActivationConv(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre_activation(x)
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
         if self.norm is not None:
             x = self.norm(x)
         return x
@@ -70,10 +75,11 @@ def conv_block(
     activation: str = "",
     order: str = "conv-norm-act",
 ) -> Conv2d:
-    """A convolution that keeps the size (or divides it by `stride`, rounding up), with norm and activation.
+    """A convolution that keeps the size (or divides it by `stride`, rounding up), with norm and
+    activation.
 
-    It has a bias exactly if it has no norm, and Detectron2's initialisation (`c2_xavier_fill`) and parameter names:
-    `weight`, `bias`, `norm.*`.
+    It has a bias exactly if it has no norm, and Detectron2's initialisation (`c2_xavier_fill`) and
+    parameter names: `weight`, `bias`, `norm.*`.
 
     Args:
         order: one of `ORDERS`.
@@ -91,7 +97,9 @@ def conv_block(
     if order not in ORDERS:
         raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
     if order == "conv-norm-act":
-        conv = Conv2d(in_channels, out_channels, kernel, activation=act if activation else None, **keywords)
+        conv = Conv2d(
+            in_channels, out_channels, kernel, activation=act if activation else None, **keywords
+        )
     else:
         conv = _PreActivationConv(in_channels, out_channels, kernel, pre_activation=act, **keywords)
     weight_init.c2_xavier_fill(conv)
@@ -128,8 +136,8 @@ def conv3x3(
 class SeparableConv(nn.Module):
     """Depthwise 3x3, then pointwise 1x1 (Sifre 2014; as in EfficientDet, arXiv:1911.09070).
 
-    The depthwise convolution has no bias; norm and activation belong to the pointwise one, except that
-    "act-conv-norm" activates before both.
+    The depthwise convolution has no bias; norm and activation belong to the pointwise one, except
+    that "act-conv-norm" activates before both.
     """
 
     def __init__(
@@ -163,7 +171,9 @@ class Identity(nn.Module):
         ValueError: if the channels change.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str = "", activation: str = "") -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: str = "", activation: str = ""
+    ) -> None:
         super().__init__()
         if in_channels != out_channels:
             raise ValueError(f"identity cannot turn {in_channels} channels into {out_channels}")

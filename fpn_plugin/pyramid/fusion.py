@@ -1,7 +1,7 @@
 """FUSIONS: maps of one shape in, one map of that shape out.
 
-A fusion is built as `Fusion(channels, count, norm=..., **arguments)` for `count` maps, and called with a list of
-maps `(N, C, H, W)`, the node's own level first.
+A fusion is built as `Fusion(channels, count, norm=..., **arguments)` for `count` maps, and called
+with a list of maps `(N, C, H, W)`, the node's own level first.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class _Weighted(Fusion):
 
 @FUSIONS.register("fast_normalized")
 class FastNormalized(_Weighted):
-    """`Σ relu(wᵢ) xᵢ / (Σ relu(wⱼ) + eps)`, w from 1 (EfficientDet, arXiv:1911.09070, equation 3)."""
+    """`Σ relu(wᵢ) xᵢ / (Σ relu(wⱼ) + eps)`, w from 1 (EfficientDet, arXiv:1911.09070, equation
+    3)."""
 
     def __init__(self, channels: int, count: int, norm: str = "", eps: float = 1e-4) -> None:
         super().__init__(channels, count)

@@ -1,7 +1,8 @@
 """A pyramid as data: a directed acyclic graph of named nodes. This module imports no torch.
 
-A level `l` is a stride of `2**l` pixels. Each node brings every input to its level, fuses them into one map, and
-applies its block. A lateral, a top-down step, an output convolution and P6 are all such nodes.
+A level `l` is a stride of `2**l` pixels. Each node brings every input to its level, fuses them into
+one map, and applies its block. A lateral, a top-down step, an output convolution and P6 are all
+such nodes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ MAX_LEVEL = 12  # a stride of 4096 pixels
 
 @dataclass(frozen=True)
 class Operator:
-    """The name of a registered operator and its arguments, e.g. `op("conv3x3", activation="relu")`."""
+    """The name of a registered operator and its arguments, e.g. `op("conv3x3",
+    activation="relu")`."""
 
     name: str
     args: tuple[tuple[str, Any], ...] = ()
@@ -57,7 +59,9 @@ def as_operator(value: OperatorLike | None, where: str) -> Operator | None:
         return Operator(value)
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return Operator(value["name"], tuple((k, v) for k, v in value.items() if k != "name"))
-    raise ValueError(f"{where}: {value!r} is not an operator: write a name, or {{name: ..., argument: ...}}")
+    raise ValueError(
+        f"{where}: {value!r} is not an operator: write a name, or {{name: ..., argument: ...}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Edge:
 
     Attributes:
         source: a graph input or an earlier node.
-        project: a block before the resampling. Default: a 1x1 convolution where the channels need it.
+        project: a block before the resampling. Default: a 1x1 convolution where the channels need
+            it.
         resample: how it changes level. Default: the pyramid's UPSAMPLE or DOWNSAMPLE.
         block: a block after the resampling. Default: none.
     """
@@ -96,7 +101,8 @@ class Node:
 
     @property
     def input_level(self) -> int:
-        """The level that the inputs are brought to: finer than `level` if the block has a stride."""
+        """The level that the inputs are brought to: finer than `level` if the block has a
+        stride."""
         return self.level - (self.block.stride.bit_length() - 1)
 
 
@@ -111,7 +117,9 @@ def node(
     edges = tuple(Edge(item) if isinstance(item, str) else item for item in inputs)
     where = f"node {name!r}"
     made = as_operator(block, f"{where}, block")
-    return Node(name, level, edges, as_operator(fuse, f"{where}, fuse"), made or Operator("identity"))
+    return Node(
+        name, level, edges, as_operator(fuse, f"{where}, fuse"), made or Operator("identity")
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,8 @@ class Graph:
         return {f"p{self.level(name)}": name for name in self.outputs}
 
     def size_divisibility(self) -> int:
-        """What height and width must be divisible by for upsampled maps to meet: 0 if nothing is upsampled."""
+        """What height and width must be divisible by for upsampled maps to meet: 0 if nothing is
+        upsampled."""
         levels = {**self.inputs, **{item.name: item.level for item in self.nodes}}
         upsampled = [
             levels[edge.source]
@@ -156,7 +165,8 @@ class Graph:
             operators: the names that exist, by kind: "fuse", "block", "up" and "down".
 
         Raises:
-            ValueError: (or a KeyError for an unknown operator) naming the node, the value and the choices.
+            ValueError: (or a KeyError for an unknown operator) naming the node, the value and the
+                choices.
         """
         self._check_inputs()
         defined = dict(self.inputs)
@@ -185,7 +195,8 @@ class Graph:
         levels = [defined[name] for name in self.outputs]
         if levels != sorted(set(levels)):
             raise ValueError(
-                f"the graph's outputs {list(self.outputs)} have levels {levels}: give one output per level,"
+                f"the graph's outputs {list(self.outputs)} have levels {levels}: give one"
+                " output per level,"
                 " from high to low resolution (levels ascending)"
             )
 
@@ -194,7 +205,10 @@ class Graph:
         for name in [*self.inputs, *(item.name for item in self.nodes)]:
             if name not in read:
                 kind = "input" if name in self.inputs else "node"
-                raise ValueError(f"{kind} {name!r} is neither an output nor read by any node: remove it or use it")
+                raise ValueError(
+                    f"{kind} {name!r} is neither an output nor read by any node: remove it"
+                    " or use it"
+                )
 
 
 def check_level(where: str, level: object) -> None:
@@ -205,19 +219,28 @@ def check_level(where: str, level: object) -> None:
 def _check_node(item: Node, defined: Mapping[str, int]) -> None:
     where = f"node {item.name!r}"
     if not isinstance(item.name, str) or not _NAME.fullmatch(item.name):
-        raise ValueError(f"{where}: a name is letters, digits and underscores, not beginning with a digit")
+        raise ValueError(
+            f"{where}: a name is letters, digits and underscores, not beginning with a digit"
+        )
     if _RESERVED.fullmatch(item.name):
-        raise ValueError(f"{where}: names that end in _fuse or _edge<number>, and bottom_up, are taken")
+        raise ValueError(
+            f"{where}: names that end in _fuse or _edge<number>, and bottom_up, are taken"
+        )
     if item.name in defined:
         raise ValueError(f"{where}: the name is used twice; every input and node needs its own")
     check_level(where, item.level)
     if item.input_level < 0:
-        raise ValueError(f"{where}: the stride {item.block.stride} of its block is too large for level {item.level}")
+        raise ValueError(
+            f"{where}: the stride {item.block.stride} of its block is too large for level"
+            f" {item.level}"
+        )
     if not item.inputs:
         raise ValueError(f"{where}: it has no inputs; choose from {', '.join(defined)}")
     for edge in item.inputs:
         if edge.source not in defined:
-            raise unknown_name(f"{where}, inputs (only maps that are defined before it)", edge.source, defined)
+            raise unknown_name(
+                f"{where}, inputs (only maps that are defined before it)", edge.source, defined
+            )
 
 
 def _check_operators(
@@ -232,7 +255,9 @@ def _check_operators(
         _check_operator(f"{place}, block", edge.block, operators["block"])
         gap = defined[edge.source] - item.input_level
         if gap == 0 and edge.resample is not None:
-            raise ValueError(f"{place}, resample: {edge.resample}, but both are at level {item.input_level}")
+            raise ValueError(
+                f"{place}, resample: {edge.resample}, but both are at level {item.input_level}"
+            )
         _check_operator(f"{place}, resample", edge.resample, operators["up" if gap > 0 else "down"])
 
 
@@ -248,11 +273,14 @@ def _check_prefixes(names: Iterable[str]) -> None:
         parts = name.split(".")
         for count in range(1, len(parts)):
             if ".".join(parts[:count]) in known:
-                raise ValueError(f"node {name!r}: {'.'.join(parts[:count])!r} is a node too; rename one of them")
+                raise ValueError(
+                    f"node {name!r}: {'.'.join(parts[:count])!r} is a node too; rename one of them"
+                )
 
 
 def chain(first: Graph, second: Graph, prefix: str) -> Graph:
-    """One graph after another: the second reads the first's outputs in place of its inputs, level by level.
+    """One graph after another: the second reads the first's outputs in place of its inputs, level
+    by level.
 
     Args:
         prefix: put before every node name of `second`.
@@ -264,7 +292,9 @@ def chain(first: Graph, second: Graph, prefix: str) -> Graph:
     names = {item.name: prefix + item.name for item in second.nodes}
     for name, level in second.inputs.items():
         if level not in given:
-            raise ValueError(f"{prefix!r}: reads level {level}, but the pyramid before it gives {sorted(given)}")
+            raise ValueError(
+                f"{prefix!r}: reads level {level}, but the pyramid before it gives {sorted(given)}"
+            )
         names[name] = given[level]
     moved = tuple(
         replace(

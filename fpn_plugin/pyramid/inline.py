@@ -11,9 +11,9 @@ from fpn_plugin.registry import unknown_name
 def parse_graph(inputs: Mapping[str, int], nodes: Sequence[Mapping[str, Any]]) -> Graph:
     """A graph from the list of nodes of a YAML file (`MODEL.FPN.GRAPH`).
 
-    Each node is a mapping with `name`, `level`, `inputs` (names, or mappings with `source`, `project`, `resample`,
-    `block`), and if wanted `fuse`, `block` and `output: true`. Where no node says `output`, the outputs are the
-    nodes that no other reads.
+    Each node is a mapping with `name`, `level`, `inputs` (names, or mappings with `source`,
+    `project`, `resample`, `block`), and if wanted `fuse`, `block` and `output: true`. Where no node
+    says `output`, the outputs are the nodes that no other reads.
 
     Raises:
         ValueError: naming the node and the field, for anything else.
@@ -45,7 +45,10 @@ def _parse_edge(where: str, raw: object) -> Edge:
     _check_fields(f"{where}, inputs", raw, ("source",), ("project", "resample", "block"))
     assert isinstance(raw, Mapping)  # for the type checker: _check_fields has seen to it
     place = f"{where}, input {raw['source']!r}"
-    operators = {key: as_operator(raw.get(key), f"{place}, {key}") for key in ("project", "resample", "block")}
+    operators = {
+        key: as_operator(raw.get(key), f"{place}, {key}")
+        for key in ("project", "resample", "block")
+    }
     return Edge(raw["source"], **operators)
 
 

@@ -6,7 +6,6 @@ import inspect
 import typing
 from typing import Any, Callable, Dict, Mapping
 
-import torch
 from torch import Tensor, fx, nn
 
 from fpn_plugin.pyramid.blocks import BLOCKS
@@ -14,7 +13,7 @@ from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Graph
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
-from fpn_plugin.registry import Registry, unknown_name
+from fpn_plugin.registry import Registry, UnknownNameError, unknown_name
 
 REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
     "block": BLOCKS,
@@ -24,12 +23,13 @@ REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
 }
 
 
-class Pyramid(nn.Module):
-    """Runs a pyramid graph: a dict of bottom-up maps in, a dict of pyramid maps out.
+class GraphExecutor(nn.Module):
+    """Builds the parts of a graph as submodules and runs them.
 
-    Every node's block is the submodule of the node's name; its fusion is `<node>_fuse`, and what input number i passes
-    on its way is `<node>_edge<i>.project`, `.resample` and `.block`. These names are the checkpoint's keys. Parts
-    without parameters have no key, and modules are registered from high to low resolution, in Detectron2's order.
+    Every node's block is the submodule of the node's name; its fusion is `<node>_fuse`, and what
+    input number i passes on its way is `<node>_edge<i>.project`, `.resample` and `.block`. These
+    names are the checkpoint's keys. Parts without parameters have no key, and modules are
+    registered from high to low resolution, in Detectron2's order.
 
     Args:
         graph: the nodes.
@@ -38,14 +38,6 @@ class Pyramid(nn.Module):
 
     Raises:
         ValueError: (KeyError for an unknown operator) naming the node, the value and what is valid.
-
-    Example:
-        >>> from fpn_plugin.pyramid.topologies import fpn, Style
-        >>> graph = fpn({"res2": 2, "res3": 3}, Style())
-        >>> pyramid = Pyramid(graph, {"res2": 16, "res3": 32}, Defaults(channels=8))
-        >>> maps = {"res2": torch.rand(1, 16, 10, 14), "res3": torch.rand(1, 32, 5, 7)}
-        >>> {name: tuple(x.shape) for name, x in pyramid(maps).items()}
-        {'p2': (1, 8, 10, 14), 'p3': (1, 8, 5, 7)}
     """
 
     # submodules that TorchScript cannot compile by themselves: see __prepare_scriptable__
@@ -62,7 +54,9 @@ class Pyramid(nn.Module):
             for part in step.parts():
                 self._register(part.path, build_part(part, defaults))
         # the levels whose size must be known, because a map is resampled to them
-        self._sized = {step.node.input_level for step in self.steps for edge in step.edges if edge.resample}
+        self._sized = {
+            step.node.input_level for step in self.steps for edge in step.edges if edge.resample
+        }
 
     def _register(self, path: str, module: nn.Module) -> None:
         *containers, name = path.split(".")
@@ -72,19 +66,10 @@ class Pyramid(nn.Module):
                 parent.add_module(container, nn.Module())
             parent = parent.get_submodule(container)
         if hasattr(parent, name):
-            raise ValueError(f"node {path!r}: the name is taken by an attribute of the module; choose another")
+            raise ValueError(
+                f"node {path!r}: the name is taken by an attribute of the module; choose another"
+            )
         parent.add_module(name, module)
-
-    def forward(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """Run the graph.
-
-        Args:
-            features: the graph's inputs by name, and possibly more. Not changed.
-
-        Returns:
-            `{"p2": (N, C, H/4, W/4), ...}` from high to low resolution.
-        """
-        return self._run(features)
 
     def _run(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
         maps = {name: features[name] for name in self.graph.inputs}
@@ -104,22 +89,29 @@ class Pyramid(nn.Module):
         if level in self._sized and level not in sizes:
             sizes[level] = [x.shape[2], x.shape[3]]
 
-    def _run_node(self, step: ResolvedNode, maps: Dict[str, Tensor], sizes: dict[int, list[int]]) -> Tensor:
+    def _run_node(
+        self, step: ResolvedNode, maps: Dict[str, Tensor], sizes: dict[int, list[int]]
+    ) -> Tensor:
         inputs = []
         for edge in step.edges:
             x = maps[edge.source]
             for part in edge.parts():
                 module = self.get_submodule(part.path)
-                x = module(x, sizes.get(step.node.input_level)) if part is edge.resample else module(x)
+                x = (
+                    module(x, sizes.get(step.node.input_level))
+                    if part is edge.resample
+                    else module(x)
+                )
             inputs.append(x)
         x = inputs[0] if step.fuse is None else self.get_submodule(step.fuse.path)(inputs)
         return x if step.block is None else self.get_submodule(step.block.path)(x)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles in this module's place: the same submodules, called in straight-line code.
+        """What `torch.jit.script` compiles in this module's place: the same submodules, called in
+        straight-line code.
 
-        TorchScript cannot look up a submodule by a name that it computes, so the loop over the graph is unrolled
-        by torch.fx, in which the submodules are leaves.
+        TorchScript cannot look up a submodule by a name that it computes, so the loop over the
+        graph is unrolled by torch.fx, in which the submodules are leaves.
         """
         graph = _Unroller(self._unrolled).trace(self)
         types = typing.get_type_hints(type(self).forward)
@@ -129,12 +121,38 @@ class Pyramid(nn.Module):
         return fx.GraphModule(self, graph, type(self).__name__)
 
 
+class Pyramid(GraphExecutor):
+    """Runs a pyramid graph: a dict of bottom-up maps in, a dict of pyramid maps out.
+
+    Arguments, checkpoint keys and errors are those of `GraphExecutor`.
+
+    Example:
+        >>> from fpn_plugin.pyramid.topologies import fpn, Style
+        >>> graph = fpn({"res2": 2, "res3": 3}, Style())
+        >>> pyramid = Pyramid(graph, {"res2": 16, "res3": 32}, Defaults(channels=8))
+        >>> maps = {"res2": torch.rand(1, 16, 10, 14), "res3": torch.rand(1, 32, 5, 7)}
+        >>> {name: tuple(x.shape) for name, x in pyramid(maps).items()}
+        {'p2': (1, 8, 10, 14), 'p3': (1, 8, 5, 7)}
+    """
+
+    def forward(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Run the graph.
+
+        Args:
+            features: the graph's inputs by name, and possibly more. Not changed.
+
+        Returns:
+            `{"p2": (N, C, H/4, W/4), ...}` from high to low resolution.
+        """
+        return self._run(features)
+
+
 class _Unroller(fx.Tracer):
     """Writes a module's forward as straight-line code of calls to its submodules.
 
     Args:
-        unrolled: submodules of these types are written out too. Nothing in their forward may depend on a condition
-            on tensors except an assertion, which is taken to hold.
+        unrolled: submodules of these types are written out too. Nothing in their forward may depend
+            on a condition on tensors except an assertion, which is taken to hold.
     """
 
     def __init__(self, unrolled: tuple[type, ...]) -> None:
@@ -156,7 +174,8 @@ def build_part(part: Part, defaults: Defaults) -> nn.Module:
     """
     builder = REGISTRIES[part.kind].get(part.operator.name, part.where)
     arguments: dict[str, Any] = dict(part.operator.args)
-    accepted = [name for name, given in inspect.signature(builder).parameters.items() if given.default is not given.empty]
+    parameters = inspect.signature(builder).parameters
+    accepted = [name for name, given in parameters.items() if given.default is not given.empty]
     for name in arguments:
         if name not in accepted:
             raise unknown_name(f"{part.where}, arguments of {part.operator.name}", name, accepted)
@@ -164,8 +183,14 @@ def build_part(part: Part, defaults: Defaults) -> nn.Module:
         arguments.setdefault("norm", defaults.norm)
     if "activation" in accepted and part.kind == "block":
         arguments.setdefault("activation", defaults.activation)
-    sizes = (part.in_channels, part.out_channels) if part.kind == "block" else (part.in_channels, part.amount)
+    sizes = (
+        (part.in_channels, part.out_channels)
+        if part.kind == "block"
+        else (part.in_channels, part.amount)
+    )
     try:
         return builder(*sizes, **arguments)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{part.where}: {error}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{part.where}: {error}") from error

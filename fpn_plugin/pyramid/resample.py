@@ -1,8 +1,9 @@
 """UPSAMPLE and DOWNSAMPLE: how a map changes level.
 
-A resampler is built as `Resampler(channels, steps, norm=..., **arguments)` for a change of `steps` levels (a factor of
-`2**steps`) and called with a map `(N, C, H, W)` and the size `[H', W']` that the target level has, or None where no
-map of that level exists yet; then it gives exactly `2**steps` times the size (up), or that fraction rounded up (down).
+A resampler is built as `Resampler(channels, steps, norm=..., **arguments)` for a change of `steps`
+levels (a factor of `2**steps`) and called with a map `(N, C, H, W)` and the size `[H', W']` that
+the target level has, or None where no map of that level exists yet; then it gives exactly
+`2**steps` times the size (up), or that fraction rounded up (down).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Resampler(nn.Module):
 
 
 def fit(x: Tensor, size: Size) -> Tensor:
-    """Make a downsampled map meet the target where a backbone rounds odd sizes down, not up as we do."""
+    """Make a downsampled map meet the target where a backbone rounds odd sizes down, not up as we
+    do."""
     if size is not None and (x.shape[2] != size[0] or x.shape[3] != size[1]):
         x = F.interpolate(x, size=size, mode="nearest")
     return x
@@ -52,13 +54,16 @@ class Bilinear(Resampler):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         if size is None:
-            return F.interpolate(x, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
+            return F.interpolate(
+                x, scale_factor=float(self.factor), mode="bilinear", align_corners=False
+            )
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 @DOWNSAMPLE.register("maxpool")
 class MaxPool(Resampler):
-    """Max pooling 3×3, stride 2, padding 1 on each side, once per level (EfficientDet, arXiv:1911.09070)."""
+    """Max pooling 3×3, stride 2, padding 1 on each side, once per level (EfficientDet,
+    arXiv:1911.09070)."""
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         for _ in range(self.steps):
@@ -85,7 +90,8 @@ class Subsample(Resampler):
 
 @DOWNSAMPLE.register("conv")
 class ConvDown(Resampler):
-    """A 3×3 convolution with stride 2 per level, with norm and activation (PANet, arXiv:1803.01534)."""
+    """A 3×3 convolution with stride 2 per level, with norm and activation (PANet,
+    arXiv:1803.01534)."""
 
     def __init__(
         self,
@@ -96,7 +102,9 @@ class ConvDown(Resampler):
         order: str = "conv-norm-act",
     ) -> None:
         super().__init__(channels, steps)
-        convs = [conv_block(channels, channels, 3, 2, norm, activation, order) for _ in range(steps)]
+        convs = [
+            conv_block(channels, channels, 3, 2, norm, activation, order) for _ in range(steps)
+        ]
         self.convs = nn.Sequential(*convs)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:

@@ -1,4 +1,5 @@
-"""What a graph's defaults come to: every resampler, projection, fusion and channel count made explicit.
+"""What a graph's defaults come to: every resampler, projection, fusion and channel count made
+explicit.
 
 This module imports no torch. The executor builds from it, and `tools/show_pyramid.py` prints it.
 """
@@ -79,12 +80,15 @@ class ResolvedNode:
         yield from (part for part in (self.fuse, self.block) if part is not None)
 
 
-def resolve(graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> tuple[ResolvedNode, ...]:
+def resolve(
+    graph: Graph, in_channels: Mapping[str, int], defaults: Defaults
+) -> tuple[ResolvedNode, ...]:
     """Make a checked graph explicit.
 
-    Every node gives `defaults.channels` channels. Where a bottom-up map has others, the node's own block changes
-    them if the node has one input; where maps are fused or the block is the identity, each edge gets a 1x1
-    convolution of its own (as in the first cell of EfficientDet, arXiv:1911.09070).
+    Every node gives `defaults.channels` channels. Where a bottom-up map has others, the node's own
+    block changes them if the node has one input; where maps are fused or the block is the identity,
+    each edge gets a 1x1 convolution of its own (as in the first cell of EfficientDet,
+    arXiv:1911.09070).
 
     Args:
         in_channels: of the graph's inputs, by name.
@@ -94,7 +98,9 @@ def resolve(graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) ->
     last_reader = {edge.source: item.name for item in graph.nodes for edge in item.inputs}
     resolved = []
     for item in graph.nodes:
-        edges = tuple(_resolve_edge(item, i, levels, channels, defaults) for i in range(len(item.inputs)))
+        edges = tuple(
+            _resolve_edge(item, i, levels, channels, defaults) for i in range(len(item.inputs))
+        )
         fuse = None
         if len(edges) > 1:
             operator = item.fuse or defaults.fuse
@@ -102,9 +108,13 @@ def resolve(graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) ->
             width = defaults.channels
             fuse = Part(f"{item.name}_fuse", "fuse", operator, width, width, len(edges), where)
         width = _width(edges[0], channels, defaults) if len(edges) == 1 else defaults.channels
-        block = _block(item.name, item.block, width, defaults.channels, f"node {item.name!r}, block")
+        block = _block(
+            item.name, item.block, width, defaults.channels, f"node {item.name!r}, block"
+        )
         read = dict.fromkeys(edge.source for edge in item.inputs)
-        drop = tuple(name for name in read if last_reader[name] == item.name and name not in graph.outputs)
+        drop = tuple(
+            name for name in read if last_reader[name] == item.name and name not in graph.outputs
+        )
         resolved.append(ResolvedNode(item, edges, fuse, block, drop))
         channels[item.name] = defaults.channels
         levels[item.name] = item.level
@@ -116,7 +126,9 @@ def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) 
     return defaults.channels if edge.project or edge.block else channels[edge.source]
 
 
-def _block(path: str, operator: Operator | None, width: int, channels: int, where: str) -> Part | None:
+def _block(
+    path: str, operator: Operator | None, width: int, channels: int, where: str
+) -> Part | None:
     if operator is None or operator == Operator("identity"):
         return None
     return Part(path, "block", operator, width, channels, 0, where)
@@ -140,7 +152,9 @@ def _resolve_edge(
     if steps:
         kind = "up" if steps > 0 else "down"
         operator = edge.resample or (defaults.upsample if steps > 0 else defaults.downsample)
-        resample = Part(f"{path}.resample", kind, operator, width, width, abs(steps), f"{where}, resample")
+        resample = Part(
+            f"{path}.resample", kind, operator, width, width, abs(steps), f"{where}, resample"
+        )
     block = _block(f"{path}.block", edge.block, width, defaults.channels, f"{where}, block")
     return ResolvedEdge(edge.source, project, resample, block)
 
@@ -150,4 +164,6 @@ def _default_projection(item: Node, edge: Edge, width: int, defaults: Defaults) 
     changed_later = (edge.block or Operator("identity")).name != "identity" or (
         len(item.inputs) == 1 and item.block.name != "identity"
     )
-    return op("conv1x1", activation="") if width != defaults.channels and not changed_later else None
+    return (
+        op("conv1x1", activation="") if width != defaults.channels and not changed_later else None
+    )

@@ -1,7 +1,9 @@
-"""The catalogue: one pure function per variant that returns a `Graph`. This module imports no torch.
+"""The catalogue: one pure function per variant that returns a `Graph`. This module imports no
+torch.
 
-A topology function takes the bottom-up maps as `{name: level}` from high to low resolution and a `Style` with the
-blocks to use. Node names are checkpoint keys: changing one breaks users' checkpoints.
+A topology function takes the bottom-up maps as `{name: level}` from high to low resolution and a
+`Style` with the blocks to use. Node names are checkpoint keys: changing one breaks users'
+checkpoints.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ class Style:
 def fpn(inputs: Mapping[str, int], style: Style) -> Graph:
     """Feature Pyramid Network, Lin et al. 2017, arXiv:1612.03144.
 
-    `M_l = fuse(lateral_l, up(M_{l+1}))`, `P_l = block(M_l)`. The names of the convolutions are Detectron2's.
+    `M_l = fuse(lateral_l, up(M_{l+1}))`, `P_l = block(M_l)`. The names of the convolutions are
+    Detectron2's.
     """
     nodes: list[Node] = []
     above = ""
-    for name, level in reversed(inputs.items()):
+    for name, level in reversed(list(inputs.items())):
         lateral = f"fpn_lateral{level}"
         nodes.append(node(lateral, level, [name], block=style.lateral))
         if above:
@@ -45,8 +48,11 @@ def fpn(inputs: Mapping[str, int], style: Style) -> Graph:
 
 @TOPOLOGIES.register("channel_mapper")
 def channel_mapper(inputs: Mapping[str, int], style: Style) -> Graph:
-    """The baseline without fusion: each map is brought to the common width, nothing passes between levels."""
-    nodes = tuple(node(f"mapper{level}", level, [name], block=style.block) for name, level in inputs.items())
+    """The baseline without fusion: each map is brought to the common width, nothing passes between
+    levels."""
+    nodes = tuple(
+        node(f"mapper{level}", level, [name], block=style.block) for name, level in inputs.items()
+    )
     return Graph(inputs, nodes, tuple(item.name for item in nodes))
 
 
@@ -78,11 +84,13 @@ def build_graph(
 
 
 def add_extra_levels(graph: Graph, kind: str) -> Graph:
-    """Append levels coarser than the graph's coarsest output. The names are those of Detectron2's `top_block`.
+    """Append levels coarser than the graph's coarsest output. The names are those of Detectron2's
+    `top_block`.
 
     Args:
-        kind: "none"; "maxpool": one level, the top output subsampled (Mask R-CNN); "conv_c5" and "conv_p5": two
-            levels by 3x3 convolutions with stride 2, from the top input (RetinaNet) or the top output (FCOS).
+        kind: "none"; "maxpool": one level, the top output subsampled (Mask R-CNN); "conv_c5" and
+            "conv_p5": two levels by 3x3 convolutions with stride 2, from the top input (RetinaNet)
+                or the top output (FCOS).
 
     Raises:
         ValueError: naming MODEL.FPN.EXTRA_LEVELS.
@@ -101,11 +109,14 @@ def add_extra_levels(graph: Graph, kind: str) -> Graph:
         source = top if kind == "conv_p5" else max(graph.inputs, key=graph.inputs.__getitem__)
         if graph.level(source) != level:
             raise ValueError(
-                f"{where}: {kind!r} reads {source!r} of level {graph.level(source)}, but the pyramid's top output"
+                f"{where}: {kind!r} reads {source!r} of level {graph.level(source)}, but"
+                " the pyramid's top output"
                 f" is of level {level}: use 'conv_p5'"
             )
         conv = op("conv3x3", stride=2, norm="", activation="")
         after_relu = op("conv3x3", stride=2, norm="", activation="relu", order="act-conv-norm")
         nodes = [node(names[0], level + 1, [source], block=conv)]
         nodes += [node(names[1], level + 2, [names[0]], block=after_relu)]
-    return Graph(graph.inputs, graph.nodes + tuple(nodes), graph.outputs + tuple(item.name for item in nodes))
+    return Graph(
+        graph.inputs, graph.nodes + tuple(nodes), graph.outputs + tuple(item.name for item in nodes)
+    )

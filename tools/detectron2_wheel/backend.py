@@ -1,8 +1,9 @@
 """A PEP 517 build backend that repacks the pure-Python part of `sal-detectron2` as `detectron2`.
 
-The published wheel is tagged for CPython 3.10 because it carries one compiled binary (`_C`), and it asks for
-`numpy<2`. Everything else in it is Python that runs on any version, so this backend downloads that wheel by its
-sha256, drops the binary, and writes the rest into a `py3-none-any` wheel with the requirements of pyproject.toml.
+The published wheel is tagged for CPython 3.10 because it carries one compiled binary (`_C`), and it
+asks for `numpy<2`. Everything else in it is Python that runs on any version, so this backend
+downloads that wheel by its sha256, drops the binary, and writes the rest into a `py3-none-any`
+wheel with the requirements of pyproject.toml.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
     ):
 
         def write(path: str, data: bytes) -> None:
-            target.writestr(zipfile.ZipInfo(path, (2024, 11, 29, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+            target.writestr(
+                zipfile.ZipInfo(path, (2024, 11, 29, 0, 0, 0)), data, zipfile.ZIP_DEFLATED
+            )
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             record.append(f"{path},sha256={digest},{len(data)}")
 
@@ -71,7 +74,9 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
             elif path.endswith("/LICENSE"):
                 write(f"{DIST_INFO}/LICENSE", source.read(path))
         write(f"{DIST_INFO}/METADATA", _metadata("LICENSE").encode())
-        wheel = "Wheel-Version: 1.0\nGenerator: fpn-plugin\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        wheel = (
+            "Wheel-Version: 1.0\nGenerator: fpn-plugin\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         write(f"{DIST_INFO}/WHEEL", wheel.encode())
         record.append(f"{DIST_INFO}/RECORD,,")
         target.writestr(f"{DIST_INFO}/RECORD", "\n".join(record) + "\n")

@@ -1,0 +1,54 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs, once, inside this folder.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# what to install where VENV has no Detectron2: pinned (the republication) or git (upstream main)
+DETECTRON2 ?= pinned
+DEMO ?= output/demo
+MASKS ?= output/demo-masks
+
+# torch's OpenMP workers spin while they wait, which makes a busy machine ten to thirty times slower
+export OMP_WAIT_POLICY ?= passive
+# caches that would otherwise be put into the home folder
+export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
+export FVCORE_CACHE ?= $(CURDIR)/.cache/fvcore
+export TORCH_HOME ?= $(CURDIR)/.cache/torch
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+
+PY := $(VENV)/bin/python
+SOURCES := fpn_plugin tools tests datasets setup.py
+
+.PHONY: help setup demo demo-masks test lint format lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (or git)"
+
+setup: ## make the environment (.venv, about 6 GB); the other targets do this by themselves
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --detectron2 $(DETECTRON2)
+
+demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw what it finds (10 minutes)
+	@$(PY) tools/demo.py trees --output $(DEMO)
+
+demo-masks: setup ## the same for instance masks, on drawn scenes (10 minutes)
+	@$(PY) tools/demo.py scenes --output $(MASKS)
+
+test: setup ## run all tests
+	@$(PY) -m pytest tests --basetemp=.cache/pytest
+
+lint: setup ## black, isort, flake8 and mypy
+	@$(PY) -m black --check --quiet $(SOURCES) || { echo "black: run 'make format'"; exit 1; }
+	@$(PY) -m isort --check-only --quiet $(SOURCES) || { echo "isort: run 'make format'"; exit 1; }
+	@$(PY) -m flake8 $(SOURCES)
+	@$(PY) -m mypy fpn_plugin
+
+format: setup ## let black and isort rewrite the code
+	@$(PY) -m isort --quiet $(SOURCES)
+	@$(PY) -m black --quiet $(SOURCES)
+
+lock: setup ## work out requirements.txt again from the ranges in setup.py and tools/detectron2_wheel
+	@$(PY) tools/setup_env.py --venv $(VENV) --lock
+
+clean: ## remove the environment and all caches; datasets/ and output/ are kept
+	rm -rf .venv .cache .mypy_cache .pytest_cache build *.egg-info
+	find fpn_plugin tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} +

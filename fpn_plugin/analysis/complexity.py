@@ -1,0 +1,121 @@
+"""Parameters and multiply-accumulates of a backbone, node by node.
+
+fvcore counts, and it counts one multiplication with its addition as one operation ("GFLOPs" in the papers of
+Detectron2 and RegNet). Convolutions, matrix products, normalisations and interpolations are counted; additions,
+activations and poolings are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Iterable, Mapping, Sequence
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from fpn_plugin.pyramid.backbone import PyramidBackbone
+
+# parts of the names of operators that are worth a warning where fvcore cannot count them
+_HEAVY = ("conv", "mm", "matmul", "einsum", "linear", "attention", "PythonOp")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part of a network costs.
+
+    Attributes:
+        parameters: the number of trained and frozen weights; statistics of norms are not among them.
+        flops: multiply-accumulates for one image.
+    """
+
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What a backbone costs for one image.
+
+    Attributes:
+        size: of the image with its padding, height and width in pixels.
+        nodes: of the pyramid, in the order in which they run.
+        bottom_up: the network underneath.
+        shapes: `(C, H, W)` of each map that the pyramid gives, from high to low resolution.
+        uncounted: operators that may be costly and that fvcore cannot count, with how often each runs.
+    """
+
+    size: tuple[int, int]
+    nodes: Mapping[str, Cost]
+    bottom_up: Cost
+    shapes: Mapping[str, tuple[int, int, int]]
+    uncounted: Mapping[str, int]
+
+    @property
+    def pyramid(self) -> Cost:
+        """All nodes together."""
+        costs = self.nodes.values()
+        return Cost(sum(cost.parameters for cost in costs), sum(cost.flops for cost in costs))
+
+
+def count_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> int:
+    """The parameters of a module, or of those of its submodules that `paths` names; a shared one counts once."""
+    found = {id(weight): weight for path in paths for weight in module.get_submodule(path).parameters()}
+    return sum(weight.numel() for weight in found.values())
+
+
+def padded_size(backbone: PyramidBackbone, size: Sequence[int]) -> tuple[int, int]:
+    """The height and width that Detectron2 pads an image of `size` to, in pixels.
+
+    Raises:
+        ValueError: if `size` is not two positive whole numbers.
+    """
+    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"size: {tuple(size)!r} is not a height and a width in pixels, such as (800, 1344)")
+    step = max(backbone.size_divisibility, 1)
+    return -(-size[0] // step) * step, -(-size[1] // step) * step
+
+
+def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Complexity:
+    """What the backbone costs for one image: it runs once, on the CPU, as a copy in evaluation mode.
+
+    Args:
+        size: height and width of the image in pixels, before padding.
+
+    Raises:
+        ValueError: if `size` is not two positive whole numbers.
+    """
+    height, width = padded_size(backbone, size)
+    # a copy: counting must not change the mode, the device or the hooks of a model in use
+    model = copy.deepcopy(backbone).cpu().eval()
+    weight = next(model.bottom_up.parameters())
+    image = torch.zeros(1, _image_channels(model), height, width, dtype=weight.dtype)
+    analysis = FlopCountAnalysis(model, image)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.no_grad():
+        flops = analysis.by_module()
+        maps = model(image)
+    nodes = {}
+    for step in backbone.steps:
+        paths = [part.path for part in step.parts()]
+        nodes[step.node.name] = Cost(count_parameters(backbone, paths), sum(flops[path] for path in paths))
+    bottom_up = Cost(count_parameters(backbone, ["bottom_up"]), flops["bottom_up"])
+    shapes = {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
+    heavy = {name: n for name, n in analysis.unsupported_ops().items() if any(word in name for word in _HEAVY)}
+    return Complexity((height, width), nodes, bottom_up, shapes, heavy)
+
+
+def pyramid_flops(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> dict[str, float]:
+    """Multiply-accumulates of each node for one image of `size` (height, width in pixels).
+
+    Raises:
+        ValueError: if `size` is not two positive whole numbers.
+    """
+    return {name: cost.flops for name, cost in measure(backbone, size).nodes.items()}
+
+
+def _image_channels(model: PyramidBackbone) -> int:
+    """Of the first convolution of the network underneath."""
+    convs = (module for module in model.bottom_up.modules() if isinstance(module, nn.Conv2d))
+    return next((conv.in_channels for conv in convs), 3)

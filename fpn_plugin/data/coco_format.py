@@ -1,0 +1,105 @@
+"""A user's own data in COCO's format, named in the config and registered without code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from .annotation_checks import check_categories, read_json
+from .findings import Findings
+
+__all__ = ["register_coco_format", "register_own"]
+
+_DETECTRON2_NUM_CLASSES = 80
+_CLASS_SECTIONS = ("ROI_HEADS", "RETINANET")
+
+logger = logging.getLogger(__name__)
+
+
+def register_coco_format(name: str, json_file: str, image_root: str, **metadata: Any) -> None:
+    """Register a dataset with Detectron2; no file is read until it is used.
+
+    Doing so again with the same files changes nothing.
+
+    Args:
+        name: for ``DatasetCatalog``.
+        json_file: annotations in COCO's format.
+        image_root: the folder that the JSON's file names are relative to.
+        metadata: further entries for ``MetadataCatalog``.
+
+    Raises:
+        ValueError: the name is taken by other files.
+    """
+    json_file, image_root = os.path.abspath(json_file), os.path.abspath(image_root)
+    if name not in DatasetCatalog.list():
+        register_coco_instances(name, metadata, json_file, image_root)
+        return
+    taken = MetadataCatalog.get(name)
+    present = (taken.get("json_file"), taken.get("image_root"))
+    if present != (json_file, image_root):
+        raise ValueError(
+            f"dataset {name!r} is registered already, with {present[0]} and {present[1]}; "
+            f"now it would be {json_file} and {image_root}"
+        )
+
+
+def register_own(cfg: CfgNode) -> CfgNode:
+    """Register the data that ``DATASETS.OWN`` names and make the config use it.
+
+    With ``TRAIN_JSON`` or ``VAL_JSON`` set, ``DATASETS.TRAIN`` becomes ``("own_train",)`` and
+    ``DATASETS.TEST`` becomes ``("own_val",)``; a half that is not given becomes empty. A number of
+    classes that was left at Detectron2's 80 becomes that of the data.
+
+    Returns:
+        The config that was given, changed in place; untouched if ``DATASETS.OWN`` is empty.
+
+    Raises:
+        ValueError: an image folder is given without its JSON or the other way round, or does not
+            exist; or the JSON's categories have faults.
+    """
+    train, val = _split_paths(cfg, "TRAIN"), _split_paths(cfg, "VAL")
+    if not (train or val):
+        return cfg
+    for name, paths in (("own_train", train), ("own_val", val)):
+        if paths:
+            register_coco_format(name, *paths)
+    for key, name, paths in (("TRAIN", "own_train", train), ("TEST", "own_val", val)):
+        if not paths and cfg.DATASETS[key]:
+            logger.warning("DATASETS.%s becomes empty: DATASETS.OWN names nothing for it", key)
+        cfg.DATASETS[key] = (name,) if paths else ()
+    _fit_num_classes(cfg, (train or val or ("", ""))[0])
+    return cfg
+
+
+def _split_paths(cfg: CfgNode, split: str) -> tuple[str, str] | None:
+    keys = (f"{split}_JSON", f"{split}_IMAGES")
+    paths = (cfg.DATASETS.OWN[keys[0]], cfg.DATASETS.OWN[keys[1]])
+    if not any(paths):
+        return None
+    for i, (key, other) in enumerate((keys, keys[::-1])):
+        if not paths[i]:
+            raise ValueError(
+                f"DATASETS.OWN.{key} is empty, but DATASETS.OWN.{other} is {paths[1 - i]!r}: "
+                "give both or neither"
+            )
+    if not os.path.isfile(paths[0]):
+        raise ValueError(f"DATASETS.OWN.{keys[0]} is {paths[0]!r}, which is not a file")
+    if not os.path.isdir(paths[1]):
+        raise ValueError(f"DATASETS.OWN.{keys[1]} is {paths[1]!r}, which is not a folder")
+    return paths
+
+
+def _fit_num_classes(cfg: CfgNode, json_file: str) -> None:
+    findings = Findings(json_file)
+    count = len(check_categories(read_json(json_file), findings))
+    findings.raise_errors()
+    for section in _CLASS_SECTIONS:
+        node = cfg.MODEL[section]
+        if node.NUM_CLASSES == _DETECTRON2_NUM_CLASSES != count:
+            node.NUM_CLASSES = count
+            logger.info("MODEL.%s.NUM_CLASSES is %d, as in %s", section, count, json_file)

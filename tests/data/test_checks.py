@@ -1,0 +1,261 @@
+"""Every fault of a dataset is found, and the message names the file and the annotation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from fpn_plugin.data import DatasetError, check_config_datasets, check_dataset, register_coco_format
+from fpn_plugin.data.annotation_checks import check_annotations
+from fpn_plugin.data.findings import Findings
+
+Change = Callable[[dict[str, Any]], Any]
+pytestmark = pytest.mark.usefixtures("registry")
+
+
+def change(*path: Any, to: Any) -> Change:
+    def apply(content: dict[str, Any]) -> None:
+        node: Any = content
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = to
+
+    return apply
+
+
+def drop(*path: Any) -> Change:
+    def apply(content: dict[str, Any]) -> None:
+        node: Any = content
+        for key in path[:-1]:
+            node = node[key]
+        del node[path[-1]]
+
+    return apply
+
+
+ANN = ("annotations", 2)
+ERRORS: dict[str, tuple[Change, str]] = {
+    "no images key": (drop("images"), "'images' is missing"),
+    "no annotations key": (drop("annotations"), "'annotations' is missing"),
+    "no categories key": (drop("categories"), "'categories' is missing"),
+    "images no list": (change("images", to={}), "'images' is a dict"),
+    "annotation no object": (change(*ANN, to=7), r"annotations\[2\] is a int"),
+    "id of another type": (change(*ANN, "id", to="3"), r"annotations\[2\].*'id' is '3'"),
+    "no image_id": (drop(*ANN, "image_id"), r"annotations\[2\] \(id 3\): 'image_id' is missing"),
+    "image width is text": (change("images", 0, "width", to="64"), r"images\[0\].*'width' is '64'"),
+    "no file_name": (drop("images", 0, "file_name"), "image id 1 has no 'file_name'"),
+    "size zero": (change("images", 0, "height", to=0), r"'a.jpg' \(id 1\): its size is 64 x 0"),
+    "absolute": (change("images", 0, "file_name", to="/x/a.jpg"), "'/x/a.jpg'.*must stay below"),
+    "escaping": (change("images", 0, "file_name", to="../a.jpg"), "'../a.jpg'.*must stay below"),
+    "missing file": (change("images", 0, "file_name", to="c.jpg"), "'c.jpg'.*does not exist"),
+    "other size": (change("images", 1, "width", to=63), "'b.jpg'.* 64 x 48 .*JSON says 63 x 48"),
+    "unknown category": (
+        change(*ANN, "category_id", to=9),
+        r"annotation 3 \(image 'a.jpg'\): category id 9 is unknown; known ids: 1, 2",
+    ),
+    "unknown image": (change(*ANN, "image_id", to=9), "annotation 3: image id 9 is unknown"),
+    "duplicate image": (change("images", 1, "id", to=1), "image id 1 is used 2 times"),
+    "duplicate category": (change("categories", 1, "id", to=1), "category id 1 is used 2 times"),
+    "no category name": (drop("categories", 1, "name"), "category id 2 has no 'name'"),
+    "duplicate annotation": (change(*ANN, "id", to=1), "annotation 1 .*'a.jpg'.*2 share its id"),
+    "zero annotation": (change(*ANN, "id", to=0), "annotation 0 .*'a.jpg'.*pycocotools.*matched"),
+    "no images": (change("images", to=[]), "the dataset is empty: 'images'"),
+    "no annotations": (change("annotations", to=[]), "the dataset is empty: 'annotations'"),
+    "no categories": (change("categories", to=[]), "'categories' is empty"),
+    "no box": (drop(*ANN, "bbox"), "annotation 3 .*'a.jpg'.*'bbox' is missing"),
+    "box of three": (change(*ANN, "bbox", to=[1, 2, 3]), "annotation 3 .*'bbox' is .1, 2, 3."),
+    "mask of another type": (change(*ANN, "segmentation", to="x"), "annotation 3 .*'segmentation'"),
+    "ignore": (change(*ANN, "ignore", to=1), "annotation 3 .*'ignore'"),
+}
+WARNINGS: dict[str, tuple[Change, str]] = {
+    "wholly outside": (change(*ANN, "bbox", to=[70, 4, 5, 5]), "box outside the image"),
+    "partly outside": (change(*ANN, "bbox", to=[60, 4, 9, 5]), "box that reaches over"),
+    "zero area": (change(*ANN, "bbox", to=[4, 4, 0, 5]), "box of zero area"),
+    "negative": (change(*ANN, "bbox", to=[9, 4, -5, 5]), "box of negative size"),
+    "NaN": (change(*ANN, "bbox", to=[float("nan"), 4, 5, 5]), "box that is not finite"),
+    "two points": (change(*ANN, "segmentation", to=[[1, 1, 2, 2]]), "polygon of under three"),
+    "odd count": (change(*ANN, "segmentation", to=[[1, 1, 2, 2, 3, 3, 4]]), "polygon of under"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_names_file_and_annotation(name: str, sound: Any, write: Any) -> None:
+    apply, message = ERRORS[name]
+    apply(sound)
+    register_coco_format("t", *write(sound))
+    with pytest.raises(DatasetError, match=message) as caught:
+        check_dataset("t")
+    assert "own.json: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warning_names_file_and_annotation(name: str, sound: Any, write: Any, caplog: Any) -> None:
+    apply, message = WARNINGS[name]
+    apply(sound)
+    register_coco_format("t", *write(sound))
+    with caplog.at_level(logging.WARNING, "fpn_plugin"):
+        report = check_dataset("t")
+    assert list(report.warnings.values()) == [1]
+    pattern = rf"own\.json: 1 × {message}.*annotation 3 \(image 'a\.jpg'\)"
+    assert re.search(pattern, caplog.text), caplog.text
+
+
+def test_sound_dataset(sound: Any, write: Any, caplog: Any) -> None:
+    sound["annotations"][0]["bbox"] = [-0.9, 4, 65.8, 5]  # rounding, within the tolerance
+    register_coco_format("t", *write(sound))
+    with caplog.at_level(logging.INFO, "fpn_plugin"):
+        report = check_dataset("t", masks=True)
+    assert (report.num_images, report.num_annotations) == (2, 4)
+    assert (report.classes, report.level, report.warnings) == (("cat", "dog"), "full", {})
+    assert "every image decoded" in caplog.text
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[]", "holds a JSON list")])
+def test_not_coco(text: str, message: str, write: Any) -> None:
+    register_coco_format("t", *write(text))
+    with pytest.raises(DatasetError, match=rf"own\.json: {message}"):
+        check_dataset("t")
+
+
+@pytest.mark.parametrize("level", ["full", "headers", "annotations"])
+def test_truncated_image_is_found_by_decoding(level: str, sound: Any, write: Any) -> None:
+    paths = write(sound)
+    picture = Path(paths[1]) / "b.jpg"
+    picture.write_bytes(picture.read_bytes()[:-400])
+    register_coco_format("t", *paths)
+    if level == "full":
+        with pytest.raises(DatasetError, match=r"own\.json(.|\n)*'b.jpg' .*cannot be read to"):
+            check_dataset("t", level)
+    else:
+        assert check_dataset("t", level).level == level
+
+
+def test_file_that_is_no_image(sound: Any, write: Any) -> None:
+    paths = write(sound)
+    (Path(paths[1]) / "b.jpg").write_text("hello")
+    register_coco_format("t", *paths)
+    with pytest.raises(DatasetError, match="'b.jpg' .*is not an image"):
+        check_dataset("t", "headers")
+
+
+def test_size_is_compared_after_the_exif_rotation(sound: Any, write: Any) -> None:
+    paths = write(sound)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(Path(paths[1]) / "b.jpg", exif=exif)
+    register_coco_format("t", *paths)
+    with pytest.raises(DatasetError, match="'b.jpg' .*48 x 64 pixels .turned"):
+        check_dataset("t")
+
+
+def test_missing_image_folder(sound: Any, write: Any) -> None:
+    register_coco_format("t", write(sound)[0], "nowhere")
+    with pytest.raises(DatasetError, match="image folder .*nowhere' does not exist"):
+        check_dataset("t")
+
+
+def test_many_errors_are_counted_and_ten_shown(sound: Any, write: Any) -> None:
+    sound["annotations"] = [{**sound["annotations"][0], "id": 0} for _ in range(30)]
+    register_coco_format("t", *write(sound))
+    with pytest.raises(DatasetError, match="31 errors") as caught:
+        check_dataset("t")
+    assert str(caught.value).count("  - ") == 10
+    assert "and 21 more" in str(caught.value)
+
+
+def test_mask_head_needs_masks(sound: Any, write: Any) -> None:
+    del sound["annotations"][2]["segmentation"]
+    register_coco_format("t", *write(sound))
+    assert check_dataset("t").num_annotations == 4
+    with pytest.raises(DatasetError, match="annotation 3 .*MODEL.MASK_ON"):
+        check_dataset("t", masks=True)
+
+
+def test_test_set_may_lack_annotations(sound: Any, write: Any) -> None:
+    del sound["annotations"]
+    register_coco_format("t", *write(sound))
+    assert check_dataset("t", training=False).num_annotations == 0
+
+
+def test_off_reads_nothing() -> None:
+    register_coco_format("t", "nowhere.json", "nowhere")
+    assert check_dataset("t", "off").level == "off"
+    with pytest.raises(ValueError, match="DATASETS.CHECK is 'on', choose from auto, full"):
+        check_dataset("t", "on")
+
+
+def test_unprepared_set_names_its_command() -> None:
+    register_coco_format("t", "nowhere.json", "x", prepare_command="python datasets/prepare_t.py")
+    with pytest.raises(DatasetError, match="nowhere.json.*run `python datasets/prepare_t.py`"):
+        check_dataset("t")
+
+
+def config(train: tuple[str, ...], test: tuple[str, ...] = (), classes: int = 2) -> CfgNode:
+    cfg = get_cfg()
+    cfg.DATASETS.CHECK = "auto"
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+    return cfg
+
+
+def test_config_datasets_are_checked_once(sound: Any, write: Any) -> None:
+    register_coco_format("t", *write(sound))
+    reports = check_config_datasets(config(("t", "t"), ("t",)))
+    assert [report.name for report in reports] == ["t"]
+
+
+@pytest.mark.parametrize(
+    "architecture, section", [("GeneralizedRCNN", "ROI_HEADS"), ("RetinaNet", "RETINANET")]
+)
+def test_class_count(architecture: str, section: str, sound: Any, write: Any) -> None:
+    register_coco_format("t", *write(sound))
+    cfg = config(("t",))
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.MODEL[section].NUM_CLASSES = 5
+    message = rf"MODEL.{section}.NUM_CLASSES is 5, but dataset t .*own.json.* has 2 .*: cat, dog"
+    with pytest.raises(ValueError, match=message):
+        check_config_datasets(cfg)
+
+
+def test_unknown_dataset_lists_what_is_close() -> None:
+    with pytest.raises(KeyError, match="'coco_2017_trian' is not registered.*coco_2017_train"):
+        check_config_datasets(config(("coco_2017_trian",)))
+
+
+def test_other_formats_are_skipped(caplog: Any) -> None:
+    DatasetCatalog.register("t", lambda: [])
+    MetadataCatalog.get("t").set(evaluator_type="pascal_voc")
+    with caplog.at_level(logging.INFO, "fpn_plugin"):
+        assert [report.level for report in check_config_datasets(config(("t",)))] == ["off"]
+    assert "it is not in COCO's format" in caplog.text
+
+
+def test_checks_are_fast_enough_for_coco() -> None:
+    images = {i: {"id": i, "file_name": "x", "width": 640, "height": 480} for i in range(10_000)}
+    box, mask = [1.0, 2.0, 30.0, 40.0], [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
+    annotations = [
+        {"id": i + 1, "image_id": i % 10_000, "category_id": 1, "bbox": box, "segmentation": mask}
+        for i in range(50_000)
+    ]
+    findings = Findings("x.json")
+    start = time.process_time()
+    count = check_annotations({"annotations": annotations}, images, {1: "x"}, findings)
+    assert count == 50_000 and findings.num_errors == 0 and not findings.counts
+    # A million are to take under ten seconds; this leaves a busy machine twice that.
+    assert time.process_time() - start < 1.0
+
+
+def test_json_is_utf8_whatever_the_locale(sound: Any, write: Any) -> None:
+    sound["categories"][0]["name"] = "Kätzchen"
+    register_coco_format("t", *write(json.dumps(sound, ensure_ascii=True)))
+    assert check_dataset("t").classes == ("Kätzchen", "dog")

@@ -1,0 +1,24 @@
+"""Fixtures: the tiny dataset, registered, and configs of the tiny detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from detectron2.config import CfgNode
+from tiny import register, tiny_config, write_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of the JSON."""
+    path = write_dataset(tmp_path_factory.mktemp("data"))
+    register(path)
+    return path
+
+
+@pytest.fixture
+def make_config(dataset: Path, tmp_path: Path) -> Callable[..., CfgNode]:
+    """Makes tiny configs that write to this test's own folder."""
+    return lambda output="run", **overrides: tiny_config(tmp_path / output, **overrides)

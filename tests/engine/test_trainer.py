@@ -1,0 +1,178 @@
+"""The trainer on the CPU: precision, memory format, optimizers and evaluators."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import SimpleTrainer
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.solver import build_optimizer as detectron2_optimizer
+from tiny import VAL
+from torch import nn
+
+from fpn_plugin.engine import evaluation
+from fpn_plugin.engine.amp import Autocast, amp_dtype
+from fpn_plugin.engine.evaluation import EVALUATORS, build_evaluator
+from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.trainer import Trainer
+
+MakeConfig = Callable[..., CfgNode]
+
+
+class Types(nn.Module):
+    """Records the type that a convolution computes in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.seen: set[tuple[bool, torch.dtype]] = set()
+        conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        conv.register_forward_hook(
+            lambda module, args, out: self.seen.add((module.training, out.dtype))
+        )
+
+
+def test_bf16_on_the_cpu_in_training_and_evaluation(make_config: MakeConfig) -> None:
+    cfg = make_config(
+        SOLVER__AMP__ENABLED=True,
+        SOLVER__MAX_ITER=1,
+        MODEL__CHANNELS_LAST=True,
+        DATASETS__TEST=(VAL,),
+    )
+    trainer = Trainer(cfg)
+    types = Types(trainer.model)
+    before = {key: value.clone() for key, value in trainer.model.named_parameters()}
+    trainer.train()
+    assert types.seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    for key, value in trainer.model.named_parameters():
+        assert value.dtype == torch.float32 and torch.isfinite(value).all()
+        if value.ndim == 4:
+            assert value.is_contiguous(memory_format=torch.channels_last)
+    assert any((before[key] != value).any() for key, value in trainer.model.named_parameters())
+    assert not any(key.startswith("model.") for key in trainer.model.state_dict())
+    assert "AP" in json.dumps(trainer._last_eval_results)
+    assert Path(cfg.OUTPUT_DIR, "inference", "coco_instances_results.json").is_file()
+
+
+def test_progress_line_has_an_eta(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("detectron2").propagate = True
+    with caplog.at_level(logging.INFO):
+        Trainer(make_config()).train()
+    assert "eta: 0:00:00" in caplog.text and "total_loss" in caplog.text
+
+
+def test_full_precision_is_detectron2s_step(make_config: MakeConfig) -> None:
+    trainer = Trainer(make_config())
+    assert type(trainer._trainer) is SimpleTrainer and trainer._trainer.model is trainer.model
+
+
+@pytest.mark.parametrize(
+    "device, precision, expected",
+    [
+        ("cuda", "auto", "float16"),
+        ("cuda", "bf16", "bfloat16"),
+        ("cpu", "auto", "bfloat16"),
+        ("cpu", "bf16", "bfloat16"),
+    ],
+)
+def test_precision(device: str, precision: str, expected: str, make_config: MakeConfig) -> None:
+    cfg = make_config(SOLVER__AMP__PRECISION=precision, MODEL__DEVICE=device)
+    assert amp_dtype(cfg) is None
+    cfg.SOLVER.AMP.ENABLED = True
+    assert amp_dtype(cfg) is getattr(torch, expected)
+
+
+def test_precision_errors(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="SOLVER.AMP.PRECISION 'fp16' needs CUDA.*'cpu'.*bf16"):
+        Trainer(make_config(SOLVER__AMP__ENABLED=True, SOLVER__AMP__PRECISION="fp16"))
+    with pytest.raises(KeyError, match="SOLVER.AMP.PRECISION.*'half'.*auto, bf16, fp16"):
+        amp_dtype(make_config(SOLVER__AMP__PRECISION="half"))
+
+
+def test_autocast_covers_the_forward_only() -> None:
+    model = Autocast(nn.Linear(4, 4), "cpu", torch.bfloat16)
+    out = model(torch.ones(1, 4))
+    assert out.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+    out.sum().backward()
+    assert model.model.weight.grad is not None and model.model.weight.grad.dtype == torch.float32
+
+
+def groups(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+
+
+def test_optimizers(make_config: MakeConfig) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3))
+    cfg = make_config(SOLVER__BIAS_LR_FACTOR=2.0, SOLVER__WEIGHT_DECAY_BIAS=0.5)
+    sgd = build_optimizer(cfg, model)
+    assert type(sgd) is torch.optim.SGD and groups(sgd) == groups(detectron2_optimizer(cfg, model))
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+    adamw = build_optimizer(cfg, model)
+    assert type(adamw) is torch.optim.AdamW and groups(adamw) == groups(sgd)
+    with pytest.raises(KeyError, match="SOLVER.OPTIMIZER.*'Adam'.*AdamW, SGD"):
+        build_optimizer(make_config(SOLVER__OPTIMIZER="Adam"), model)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_gradient_clipping(name: str, make_config: MakeConfig) -> None:
+    cfg = make_config(SOLVER__OPTIMIZER=name, SOLVER__CLIP_GRADIENTS__ENABLED=True)
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.25
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(cfg, model)
+    model(torch.full((1, 2), 100.0)).sum().backward()
+    optimizer.step()
+    assert model.weight.grad is not None and (model.weight.grad == 0.25).all()
+
+
+EXPECTED = {
+    "coco": ["COCOEvaluator"],
+    "sem_seg": ["SemSegEvaluator"],
+    "coco_panoptic_seg": ["SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"],
+    "lvis": ["LVISEvaluator"],
+    "cityscapes_instance": ["CityscapesInstanceEvaluator"],
+    "cityscapes_sem_seg": ["CityscapesSemSegEvaluator"],
+    "pascal_voc": ["PascalVOCDetectionEvaluator"],
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATORS.names())
+def test_evaluators(kind: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, Any]] = []
+    for name in {name for names in EXPECTED.values() for name in names}:
+
+        def make(dataset: str, *args: Any, _name: str = name, **kwargs: Any) -> str:
+            made.append((_name, kwargs.get("output_dir", args[0] if args else None)))
+            return _name
+
+        monkeypatch.setattr(evaluation, name, make)
+    monkeypatch.setattr(evaluation, "DatasetEvaluators", list)
+    MetadataCatalog.get("engine_" + kind).set(evaluator_type=kind)
+    result = build_evaluator(make_config(), "engine_" + kind)
+    assert [name for name, _ in made] == EXPECTED[kind]
+    assert result == (EXPECTED[kind][0] if len(made) == 1 else EXPECTED[kind])
+    assert all(folder is None or folder.endswith("/run/inference") for _, folder in made)
+
+
+def test_coco_evaluator_of_several_datasets(make_config: MakeConfig, tmp_path: Path) -> None:
+    evaluator = build_evaluator(make_config(DATASETS__TEST=(VAL, "other")), VAL)
+    assert type(evaluator).__name__ == "COCOEvaluator" and not isinstance(
+        evaluator, DatasetEvaluators
+    )
+    assert evaluator._output_dir == str(tmp_path / "run" / "inference" / VAL)
+
+
+def test_unknown_evaluator(make_config: MakeConfig) -> None:
+    MetadataCatalog.get("engine_odd").set(evaluator_type="odd")
+    for name, shown in (("engine_odd", "'odd'"), ("engine_none", "None")):
+        with pytest.raises(
+            KeyError, match=f"{name}.*evaluator_type.*{shown}.*cityscapes_instance.*sem_seg"
+        ):
+            build_evaluator(make_config(), name)

@@ -1,0 +1,48 @@
+"""What several tests build: Detectron2's zoo configs, small pyramids, and their inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from torch import Tensor, nn
+
+from fpn_plugin import add_fpn_config
+from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.resolve import Defaults
+from fpn_plugin.pyramid.topologies import Style, build_graph
+
+LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
+CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 32}
+
+
+def zoo_config(path: str, *overrides: Any) -> CfgNode:
+    """A Detectron2 zoo config with our keys, on the CPU, without weights."""
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(path))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *overrides])
+    return cfg
+
+
+def small_maps(height: int = 64, width: int = 96, batch: int = 1) -> dict[str, Tensor]:
+    """Random bottom-up maps for an image of that size, sizes rounded up as a ResNet does."""
+    return {
+        name: torch.randn(batch, CHANNELS[name], -(-height // 2**level), -(-width // 2**level))
+        for name, level in LEVELS.items()
+    }
+
+
+def small_pyramid(topology: str = "fpn", extra: str = "none", repeats: int = 1, **defaults: Any) -> Pyramid:
+    """A catalogue pyramid of width 32 on `small_maps`."""
+    graph = build_graph(topology, LEVELS, Style(), repeats, extra)
+    return randomize(Pyramid(graph, CHANNELS, Defaults(32, **defaults)))
+
+
+def randomize(module: nn.Module) -> Any:
+    """Give every parameter a random value, so that biases and fusion weights are seen to count."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module

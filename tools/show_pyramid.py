@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Print what a config's pyramid resolves to, with the cost of every node, and draw it.
+
+    python tools/show_pyramid.py --config-file configs/… [--size H W] [--draw pyramid.png | pyramid.svg] [KEY VALUE …]
+
+No weights are read, and nothing but the backbone is built, on the CPU.
+"""
+
+import os
+
+# Before torch is imported: its OpenMP workers otherwise spin, and starve everything else on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse  # noqa: E402
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.modeling import build_backbone  # noqa: E402
+
+from fpn_plugin import PyramidBackbone  # noqa: E402
+from fpn_plugin.analysis.complexity import measure  # noqa: E402
+from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
+from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
+from fpn_plugin.config import _head_features, extra_levels_for  # noqa: E402
+from fpn_plugin.engine.setup import load_config  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config with a pyramid")
+    parser.add_argument("--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        default=(800, 1344),
+        metavar=("H", "W"),
+        help="of the image that GFLOPs are for, in pixels (default: 800 1344)",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args()
+
+
+def build(cfg: CfgNode) -> PyramidBackbone:
+    """The backbone, on the CPU and without weights."""
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    backbone = build_backbone(cfg)
+    if not isinstance(backbone, PyramidBackbone):
+        name = cfg.MODEL.BACKBONE.NAME
+        raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid of this plugin; use build_pyramid_backbone")
+    return backbone
+
+
+def main() -> None:
+    args = parse_args()
+    if args.draw:
+        check_extension(args.draw)
+    cfg = load_config(args)
+    backbone = build(cfg)
+    complexity = measure(backbone, tuple(args.size))
+    fpn = cfg.MODEL.FPN
+    repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
+    topology = "MODEL.FPN.GRAPH (inline)" if fpn.GRAPH else f"{fpn.TOPOLOGY}{repeats}"
+    names = {"topology": topology, "bottom-up": cfg.MODEL.BOTTOM_UP.NAME, "extra levels": extra_levels_for(cfg)}
+    print(settings_text(backbone, names), node_table(backbone, complexity), sep="\n\n")
+    print("", totals_text(complexity, _head_features(cfg)), sep="\n")
+    if args.draw:
+        draw_graph(backbone, args.draw)
+        print(f"\nthe graph is drawn in {args.draw}")
+
+
+if __name__ == "__main__":
+    main()
