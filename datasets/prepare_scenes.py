@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from fpn_plugin.data.scenes import SceneOptions, prepare_scenes
-from fpn_plugin.data.storage import dataset_root
+from fpn_plugin.paths import dataset_root
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from fpn_plugin.data.storage import dataset_root
+from fpn_plugin.paths import dataset_root
 from fpn_plugin.data.weights import prepare_weights
 
 

@@ -25,9 +25,15 @@ from fpn_plugin.engine.setup import load_config  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config with a pyramid")
-    parser.add_argument("--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a config with a pyramid"
+    )
+    parser.add_argument(
+        "--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg"
+    )
     parser.add_argument(
         "--size",
         nargs=2,
@@ -36,7 +42,9 @@ def parse_args() -> argparse.Namespace:
         metavar=("H", "W"),
         help="of the image that GFLOPs are for, in pixels (default: 800 1344)",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides"
+    )
     return parser.parse_args()
 
 
@@ -47,7 +55,9 @@ def build(cfg: CfgNode) -> PyramidBackbone:
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
         name = cfg.MODEL.BACKBONE.NAME
-        raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid of this plugin; use build_pyramid_backbone")
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: {name!r} is no pyramid of this plugin; use build_pyramid_backbone"
+        )
     return backbone
 
 
@@ -61,7 +71,11 @@ def main() -> None:
     fpn = cfg.MODEL.FPN
     repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
     topology = "MODEL.FPN.GRAPH (inline)" if fpn.GRAPH else f"{fpn.TOPOLOGY}{repeats}"
-    names = {"topology": topology, "bottom-up": cfg.MODEL.BOTTOM_UP.NAME, "extra levels": extra_levels_for(cfg)}
+    names = {
+        "topology": topology,
+        "bottom-up": cfg.MODEL.BOTTOM_UP.NAME,
+        "extra levels": extra_levels_for(cfg),
+    }
     print(settings_text(backbone, names), node_table(backbone, complexity), sep="\n\n")
     print("", totals_text(complexity, _head_features(cfg)), sep="\n")
     if args.draw:

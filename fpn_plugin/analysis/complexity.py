@@ -61,7 +61,9 @@ class Complexity:
 
 def count_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> int:
     """The parameters of a module, or of those of its submodules that `paths` names; a shared one counts once."""
-    found = {id(weight): weight for path in paths for weight in module.get_submodule(path).parameters()}
+    found = {
+        id(weight): weight for path in paths for weight in module.get_submodule(path).parameters()
+    }
     return sum(weight.numel() for weight in found.values())
 
 
@@ -72,7 +74,9 @@ def padded_size(backbone: PyramidBackbone, size: Sequence[int]) -> tuple[int, in
         ValueError: if `size` is not two positive whole numbers.
     """
     if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
-        raise ValueError(f"size: {tuple(size)!r} is not a height and a width in pixels, such as (800, 1344)")
+        raise ValueError(
+            f"size: {tuple(size)!r} is not a height and a width in pixels, such as (800, 1344)"
+        )
     step = max(backbone.size_divisibility, 1)
     return -(-size[0] // step) * step, -(-size[1] // step) * step
 
@@ -92,17 +96,25 @@ def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Com
     weight = next(model.bottom_up.parameters())
     image = torch.zeros(1, _image_channels(model), height, width, dtype=weight.dtype)
     analysis = FlopCountAnalysis(model, image)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings(
+        "none"
+    )
     with torch.no_grad():
         flops = analysis.by_module()
         maps = model(image)
     nodes = {}
     for step in backbone.steps:
         paths = [part.path for part in step.parts()]
-        nodes[step.node.name] = Cost(count_parameters(backbone, paths), sum(flops[path] for path in paths))
+        nodes[step.node.name] = Cost(
+            count_parameters(backbone, paths), sum(flops[path] for path in paths)
+        )
     bottom_up = Cost(count_parameters(backbone, ["bottom_up"]), flops["bottom_up"])
     shapes = {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
-    heavy = {name: n for name, n in analysis.unsupported_ops().items() if any(word in name for word in _HEAVY)}
+    heavy = {
+        name: n
+        for name, n in analysis.unsupported_ops().items()
+        if any(word in name for word in _HEAVY)
+    }
     return Complexity((height, width), nodes, bottom_up, shapes, heavy)
 
 

@@ -23,8 +23,8 @@ HEADER = (
 )
 _RIGHT = {"level", "stride", "channels", "parameters", "GFLOPs"}
 _NOTE = (
-    "GFLOPs: 10^9 multiply-accumulates for one image of {} x {} pixels, counted by fvcore"
-    " (a multiplication with its addition is one; additions, activations and poolings are not counted)"
+    "GFLOPs: 10^9 multiply-accumulates for one image of {} x {} pixels, counted by fvcore\n"
+    "(a multiplication with its addition is one; additions, activations and poolings are not counted)"
 )
 
 
@@ -53,12 +53,16 @@ def node_table(backbone: PyramidBackbone, complexity: Complexity) -> str:
     for step in backbone.steps:
         first, *others = (edge_text(edge) for edge in step.edges)
         cost = complexity.nodes[step.node.name]
-        rows.append(_row(step, first, backbone.defaults.channels, maps.get(step.node.name, ""), cost))
+        rows.append(
+            _row(step, first, backbone.defaults.channels, maps.get(step.node.name, ""), cost)
+        )
         rows.extend(("", "", "", text, *[""] * 6) for text in others)
     return _aligned(rows)
 
 
-def _row(step: ResolvedNode, first_input: str, channels: int, output: str, cost: Cost) -> tuple[str, ...]:
+def _row(
+    step: ResolvedNode, first_input: str, channels: int, output: str, cost: Cost
+) -> tuple[str, ...]:
     return (
         step.node.name,
         str(step.node.level),
@@ -90,7 +94,10 @@ def settings_text(backbone: PyramidBackbone, names: Mapping[str, str]) -> str:
         names: what the backbone does not know of itself, to be listed first ("topology": "fpn", ...).
     """
     shapes, defaults = backbone.bottom_up.output_shape(), backbone.defaults
-    maps = [f"{name} ({shapes[name].channels} ch, stride {shapes[name].stride})" for name in backbone.graph.inputs]
+    maps = [
+        f"{name} ({shapes[name].channels} ch, stride {shapes[name].stride})"
+        for name in backbone.graph.inputs
+    ]
     settings = {
         **names,
         "in features": ", ".join(maps),
@@ -119,7 +126,10 @@ def totals_text(complexity: Complexity, readers: Mapping[str, Sequence[str]]) ->
         for name, cost in (("pyramid", pyramid), ("bottom-up", below), ("backbone", both))
     ]
     lines.append(_NOTE.format(*complexity.size))
-    lines += [f"fvcore cannot count {name}, which runs {n} times" for name, n in complexity.uncounted.items()]
+    lines += [
+        f"fvcore cannot count {name}, which runs {n} times"
+        for name, n in complexity.uncounted.items()
+    ]
     lines += ["", "maps (C x H x W) and the keys that read them"]
     for name, shape in complexity.shapes.items():
         keys = [key for key, features in readers.items() if name in features]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 from torch import Tensor, nn
+
+from fpn_plugin.paths import find_file
 
 KEY = "MODEL.BOTTOM_UP.WEIGHTS"
 logger = logging.getLogger(__name__)
@@ -64,10 +65,9 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a state dict.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{KEY}: there is no file {path!r}")
+    file = find_file(path, KEY)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as error:  # torch raises many kinds here, all meaning "not a plain weight file"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from detectron2.data import DatasetCatalog
 
+from fpn_plugin.paths import dataset_root
+
 from . import scenes, trees
 from .checks import DatasetError, Report, check_config_datasets, check_dataset
 from .coco_format import register_coco_format, register_own
-from .storage import dataset_root
 
 __all__ = [
     "DatasetError",
     "Report",
     "check_config_datasets",
     "check_dataset",
-    "dataset_root",
     "register_all",
     "register_coco_format",
     "register_own",

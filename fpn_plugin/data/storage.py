@@ -11,14 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STAMP", "atomic_path", "dataset_root", "prepare_folder", "write_json"]
+__all__ = ["STAMP", "atomic_path", "prepare_folder", "write_json"]
 
 STAMP = "prepared.json"
-
-
-def dataset_root() -> Path:
-    """Return the folder that holds all datasets, found as Detectron2 finds its built-in ones."""
-    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 
 
 def write_json(path: Path, content: Any) -> None:

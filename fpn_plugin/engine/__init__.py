@@ -1,1 +1,1 @@
-"""What training adds to Detectron2's trainer: exact resume, atomic checkpoints, evaluators, set-up."""
+"""What training adds to Detectron2: exact resume, atomic checkpoints, the CPU, set-up."""

@@ -56,8 +56,7 @@ def find_checkpoint(folder: str) -> str:
 
     Raises:
         ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting
-        over by itself
-            would throw a run away.
+            over by itself would throw a run away.
     """
     tag = Path(folder, TAG)
     tagged = Path(folder, tag.read_text().strip()) if tag.is_file() else None

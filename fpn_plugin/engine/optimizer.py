@@ -1,4 +1,4 @@
-"""Optimizers by `SOLVER.OPTIMIZER`: Detectron2's SGD, and AdamW with the same groups and clipping."""
+"""Optimizers by `SOLVER.OPTIMIZER`: Detectron2's SGD; AdamW with the same groups and clipping."""
 
 from __future__ import annotations
 

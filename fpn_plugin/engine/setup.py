@@ -40,7 +40,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a run, with its output folder claimed. Call it once, before any process is launched.
+    """The config of a run, with its output folder claimed; for once, before processes are launched.
 
     Args:
         args: of :func:`argument_parser`.
@@ -105,16 +105,16 @@ def choose_device(cfg: CfgNode) -> None:
 
 
 def prepare_launch(cfg: CfgNode, num_processes: int) -> None:
-    """Let `detectron2.engine.launch` pick gloo for several processes on the CPU of a machine with GPUs.
+    """Let `detectron2.engine.launch` pick gloo for several processes on the CPU.
 
-    It picks by whether a process sees a GPU, so its children must not see any.
+    It picks by whether a process sees a GPU, so on a machine with GPUs its children must not.
     """
     if num_processes > 1 and cfg.MODEL.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """What each process does before it trains or evaluates: logs, seeds, datasets and the checks on them.
+    """What each process does before it trains or evaluates: logs, seed, data and its checks.
 
     Args:
         cfg: of :func:`setup`.
@@ -132,6 +132,8 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.OUTPUT_DIR = comm.all_gather(cfg.OUTPUT_DIR)[0]
     cfg.SEED = _run_seed(cfg, args.resume)
     register_own(cfg)  # again, for a process that was launched
+    if args.eval_only:
+        cfg.DATASETS.TRAIN = ()  # neither read nor checked
     cfg.freeze()
     _share_cores(cfg)
     # In a launched process there is no handler yet; in the one that ran setup() stdout has its own

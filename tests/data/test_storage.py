@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fpn_plugin.data.storage import STAMP, atomic_path, dataset_root, prepare_folder
+from fpn_plugin.data.storage import STAMP, atomic_path, prepare_folder
+from fpn_plugin.paths import dataset_root
 
 
 def build(folder: Path) -> None:

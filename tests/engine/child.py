@@ -44,7 +44,7 @@ def train_together(
 ) -> None:
     """One of several processes: trains, and leaves the weights that it ends with."""
     register(Path(json_file))
-    model = train(Path(output), overrides, resume).model.module
+    model = train(Path(output), overrides, resume).checkpointer.model
     torch.save(model.state_dict(), Path(output, f"rank{comm.get_rank()}.pth"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO, Callable
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_untagged_checkpoint_is_found(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink], ids=["truncated", "missing"])
-def test_no_whole_checkpoint_is_an_error(damage, folder: Path) -> None:
+def test_no_whole_checkpoint_is_an_error(damage: Callable[[Path], None], folder: Path) -> None:
     for name in (FIRST, SECOND):
         damage(folder / name)
     with pytest.raises(
@@ -102,7 +103,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
 
-    def fail(file) -> None:
+    def fail(file: IO[bytes]) -> None:
         file.write(b"new")
         raise OSError("disk full")
 

@@ -1,0 +1,356 @@
+"""A pyramid's graph as a picture: levels as rows (the finest at the bottom), time as columns. Lengths are in inches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from matplotlib.path import Path as Outline
+from matplotlib.textpath import TextPath
+
+from fpn_plugin.analysis.layout import Layout, Route, lay_out, output_mark, ports
+from fpn_plugin.pyramid.graph import Operator
+from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.resolve import ResolvedEdge
+
+CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
+# fill and border of each kind of box
+KINDS = {
+    "bottom-up map": ("#e9ecf1", "#7b8794"),
+    "lateral or block": ("#d6e6fa", "#3d7cc9"),
+    "fusion": ("#fde7c8", "#d98a1f"),
+    "output node": ("#d3efda", "#2f9e57"),
+    "extra level": ("#e7dcf7", "#8257c7"),
+}
+COLOURS = {"up": "#d1495b", "down": "#2a7f9e", "same": "#5c6773"}
+WORDS = {"up": "to a finer level", "down": "to a coarser level", "same": "same level"}
+_NAME, _DETAIL, _LABEL = 8.5, 7.0, 6.5  # font sizes in points
+_LINE, _LANE, _PAD = 0.145, 0.11, 0.1
+_NARROW = 9.5  # up to this width the legend takes two lines
+
+
+@dataclass
+class _Grid:
+    """Sizes and positions of columns and rows."""
+
+    left: list[float]  # of the boxes of each column
+    width: list[float]
+    middle: list[float]  # of each row
+    height: float  # of every box
+    lanes: Mapping[int, int]
+    gaps: Mapping[int, float]  # height of the gap below each row; -1: above the top row
+
+    def track(self, route: Route) -> float:
+        """The height of a route's horizontal run."""
+        assert route.track is not None
+        row, lane = route.track.row, route.track.lane
+        if lane is None:
+            return self.middle[row]
+        top = (
+            self.middle[row] - self.height / 2
+            if row >= 0
+            else self.middle[0] + self.height / 2 + self.gaps[-1]
+        )
+        return top - self.gaps[row] / 2 + (lane - (self.lanes[row] - 1) / 2) * _LANE
+
+
+def check_extension(path: str | Path) -> str:
+    """The file type that a path asks for, ".png" or ".svg".
+
+    Raises:
+        ValueError: naming the path, if it is another.
+    """
+    extension = Path(path).suffix.lower()
+    if extension not in CANVASES:
+        raise ValueError(
+            f"{str(path)!r}: cannot draw a file of type {extension!r}; choose from {', '.join(CANVASES)}"
+        )
+    return extension
+
+
+def draw_graph(pyramid: Pyramid, path: str | Path, title: str = "", dpi: int = 160) -> None:
+    """Draw the resolved graph of a pyramid, or of a backbone with one, as PNG or SVG by the path's extension.
+
+    Args:
+        title: a line above the picture.
+        dpi: dots per inch of a PNG.
+
+    Raises:
+        ValueError: if the extension is neither .png nor .svg.
+    """
+    extension = check_extension(path)
+    layout = lay_out(pyramid.graph)
+    texts = _box_texts(pyramid)
+    usual = _usual_resamplers(pyramid)
+    edges = {
+        (step.node.name, i): edge for step in pyramid.steps for i, edge in enumerate(step.edges)
+    }
+    labels = {key: _edge_label(edge, usual) for key, edge in edges.items()}
+    grid = _grid(layout, texts, labels)
+    figure, axes = _canvas(grid, layout, title)
+    _draw_rows(axes, grid, layout)
+    _draw_edges(axes, grid, layout, labels)
+    for name, (column, row) in layout.cells.items():
+        _draw_box(axes, grid, column, row, texts[name], _kind(pyramid, name))
+    _draw_legend(figure, pyramid, layout, usual)
+    CANVASES[extension](figure)
+    # text stays text in an SVG, and the same graph gives the same bytes
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fpn_plugin"}):
+        figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
+
+
+def _kind(pyramid: Pyramid, name: str) -> str:
+    """The kind of a box: a key of KINDS, or "" for the mark of an output."""
+    graph = pyramid.graph
+    if name in graph.inputs:
+        return "bottom-up map"
+    step = next((step for step in pyramid.steps if step.node.name == name), None)
+    if step is None:
+        return ""
+    if step.node.level > max(graph.inputs.values()) and step.fuse is None:
+        if graph.level(step.edges[0].source) < step.node.level:
+            return "extra level"
+    if name in graph.outputs:
+        return "output node"
+    return "fusion" if step.fuse else "lateral or block"
+
+
+def _short(operator: Operator) -> str:
+    """An operator in a few letters: its stride is the only argument that is shown."""
+    return f"{operator.name} /{operator.stride}" if operator.stride > 1 else operator.name
+
+
+def _box_texts(pyramid: Pyramid) -> dict[str, list[str]]:
+    texts = {}
+    bottom_up = getattr(pyramid, "bottom_up", None)
+    shapes = bottom_up.output_shape() if bottom_up is not None else {}
+    for name in pyramid.graph.inputs:
+        texts[name] = [name, f"{shapes[name].channels} ch"] if name in shapes else [name]
+    for step in pyramid.steps:
+        parts = (step.fuse, step.block)
+        texts[step.node.name] = [step.node.name, *(_short(part.operator) for part in parts if part)]
+    for output, node in pyramid.graph.output_names().items():
+        texts[output_mark(node)] = [output]
+    return texts
+
+
+def _usual_resamplers(pyramid: Pyramid) -> dict[str, str]:
+    """The most frequent resampler of each direction: the legend names it, so its arrows need no label."""
+    resamplers = [edge.resample for step in pyramid.steps for edge in step.edges if edge.resample]
+    counts = Counter((part.kind, _short(part.operator)) for part in resamplers)
+    return {kind: name for (kind, name), _ in reversed(counts.most_common())}
+
+
+def _edge_label(edge: ResolvedEdge, usual: Mapping[str, str]) -> str:
+    """What happens on an edge besides the usual resampling."""
+    names = [(part, _short(part.operator)) for part in edge.parts()]
+    return " · ".join(
+        name for part, name in names if part is not edge.resample or name != usual[part.kind]
+    )
+
+
+def _text_width(text: str, size: float, weight: str = "normal") -> float:
+    font = FontProperties(family="DejaVu Sans", weight=weight)
+    return (
+        float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
+        if text
+        else 0.0
+    )
+
+
+def _grid(
+    layout: Layout, texts: Mapping[str, list[str]], labels: Mapping[tuple[str, int], str]
+) -> _Grid:
+    width = [0.36] * layout.columns
+    for name, (column, _) in layout.cells.items():
+        sizes = [
+            _text_width(texts[name][0], _NAME, "bold"),
+            *(_text_width(x, _DETAIL) for x in texts[name][1:]),
+        ]
+        width[column] = max(width[column], max(sizes) + 2 * _PAD)
+    # the gap before each column: wide enough for the labels in it, and for all that changes height in it
+    gap = [0.36 + 0.04 * min(layout.bends(column), 12) for column in range(layout.columns)]
+    for (target, _), label in labels.items():
+        column = layout.cells[target][0]
+        gap[column] = max(gap[column], _text_width(label, _LABEL) + 0.34)
+    left, x = [], 1.0  # room for the rows' titles
+    for column in range(layout.columns):
+        x += gap[column] if column else 0.0
+        left.append(x)
+        x += width[column]
+    height = max(len(lines) for lines in texts.values()) * _LINE + 0.16
+    rows = range(-1, len(layout.levels))
+    gaps = {row: 0.3 + layout.lanes.get(row, 0) * _LANE for row in rows}
+    for row in (-1, len(layout.levels) - 1):  # outside the top and the bottom row
+        gaps[row] -= 0.1
+    middle, y = [], 0.0
+    for row in reversed(range(len(layout.levels))):
+        y += gaps[row] + height / 2
+        middle.insert(0, y)
+        y += height / 2
+    return _Grid(left, width, middle, height, layout.lanes, gaps)
+
+
+def _canvas(grid: _Grid, layout: Layout, title: str) -> tuple[Figure, Axes]:
+    """A figure whose data units are inches, with room for the title and the legend."""
+    width = grid.left[-1] + grid.width[-1] + 0.2
+    height = grid.middle[0] + grid.height / 2 + grid.gaps[-1]
+    above, below = (0.35 if title else 0.05), (0.42 if width > _NARROW else 0.6)
+    figure = Figure(figsize=(width, height + above + below), facecolor="white")
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_xlim(0, width)
+    axes.set_ylim(-below, height + above)
+    axes.set_axis_off()
+    if title:
+        axes.text(
+            width / 2, height + 0.17, title, ha="center", va="center", fontsize=11, weight="bold"
+        )
+    return figure, axes
+
+
+def _draw_rows(axes: Axes, grid: _Grid, layout: Layout) -> None:
+    """A band per level, with its level and stride."""
+    right = grid.left[-1] + grid.width[-1] + 0.1
+    top = grid.middle[0] + grid.height / 2 + grid.gaps[-1]
+    for row, level in enumerate(layout.levels):
+        last = row == len(layout.levels) - 1
+        bottom = 0.0 if last else grid.middle[row] - grid.height / 2 - grid.gaps[row] / 2
+        colour = "#f7f8fa" if row % 2 else "#eff2f6"
+        axes.add_patch(
+            Rectangle((0.1, bottom), right - 0.1, top - bottom, facecolor=colour, edgecolor="none")
+        )
+        axes.text(
+            0.2,
+            grid.middle[row] + 0.08,
+            f"level {level}",
+            va="center",
+            fontsize=_NAME,
+            color="#3a4450",
+        )
+        axes.text(
+            0.2,
+            grid.middle[row] - 0.08,
+            f"stride {2 ** level}",
+            va="center",
+            fontsize=_DETAIL,
+            color="#7b8794",
+        )
+        top = bottom
+
+
+def _draw_edges(
+    axes: Axes, grid: _Grid, layout: Layout, labels: Mapping[tuple[str, int], str]
+) -> None:
+    by_target: dict[str, list[Route]] = {}
+    for route in layout.routes:
+        by_target.setdefault(route.target, []).append(route)
+    for target, routes in by_target.items():
+        heights = [
+            grid.track(r) if r.track else grid.middle[layout.cells[r.source][1]] for r in routes
+        ]
+        middle = grid.middle[layout.cells[target][1]]
+        for route, port in zip(routes, ports(heights, middle, grid.height / 2 - 0.06)):
+            label = "" if target.startswith("->") else labels[target, route.index]
+            _draw_edge(axes, grid, layout, route, port, label)
+
+
+def _draw_edge(
+    axes: Axes, grid: _Grid, layout: Layout, route: Route, port: float, label: str
+) -> None:
+    (a, i), (b, j) = layout.cells[route.source], layout.cells[route.target]
+    colour = COLOURS["same" if i == j else "up" if i < j else "down"]
+    start, end = grid.left[a] + grid.width[a], grid.left[b]
+    points = [(start, grid.middle[i])]
+    codes = [Outline.MOVETO]
+
+    def bend(x0: float, x1: float, y: float) -> None:
+        """From the last point along its height to x0, then an S to (x1, y)."""
+        last = points[-1][1]
+        middle = (x0 + x1) / 2
+        points.extend([(x0, last), (middle, last), (middle, y), (x1, y)])
+        codes.extend([Outline.LINETO, *[Outline.CURVE4] * 3])
+
+    if route.track is not None:
+        bend(start + 0.02, grid.left[a + 1] - 0.04, grid.track(route))
+    before = grid.left[b - 1] + grid.width[b - 1]
+    from_height = points[-1][1]
+    bend(before + 0.04, end - 0.12, port)
+    points.append((end, port))
+    codes.append(Outline.LINETO)
+    arrow = "-" if route.target.startswith("->") else "-|>"
+    style = {
+        "color": colour,
+        "linewidth": 1.2,
+        "mutation_scale": 8,
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "zorder": 2,
+    }
+    axes.add_patch(
+        FancyArrowPatch(path=Outline(points, codes), arrowstyle=arrow, fill=False, **style)
+    )
+    if label:
+        box = {
+            "boxstyle": "round,pad=0.12",
+            "facecolor": "white",
+            "edgecolor": colour,
+            "linewidth": 0.5,
+        }
+        x, y = (before + end - 0.08) / 2, (from_height + port) / 2
+        axes.text(
+            x, y, label, fontsize=_LABEL, color=colour, ha="center", va="center", bbox=box, zorder=5
+        )
+
+
+def _draw_box(axes: Axes, grid: _Grid, column: int, row: int, lines: list[str], kind: str) -> None:
+    """A node, or the mark of an output if `kind` is ""."""
+    fill, border = KINDS[kind] if kind else (KINDS["output node"][1], "none")
+    x, width, y = grid.left[column], grid.width[column], grid.middle[row]
+    height = grid.height if kind else 0.27
+    shape = "round,pad=0,rounding_size=0.07" if kind else "round,pad=0,rounding_size=0.13"
+    style = {"facecolor": fill, "edgecolor": border, "linewidth": 1.1, "zorder": 3}
+    axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, boxstyle=shape, **style))
+    for number, line in enumerate(lines):
+        at = y + ((len(lines) - 1) / 2 - number) * _LINE
+        size, weight = (_NAME, "bold") if number == 0 else (_DETAIL, "normal")
+        colour = "white" if not kind else "#1f2933" if number == 0 else "#46525e"
+        text = {"ha": "center", "va": "center", "fontsize": size, "weight": weight, "color": colour}
+        axes.text(x + width / 2, at - 0.008, line, zorder=4, **text)
+
+
+def _draw_legend(
+    figure: Figure, pyramid: Pyramid, layout: Layout, usual: Mapping[str, str]
+) -> None:
+    found = {_kind(pyramid, name) for name in layout.cells}
+    handles: list[Patch | Line2D] = [
+        Patch(facecolor=fill, edgecolor=border, label=kind)
+        for kind, (fill, border) in KINDS.items()
+        if kind in found
+    ]
+    rows = {(layout.cells[r.source][1], layout.cells[r.target][1]) for r in layout.routes}
+    ways = {"same" if i == j else "up" if i < j else "down" for i, j in rows}
+    for way in (way for way in COLOURS if way in ways):
+        resampler = f" ({usual[way]})" if way in usual else ""
+        handles.append(
+            Line2D([], [], color=COLOURS[way], linewidth=1.4, label=WORDS[way] + resampler)
+        )
+    narrow = figure.get_figwidth() <= _NARROW
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=-(-len(handles) // 2) if narrow else len(handles),
+        frameon=False,
+        fontsize=_DETAIL,
+        columnspacing=1.4,
+        handlelength=1.6,
+    )

@@ -1,0 +1,30 @@
+"""Where data and weights live on disk, found as Detectron2 finds its built-in datasets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def dataset_root() -> Path:
+    """The folder of all datasets: `$DETECTRON2_DATASETS`, or `datasets` in the current folder."""
+    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
+def find_file(path: str, key: str) -> Path:
+    """A file that a config names: the path as it is, or below `dataset_root`.
+
+    Args:
+        key: the config key, for the error message.
+
+    Raises:
+        FileNotFoundError: naming the key and the places that were looked at.
+    """
+    places = [Path(os.path.expanduser(path)), dataset_root() / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"{key}: there is no file {path!r}; looked at {' and '.join(map(str, places))}"
+        " (weights/tf_efficientnet_lite0.pth is made by `python datasets/prepare_weights.py`)"
+    )
