@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Draw what a trained detector found beside what is there, from the results that its evaluation wrote.
+"""Draw what a trained detector found beside what is there, from the results that its evaluation
+wrote.
 
-    python tools/draw_detections.py --results OUTPUT_DIR/inference/coco_instances_results.json --dataset trees_val \\
+    python tools/draw_detections.py --results OUTPUT_DIR/inference/coco_instances_results.json
+    --dataset trees_val \\
         --output pictures/ [--num 4] [--score 0.5] [--config-file OUTPUT_DIR/config.yaml]
 
 The config is only needed for your own data (own_train, own_val): it says where they are.

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Print what a config's pyramid resolves to, with the cost of every node, and draw it.
 
-    python tools/show_pyramid.py --config-file configs/… [--size H W] [--draw pyramid.png | pyramid.svg] [KEY VALUE …]
+    python tools/show_pyramid.py --config-file configs/… [--draw pyramid.svg] [--size H W] [KEY
+    VALUE …]
 
 No weights are read, and nothing but the backbone is built, on the CPU.
 """
 
 import os
 
-# Before torch is imported: its OpenMP workers otherwise spin, and starve everything else on a busy machine.
+# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
@@ -23,28 +24,17 @@ from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # 
 from fpn_plugin.config import _head_features, extra_levels_for  # noqa: E402
 from fpn_plugin.engine.setup import load_config  # noqa: E402
 
+SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
+
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a config with a pyramid"
-    )
-    parser.add_argument(
-        "--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg"
-    )
-    parser.add_argument(
-        "--size",
-        nargs=2,
-        type=int,
-        default=(800, 1344),
-        metavar=("H", "W"),
-        help="of the image that GFLOPs are for, in pixels (default: 800 1344)",
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides"
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="a config with a pyramid")
+    add("--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg")
+    add("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"), help=SIZE_HELP)
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return parser.parse_args()
 
 
@@ -55,9 +45,7 @@ def build(cfg: CfgNode) -> PyramidBackbone:
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
         name = cfg.MODEL.BACKBONE.NAME
-        raise ValueError(
-            f"MODEL.BACKBONE.NAME: {name!r} is no pyramid of this plugin; use build_pyramid_backbone"
-        )
+        raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid; use build_pyramid_backbone")
     return backbone
 
 

@@ -1,1 +1,1 @@
-"""What a pyramid costs and looks like, and what a trained detector finds: the logic behind the tools."""
+"""What a pyramid costs and looks like, and what a detector finds: the logic behind the tools."""

@@ -1,8 +1,8 @@
 """Parameters and multiply-accumulates of a backbone, node by node.
 
-fvcore counts, and it counts one multiplication with its addition as one operation ("GFLOPs" in the papers of
-Detectron2 and RegNet). Convolutions, matrix products, normalisations and interpolations are counted; additions,
-activations and poolings are not.
+fvcore counts, and it counts one multiplication with its addition as one operation ("GFLOPs" in the
+papers of Detectron2 and RegNet). Convolutions, matrix products, normalisations and interpolations
+are counted; additions, activations and poolings are not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Cost:
     """What one part of a network costs.
 
     Attributes:
-        parameters: the number of trained and frozen weights; statistics of norms are not among them.
+        parameters: the number of trained and frozen weights; statistics of norms are not among
+            them.
         flops: multiply-accumulates for one image.
     """
 
@@ -43,7 +44,8 @@ class Complexity:
         nodes: of the pyramid, in the order in which they run.
         bottom_up: the network underneath.
         shapes: `(C, H, W)` of each map that the pyramid gives, from high to low resolution.
-        uncounted: operators that may be costly and that fvcore cannot count, with how often each runs.
+        uncounted: operators that may be costly and that fvcore cannot count, with how often each
+            runs.
     """
 
     size: tuple[int, int]
@@ -60,7 +62,7 @@ class Complexity:
 
 
 def count_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> int:
-    """The parameters of a module, or of those of its submodules that `paths` names; a shared one counts once."""
+    """Of a module, or of those of its submodules that `paths` names; a shared one counts once."""
     found = {
         id(weight): weight for path in paths for weight in module.get_submodule(path).parameters()
     }
@@ -82,7 +84,8 @@ def padded_size(backbone: PyramidBackbone, size: Sequence[int]) -> tuple[int, in
 
 
 def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Complexity:
-    """What the backbone costs for one image: it runs once, on the CPU, as a copy in evaluation mode.
+    """What the backbone costs for one image: it runs once, on the CPU, as a copy in evaluation
+    mode.
 
     Args:
         size: height and width of the image in pixels, before padding.

@@ -1,11 +1,13 @@
-"""A pyramid's graph as a picture: levels as rows (the finest at the bottom), time as columns. Lengths are in inches."""
+"""A pyramid's graph as a picture: levels as rows, the finest at the bottom; time as columns.
+
+Lengths are in inches.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,25 +20,19 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextPath
 
-from fpn_plugin.analysis.layout import Layout, Route, lay_out, output_mark, ports
-from fpn_plugin.pyramid.graph import Operator
+from fpn_plugin.analysis.captions import KINDS, box_texts, edge_label, kind_of, usual_resamplers
+from fpn_plugin.analysis.layout import Layout, Route, lay_out, ports
 from fpn_plugin.pyramid.pyramid import Pyramid
-from fpn_plugin.pyramid.resolve import ResolvedEdge
 
 CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
-# fill and border of each kind of box
-KINDS = {
-    "bottom-up map": ("#e9ecf1", "#7b8794"),
-    "lateral or block": ("#d6e6fa", "#3d7cc9"),
-    "fusion": ("#fde7c8", "#d98a1f"),
-    "output node": ("#d3efda", "#2f9e57"),
-    "extra level": ("#e7dcf7", "#8257c7"),
-}
 COLOURS = {"up": "#d1495b", "down": "#2a7f9e", "same": "#5c6773"}
 WORDS = {"up": "to a finer level", "down": "to a coarser level", "same": "same level"}
 _NAME, _DETAIL, _LABEL = 8.5, 7.0, 6.5  # font sizes in points
 _LINE, _LANE, _PAD = 0.145, 0.11, 0.1
 _NARROW = 9.5  # up to this width the legend takes two lines
+
+
+Labels = Mapping[tuple[str, int], str]  # by target and number of the input
 
 
 @dataclass
@@ -73,13 +69,14 @@ def check_extension(path: str | Path) -> str:
     extension = Path(path).suffix.lower()
     if extension not in CANVASES:
         raise ValueError(
-            f"{str(path)!r}: cannot draw a file of type {extension!r}; choose from {', '.join(CANVASES)}"
+            f"{str(path)!r}: cannot draw a file of type {extension!r};"
+            f" choose from {', '.join(CANVASES)}"
         )
     return extension
 
 
 def draw_graph(pyramid: Pyramid, path: str | Path, title: str = "", dpi: int = 160) -> None:
-    """Draw the resolved graph of a pyramid, or of a backbone with one, as PNG or SVG by the path's extension.
+    """Draw the resolved graph of a pyramid or backbone, as PNG or SVG by the path's extension.
 
     Args:
         title: a line above the picture.
@@ -89,116 +86,70 @@ def draw_graph(pyramid: Pyramid, path: str | Path, title: str = "", dpi: int = 1
         ValueError: if the extension is neither .png nor .svg.
     """
     extension = check_extension(path)
+    # text stays text in an SVG, and the same graph gives the same bytes, whatever the user's
+    # settings
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fpn_plugin", "font.family": "DejaVu Sans"}
+    with matplotlib.rc_context(settings):
+        figure = _draw(pyramid, title)
+        CANVASES[extension](figure)
+        figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
+
+
+def _draw(pyramid: Pyramid, title: str) -> Figure:
     layout = lay_out(pyramid.graph)
-    texts = _box_texts(pyramid)
-    usual = _usual_resamplers(pyramid)
-    edges = {
-        (step.node.name, i): edge for step in pyramid.steps for i, edge in enumerate(step.edges)
+    texts = box_texts(pyramid)
+    usual = usual_resamplers(pyramid)
+    labels = {
+        (step.node.name, i): edge_label(edge, usual)
+        for step in pyramid.steps
+        for i, edge in enumerate(step.edges)
     }
-    labels = {key: _edge_label(edge, usual) for key, edge in edges.items()}
     grid = _grid(layout, texts, labels)
     figure, axes = _canvas(grid, layout, title)
     _draw_rows(axes, grid, layout)
     _draw_edges(axes, grid, layout, labels)
     for name, (column, row) in layout.cells.items():
-        _draw_box(axes, grid, column, row, texts[name], _kind(pyramid, name))
+        _draw_box(axes, grid, column, row, texts[name], kind_of(pyramid, name))
     _draw_legend(figure, pyramid, layout, usual)
-    CANVASES[extension](figure)
-    # text stays text in an SVG, and the same graph gives the same bytes
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fpn_plugin"}):
-        figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
-
-
-def _kind(pyramid: Pyramid, name: str) -> str:
-    """The kind of a box: a key of KINDS, or "" for the mark of an output."""
-    graph = pyramid.graph
-    if name in graph.inputs:
-        return "bottom-up map"
-    step = next((step for step in pyramid.steps if step.node.name == name), None)
-    if step is None:
-        return ""
-    if step.node.level > max(graph.inputs.values()) and step.fuse is None:
-        if graph.level(step.edges[0].source) < step.node.level:
-            return "extra level"
-    if name in graph.outputs:
-        return "output node"
-    return "fusion" if step.fuse else "lateral or block"
-
-
-def _short(operator: Operator) -> str:
-    """An operator in a few letters: its stride is the only argument that is shown."""
-    return f"{operator.name} /{operator.stride}" if operator.stride > 1 else operator.name
-
-
-def _box_texts(pyramid: Pyramid) -> dict[str, list[str]]:
-    texts = {}
-    bottom_up = getattr(pyramid, "bottom_up", None)
-    shapes = bottom_up.output_shape() if bottom_up is not None else {}
-    for name in pyramid.graph.inputs:
-        texts[name] = [name, f"{shapes[name].channels} ch"] if name in shapes else [name]
-    for step in pyramid.steps:
-        parts = (step.fuse, step.block)
-        texts[step.node.name] = [step.node.name, *(_short(part.operator) for part in parts if part)]
-    for output, node in pyramid.graph.output_names().items():
-        texts[output_mark(node)] = [output]
-    return texts
-
-
-def _usual_resamplers(pyramid: Pyramid) -> dict[str, str]:
-    """The most frequent resampler of each direction: the legend names it, so its arrows need no label."""
-    resamplers = [edge.resample for step in pyramid.steps for edge in step.edges if edge.resample]
-    counts = Counter((part.kind, _short(part.operator)) for part in resamplers)
-    return {kind: name for (kind, name), _ in reversed(counts.most_common())}
-
-
-def _edge_label(edge: ResolvedEdge, usual: Mapping[str, str]) -> str:
-    """What happens on an edge besides the usual resampling."""
-    names = [(part, _short(part.operator)) for part in edge.parts()]
-    return " · ".join(
-        name for part, name in names if part is not edge.resample or name != usual[part.kind]
-    )
+    return figure
 
 
 def _text_width(text: str, size: float, weight: str = "normal") -> float:
+    if not text:
+        return 0.0
     font = FontProperties(family="DejaVu Sans", weight=weight)
-    return (
-        float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
-        if text
-        else 0.0
-    )
+    return float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
 
 
-def _grid(
-    layout: Layout, texts: Mapping[str, list[str]], labels: Mapping[tuple[str, int], str]
-) -> _Grid:
+def _grid(layout: Layout, texts: Mapping[str, list[str]], labels: Labels) -> _Grid:
     width = [0.36] * layout.columns
     for name, (column, _) in layout.cells.items():
-        sizes = [
-            _text_width(texts[name][0], _NAME, "bold"),
-            *(_text_width(x, _DETAIL) for x in texts[name][1:]),
-        ]
-        width[column] = max(width[column], max(sizes) + 2 * _PAD)
-    # the gap before each column: wide enough for the labels in it, and for all that changes height in it
+        first, *others = texts[name]
+        longest = max(_text_width(first, _NAME, "bold"), *(_text_width(x, _DETAIL) for x in
+        others), 0) width[column] = max(width[column], longest + 2 * _PAD)
+    # the gap before each column, wide enough for its labels and for all that changes height in it
     gap = [0.36 + 0.04 * min(layout.bends(column), 12) for column in range(layout.columns)]
     for (target, _), label in labels.items():
         column = layout.cells[target][0]
         gap[column] = max(gap[column], _text_width(label, _LABEL) + 0.34)
-    left, x = [], 1.0  # room for the rows' titles
-    for column in range(layout.columns):
-        x += gap[column] if column else 0.0
-        left.append(x)
-        x += width[column]
+    gap[0] = 1.0  # room for the rows' titles
+    left = [sum(gap[: i + 1]) + sum(width[:i]) for i in range(layout.columns)]
     height = max(len(lines) for lines in texts.values()) * _LINE + 0.16
-    rows = range(-1, len(layout.levels))
-    gaps = {row: 0.3 + layout.lanes.get(row, 0) * _LANE for row in rows}
-    for row in (-1, len(layout.levels) - 1):  # outside the top and the bottom row
-        gaps[row] -= 0.1
-    middle, y = [], 0.0
-    for row in reversed(range(len(layout.levels))):
-        y += gaps[row] + height / 2
-        middle.insert(0, y)
-        y += height / 2
+    gaps, middle = _rows(layout, height)
     return _Grid(left, width, middle, height, layout.lanes, gaps)
+
+
+def _rows(layout: Layout, height: float) -> tuple[dict[int, float], list[float]]:
+    """The gap below each row (-1: above the top row), and the middle of each row."""
+    count = len(layout.levels)
+    gaps = {row: 0.3 + layout.lanes.get(row, 0) * _LANE for row in range(-1, count)}
+    for row in (-1, count - 1):  # outside the top and the bottom row
+        gaps[row] -= 0.1
+    middle = [
+        sum(gaps[below] for below in range(row, count)) + (count - row - 0.5) * height
+        for row in range(count)
+    ]
+    return gaps, middle
 
 
 def _canvas(grid: _Grid, layout: Layout, title: str) -> tuple[Figure, Axes]:
@@ -249,7 +200,7 @@ def _draw_rows(axes: Axes, grid: _Grid, layout: Layout) -> None:
 
 
 def _draw_edges(
-    axes: Axes, grid: _Grid, layout: Layout, labels: Mapping[tuple[str, int], str]
+    axes: Axes, grid: _Grid, layout: Layout, labels: Labels
 ) -> None:
     by_target: dict[str, list[Route]] = {}
     for route in layout.routes:
@@ -288,7 +239,7 @@ def _draw_edge(
     points.append((end, port))
     codes.append(Outline.LINETO)
     arrow = "-" if route.target.startswith("->") else "-|>"
-    style = {
+    style: dict[str, Any] = {
         "color": colour,
         "linewidth": 1.2,
         "mutation_scale": 8,
@@ -300,7 +251,7 @@ def _draw_edge(
         FancyArrowPatch(path=Outline(points, codes), arrowstyle=arrow, fill=False, **style)
     )
     if label:
-        box = {
+        box: dict[str, Any] = {
             "boxstyle": "round,pad=0.12",
             "facecolor": "white",
             "edgecolor": colour,
@@ -318,20 +269,26 @@ def _draw_box(axes: Axes, grid: _Grid, column: int, row: int, lines: list[str], 
     x, width, y = grid.left[column], grid.width[column], grid.middle[row]
     height = grid.height if kind else 0.27
     shape = "round,pad=0,rounding_size=0.07" if kind else "round,pad=0,rounding_size=0.13"
-    style = {"facecolor": fill, "edgecolor": border, "linewidth": 1.1, "zorder": 3}
+    style: dict[str, Any] = {"facecolor": fill, "edgecolor": border, "linewidth": 1.1, "zorder": 3}
     axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, boxstyle=shape, **style))
     for number, line in enumerate(lines):
         at = y + ((len(lines) - 1) / 2 - number) * _LINE
         size, weight = (_NAME, "bold") if number == 0 else (_DETAIL, "normal")
         colour = "white" if not kind else "#1f2933" if number == 0 else "#46525e"
-        text = {"ha": "center", "va": "center", "fontsize": size, "weight": weight, "color": colour}
+        text: dict[str, Any] = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": size,
+            "weight": weight,
+            "color": colour,
+        }
         axes.text(x + width / 2, at - 0.008, line, zorder=4, **text)
 
 
 def _draw_legend(
     figure: Figure, pyramid: Pyramid, layout: Layout, usual: Mapping[str, str]
 ) -> None:
-    found = {_kind(pyramid, name) for name in layout.cells}
+    found = {kind_of(pyramid, name) for name in layout.cells}
     handles: list[Patch | Line2D] = [
         Patch(facecolor=fill, edgecolor=border, label=kind)
         for kind, (fill, border) in KINDS.items()

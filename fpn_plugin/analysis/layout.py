@@ -1,8 +1,10 @@
-"""Where the boxes and arrows of a drawn graph go. Columns are time, rows are levels. No matplotlib, no torch.
+"""Where the boxes and arrows of a drawn graph go. Columns are time, rows are levels. No
+matplotlib, no torch.
 
-A cell is `(column, row)`; row 0 is the coarsest level, on top. An arrow runs left to right: it leaves its source's cell,
-changes height in the gap after that column, runs along a track, changes height again in the gap before its target's
-column, and enters. A track is the middle line of a row where its cells are free, else a lane between two rows.
+A cell is `(column, row)`; row 0 is the coarsest level, on top. An arrow runs left to right: it
+leaves its source's cell, changes height in the gap after that column, runs along a track, changes
+height again in the gap before its target's column, and enters. A track is the middle line of a row
+where its cells are free, else a lane between two rows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True)
 class Track:
-    """The horizontal part of an arrow: the middle of `row`, or, if `lane` is not None, a lane in the gap below `row`.
+    """The horizontal part of an arrow: the middle of `row`, or, if `lane` is not None, a lane in
+    the gap below `row`.
 
     Row -1 is the gap above the top row.
     """
@@ -41,7 +44,8 @@ class Layout:
 
     Attributes:
         levels: of the rows, coarsest first.
-        cells: of inputs, nodes, and outputs ("-> name" stands for the mark of that output, in the last column).
+        cells: of inputs, nodes, and outputs ("-> name" stands for the mark of that output, in the
+            last column).
         lanes: how many lanes the gap below each row holds; -1 is the gap above the top row.
     """
 
@@ -101,7 +105,7 @@ def lay_out(graph: Graph) -> Layout:
 
 
 class _Router:
-    """Gives every arrow a track that crosses no box, and that it shares only with arrows of the same source."""
+    """Gives every arrow a track that no box is on; only arrows of one source share a track."""
 
     def __init__(self, layout: Layout, taken: dict[Cell, str]) -> None:
         self.layout = layout
@@ -154,8 +158,8 @@ class _Router:
 
 
 def ports(heights: list[float], middle: float, reach: float) -> list[float]:
-    """Where arrows that come from these heights enter a box's side: in the same order, so that they do not
-    cross.
+    """Where arrows that come from these heights enter a box's side: in the same order, so that
+    they do not cross.
 
     One that comes along the middle goes straight in.
 

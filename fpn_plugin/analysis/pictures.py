@@ -1,7 +1,7 @@
 """Pictures of a trained detector's work: the truth on the left, the detections on the right.
 
-The detections are those that COCOEvaluator writes (`OUTPUT_DIR/inference/coco_instances_results.json`), so nothing has
-to run again.
+The detections are those that COCOEvaluator writes
+(`OUTPUT_DIR/inference/coco_instances_results.json`), so nothing has to run again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode
-from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
@@ -27,11 +26,17 @@ Object = Mapping[
 ]  # bbox, bbox_mode, category_id (from 0), and if there are any: score, segmentation
 _MAX_LABELS = 15  # more texts than this hide the objects
 _WIDTH = 800  # pixels of a smaller image's longer side in the picture
+# bright, because a dark line vanishes on a photo
+_COLOURS = (
+    *((255, 212, 0), (255, 79, 163), (0, 213, 255), (255, 122, 26), (164, 255, 60)),
+    *((185, 140, 255), (255, 59, 59), (61, 255, 181), (255, 255, 255), (90, 140, 255)),
+)
 _STRIP = 36  # pixels of the line of text above each half
 
 
 def load_results(path: str | Path, dataset: str) -> dict[Any, list[dict[str, Any]]]:
-    """The detections in a file of COCO results by image id, with category ids from 0 as in Detectron2's dicts.
+    """The detections in a file of COCO results by image id, with category ids from 0 as in
+    Detectron2's dicts.
 
     Args:
         dataset: the registered dataset that they are of.
@@ -42,7 +47,8 @@ def load_results(path: str | Path, dataset: str) -> dict[Any, list[dict[str, Any
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"{str(path)!r} does not exist: an evaluation writes coco_instances_results.json to OUTPUT_DIR/inference"
+            f"{str(path)!r} does not exist: an evaluation writes"
+            " coco_instances_results.json to OUTPUT_DIR/inference"
         )
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -70,7 +76,8 @@ def _check_result(
         raise ValueError(f"{where}: {result!r} is no detection with {', '.join(needed)}")
     if result["image_id"] not in images:
         raise ValueError(
-            f"{where}: the dataset has no image of id {result['image_id']!r}; it has {len(images)} others"
+            f"{where}: the dataset has no image of id {result['image_id']!r};"
+            f" it has {len(images)} others"
         )
     if categories is not None and result["category_id"] not in categories:
         raise ValueError(
@@ -106,7 +113,7 @@ def draw_dataset(
         the files, in the dataset's order.
 
     Raises:
-        ValueError: (KeyError for an unknown dataset) naming the argument or file, the value and what is valid.
+        ValueError: (KeyError for an unknown dataset) naming the argument or file and what is valid.
     """
     if num < 1:
         raise ValueError(f"num: {num!r} is not a number of pictures of 1 or more")
@@ -128,7 +135,7 @@ def draw_dataset(
 
 
 def choose(records: Sequence[dict[str, Any]], num: int) -> list[dict[str, Any]]:
-    """At most `num` of the images, evenly spread; those without objects only if no image has any."""
+    """At most `num` of the images, evenly spread; images without objects only if all are."""
     candidates = [record for record in records if record.get("annotations")] or list(records)
     count = min(num, len(candidates))
     return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
@@ -156,8 +163,9 @@ def draw_detections(
         else utils.read_image(str(image), "RGB")
     )
     shown = [item for item in truth if not item.get("iscrowd")]
-    left = _overlay(pixels, shown, dataset)
-    right = _overlay(pixels, detections, dataset)
+    with_text = max(len(shown), len(detections)) <= _MAX_LABELS
+    left = _overlay(pixels, shown, dataset, with_text)
+    right = _overlay(pixels, detections, dataset, with_text)
     height, width = left.shape[:2]
     gap = 8
     picture = Image.new("RGB", (2 * width + gap, height + _STRIP), "white")
@@ -172,25 +180,29 @@ def draw_detections(
     return picture
 
 
-def _overlay(pixels: np.ndarray, objects: Sequence[Object], dataset: str) -> np.ndarray:
-    """Boxes (and masks) over an image `(H, W, 3)` in RGB, one colour per class; texts only where there is room."""
+def _overlay(
+    pixels: np.ndarray, objects: Sequence[Object], dataset: str, with_text: bool
+) -> np.ndarray:
+    """Boxes, and masks if there are any, over an image `(H, W, 3)` in RGB: one colour per class."""
     metadata = MetadataCatalog.get(dataset)
     scale = max(1.0, _WIDTH / max(pixels.shape[:2]))
     visualizer = Visualizer(np.ascontiguousarray(pixels), metadata, scale=scale)
     if not objects:
         return visualizer.output.get_image()
-    classes = [item["category_id"] for item in objects]
-    boxes = np.array(
-        [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in objects]
-    )
+    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in objects]
+    colours = [_colour(item["category_id"], metadata) for item in objects]
     has_masks = all(item.get("segmentation") for item in objects)
-    return visualizer.overlay_instances(
-        boxes=boxes,
+    visualizer.overlay_instances(
+        boxes=np.array(boxes),
         masks=[item["segmentation"] for item in objects] if has_masks else None,
-        labels=_labels(objects, metadata) if len(objects) <= _MAX_LABELS else None,
-        assigned_colors=[_colour(index, metadata) for index in classes],
+        labels=_labels(objects, metadata) if with_text else None,
+        assigned_colors=colours,
         alpha=0.35,
-    ).get_image()
+    )
+    for box, colour in zip(boxes, colours):  # once more, as Detectron2's own lines are half
+    transparent
+        visualizer.draw_box(box, alpha=0.9, edge_color=colour)
+    return visualizer.output.get_image()
 
 
 def _labels(objects: Sequence[Object], metadata: Any) -> list[str]:
@@ -204,11 +216,6 @@ def _labels(objects: Sequence[Object], metadata: Any) -> list[str]:
 
 
 def _colour(index: int, metadata: Any) -> tuple[float, ...]:
-    """Of a class: the dataset's own, or one of 74 bright ones; red, green and blue from 0 to 1."""
-    colours = metadata.get("thing_colors") or _bright_colours()
-    return tuple(float(value) / 255 for value in colours[index % len(colours)])
-
-
-def _bright_colours() -> list[Any]:
-    """Detectron2's colours without the dark ones, which vanish on a photo."""
-    return [colour for colour in colormap(rgb=True, maximum=255) if max(colour) > 160]
+    """Of a class: the dataset's own, or one of ours; red, green and blue from 0 to 1."""
+    colours = metadata.get("thing_colors") or _COLOURS
+    return tuple(value / 255 for value in colours[index % len(colours)])

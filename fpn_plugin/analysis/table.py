@@ -1,4 +1,4 @@
-"""A backbone as text: its settings, its resolved graph with the cost of each node, and its totals."""
+"""A backbone as text: its settings, its resolved graph with the cost of each node, its totals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADER = (
 _RIGHT = {"level", "stride", "channels", "parameters", "GFLOPs"}
 _NOTE = (
     "GFLOPs: 10^9 multiply-accumulates for one image of {} x {} pixels, counted by fvcore\n"
-    "(a multiplication with its addition is one; additions, activations and poolings are not counted)"
+    "(a multiplication with its addition is one; additions, activations, poolings are not counted)"
 )
 
 
@@ -47,7 +47,7 @@ def edge_text(edge: ResolvedEdge) -> str:
 
 
 def node_table(backbone: PyramidBackbone, complexity: Complexity) -> str:
-    """One row per node in the order in which they run; a node with several inputs has one line for each."""
+    """One row per node, in the order in which they run, with one line per input."""
     maps = {node: name for name, node in backbone.graph.output_names().items()}
     rows: list[Sequence[str]] = [HEADER]
     for step in backbone.steps:
@@ -91,7 +91,7 @@ def settings_text(backbone: PyramidBackbone, names: Mapping[str, str]) -> str:
     """The settings that a backbone was resolved with, one a line.
 
     Args:
-        names: what the backbone does not know of itself, to be listed first ("topology": "fpn", ...).
+        names: what the backbone does not know of itself ("topology": "fpn", ...): they come first.
     """
     shapes, defaults = backbone.bottom_up.output_shape(), backbone.defaults
     maps = [

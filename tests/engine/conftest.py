@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Callable
 
 import pytest
 from detectron2.config import CfgNode
 from tiny import register, tiny_config, write_dataset
+
+
+@pytest.fixture(autouse=True)
+def propagate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let caplog see the logs, also after something in this process called `setup_logger`."""
+    for name in ("fpn_plugin", "detectron2"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_saves_leave_nothing_beside(folder: Path) -> None:
     "damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "missing"]
 )
 def test_falls_back_to_the_newest_whole_one(
-    damage, folder: Path, caplog: pytest.LogCaptureFixture
+    damage: Callable[[Path], None], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(folder / SECOND)
     resumed = checkpointer(folder)

@@ -63,7 +63,6 @@ def test_bf16_on_the_cpu_in_training_and_evaluation(make_config: MakeConfig) -> 
 def test_progress_line_has_an_eta(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("detectron2").propagate = True
     with caplog.at_level(logging.INFO):
         Trainer(make_config()).train()
     assert "eta: 0:00:00" in caplog.text and "total_loss" in caplog.text
