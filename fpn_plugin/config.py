@@ -140,7 +140,7 @@ def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
     Raises:
         ValueError: naming the key, the value and the maps that exist.
     """
-    for key, features in _head_features(cfg).items():
+    for key, features in head_features(cfg).items():
         missing = [name for name in features if name not in shapes]
         if missing:
             raise ValueError(
@@ -152,7 +152,7 @@ def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
             _validate_anchors(cfg, key, len(features))
 
 
-def _head_features(cfg: CfgNode) -> dict[str, Sequence[str]]:
+def head_features(cfg: CfgNode) -> dict[str, Sequence[str]]:
     """The maps that the heads of this meta-architecture read, by the key that names them."""
     model = cfg.MODEL
     architecture = model.META_ARCHITECTURE

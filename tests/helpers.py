@@ -42,7 +42,12 @@ def small_pyramid(topology: str = "fpn", extra: str = "none", repeats: int = 1, 
 
 
 def randomize(module: nn.Module) -> Any:
-    """Give every parameter a random value, so that biases and fusion weights are seen to count."""
-    for parameter in module.parameters():
+    """Give every parameter a random value, so that biases and fusion weights are seen to count.
+
+    Fusion weights stay positive: fast_normalized takes no gradient below zero.
+    """
+    for name, parameter in module.named_parameters():
         nn.init.normal_(parameter, std=0.2)
+        if name.endswith(".weights"):
+            parameter.data.abs_()
     return module

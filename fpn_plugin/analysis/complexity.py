@@ -84,8 +84,9 @@ def padded_size(backbone: PyramidBackbone, size: Sequence[int]) -> tuple[int, in
 
 
 def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Complexity:
-    """What the backbone costs for one image: it runs once, on the CPU, as a copy in evaluation
-    mode.
+    """What the backbone costs for one image.
+
+    A copy of it runs on the CPU, in evaluation mode.
 
     Args:
         size: height and width of the image in pixels, before padding.

@@ -5,7 +5,6 @@ Lengths are in inches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -14,50 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from matplotlib.path import Path as Outline
-from matplotlib.textpath import TextPath
 
 from fpn_plugin.analysis.captions import KINDS, box_texts, edge_label, kind_of, usual_resamplers
+from fpn_plugin.analysis.grid import DETAIL, FONT, LABEL, LINE, NAME, Grid, Labels, make_grid
 from fpn_plugin.analysis.layout import Layout, Route, lay_out, ports
 from fpn_plugin.pyramid.pyramid import Pyramid
 
 CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
 COLOURS = {"up": "#d1495b", "down": "#2a7f9e", "same": "#5c6773"}
 WORDS = {"up": "to a finer level", "down": "to a coarser level", "same": "same level"}
-_NAME, _DETAIL, _LABEL = 8.5, 7.0, 6.5  # font sizes in points
-_LINE, _LANE, _PAD = 0.145, 0.11, 0.1
 _NARROW = 9.5  # up to this width the legend takes two lines
-
-
-Labels = Mapping[tuple[str, int], str]  # by target and number of the input
-
-
-@dataclass
-class _Grid:
-    """Sizes and positions of columns and rows."""
-
-    left: list[float]  # of the boxes of each column
-    width: list[float]
-    middle: list[float]  # of each row
-    height: float  # of every box
-    lanes: Mapping[int, int]
-    gaps: Mapping[int, float]  # height of the gap below each row; -1: above the top row
-
-    def track(self, route: Route) -> float:
-        """The height of a route's horizontal run."""
-        assert route.track is not None
-        row, lane = route.track.row, route.track.lane
-        if lane is None:
-            return self.middle[row]
-        top = (
-            self.middle[row] - self.height / 2
-            if row >= 0
-            else self.middle[0] + self.height / 2 + self.gaps[-1]
-        )
-        return top - self.gaps[row] / 2 + (lane - (self.lanes[row] - 1) / 2) * _LANE
 
 
 def check_extension(path: str | Path) -> str:
@@ -86,9 +54,8 @@ def draw_graph(pyramid: Pyramid, path: str | Path, title: str = "", dpi: int = 1
         ValueError: if the extension is neither .png nor .svg.
     """
     extension = check_extension(path)
-    # text stays text in an SVG, and the same graph gives the same bytes, whatever the user's
-    # settings
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "fpn_plugin", "font.family": "DejaVu Sans"}
+    # text stays text in an SVG, and the same graph gives the same bytes for everyone
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fpn_plugin", "font.family": FONT}
     with matplotlib.rc_context(settings):
         figure = _draw(pyramid, title)
         CANVASES[extension](figure)
@@ -104,7 +71,7 @@ def _draw(pyramid: Pyramid, title: str) -> Figure:
         for step in pyramid.steps
         for i, edge in enumerate(step.edges)
     }
-    grid = _grid(layout, texts, labels)
+    grid = make_grid(layout, texts, labels)
     figure, axes = _canvas(grid, layout, title)
     _draw_rows(axes, grid, layout)
     _draw_edges(axes, grid, layout, labels)
@@ -114,45 +81,7 @@ def _draw(pyramid: Pyramid, title: str) -> Figure:
     return figure
 
 
-def _text_width(text: str, size: float, weight: str = "normal") -> float:
-    if not text:
-        return 0.0
-    font = FontProperties(family="DejaVu Sans", weight=weight)
-    return float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
-
-
-def _grid(layout: Layout, texts: Mapping[str, list[str]], labels: Labels) -> _Grid:
-    width = [0.36] * layout.columns
-    for name, (column, _) in layout.cells.items():
-        first, *others = texts[name]
-        longest = max(_text_width(first, _NAME, "bold"), *(_text_width(x, _DETAIL) for x in
-        others), 0) width[column] = max(width[column], longest + 2 * _PAD)
-    # the gap before each column, wide enough for its labels and for all that changes height in it
-    gap = [0.36 + 0.04 * min(layout.bends(column), 12) for column in range(layout.columns)]
-    for (target, _), label in labels.items():
-        column = layout.cells[target][0]
-        gap[column] = max(gap[column], _text_width(label, _LABEL) + 0.34)
-    gap[0] = 1.0  # room for the rows' titles
-    left = [sum(gap[: i + 1]) + sum(width[:i]) for i in range(layout.columns)]
-    height = max(len(lines) for lines in texts.values()) * _LINE + 0.16
-    gaps, middle = _rows(layout, height)
-    return _Grid(left, width, middle, height, layout.lanes, gaps)
-
-
-def _rows(layout: Layout, height: float) -> tuple[dict[int, float], list[float]]:
-    """The gap below each row (-1: above the top row), and the middle of each row."""
-    count = len(layout.levels)
-    gaps = {row: 0.3 + layout.lanes.get(row, 0) * _LANE for row in range(-1, count)}
-    for row in (-1, count - 1):  # outside the top and the bottom row
-        gaps[row] -= 0.1
-    middle = [
-        sum(gaps[below] for below in range(row, count)) + (count - row - 0.5) * height
-        for row in range(count)
-    ]
-    return gaps, middle
-
-
-def _canvas(grid: _Grid, layout: Layout, title: str) -> tuple[Figure, Axes]:
+def _canvas(grid: Grid, layout: Layout, title: str) -> tuple[Figure, Axes]:
     """A figure whose data units are inches, with room for the title and the legend."""
     width = grid.left[-1] + grid.width[-1] + 0.2
     height = grid.middle[0] + grid.height / 2 + grid.gaps[-1]
@@ -169,7 +98,7 @@ def _canvas(grid: _Grid, layout: Layout, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw_rows(axes: Axes, grid: _Grid, layout: Layout) -> None:
+def _draw_rows(axes: Axes, grid: Grid, layout: Layout) -> None:
     """A band per level, with its level and stride."""
     right = grid.left[-1] + grid.width[-1] + 0.1
     top = grid.middle[0] + grid.height / 2 + grid.gaps[-1]
@@ -185,7 +114,7 @@ def _draw_rows(axes: Axes, grid: _Grid, layout: Layout) -> None:
             grid.middle[row] + 0.08,
             f"level {level}",
             va="center",
-            fontsize=_NAME,
+            fontsize=NAME,
             color="#3a4450",
         )
         axes.text(
@@ -193,15 +122,13 @@ def _draw_rows(axes: Axes, grid: _Grid, layout: Layout) -> None:
             grid.middle[row] - 0.08,
             f"stride {2 ** level}",
             va="center",
-            fontsize=_DETAIL,
+            fontsize=DETAIL,
             color="#7b8794",
         )
         top = bottom
 
 
-def _draw_edges(
-    axes: Axes, grid: _Grid, layout: Layout, labels: Labels
-) -> None:
+def _draw_edges(axes: Axes, grid: Grid, layout: Layout, labels: Labels) -> None:
     by_target: dict[str, list[Route]] = {}
     for route in layout.routes:
         by_target.setdefault(route.target, []).append(route)
@@ -216,54 +143,43 @@ def _draw_edges(
 
 
 def _draw_edge(
-    axes: Axes, grid: _Grid, layout: Layout, route: Route, port: float, label: str
+    axes: Axes, grid: Grid, layout: Layout, route: Route, port: float, label: str
 ) -> None:
-    (a, i), (b, j) = layout.cells[route.source], layout.cells[route.target]
+    (_, i), (b, j) = layout.cells[route.source], layout.cells[route.target]
     colour = COLOURS["same" if i == j else "up" if i < j else "down"]
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.2, "mutation_scale": 8, "zorder": 2}
+    head = "-" if route.target.startswith("->") else "-|>"
+    path = _outline(grid, layout, route, port)
+    axes.add_patch(
+        FancyArrowPatch(path=path, arrowstyle=head, shrinkA=0, shrinkB=0, fill=False, **style)
+    )
+    if label:
+        box: dict[str, Any] = {"boxstyle": "round,pad=0.12", "facecolor": "white", "linewidth": 0.5}
+        text: dict[str, Any] = {"fontsize": LABEL, "color": colour, "ha": "center", "va": "center"}
+        x = (grid.left[b - 1] + grid.width[b - 1] + grid.left[b] - 0.08) / 2
+        y = ((grid.track(route) if route.track else grid.middle[i]) + port) / 2
+        axes.text(x, y, label, bbox={**box, "edgecolor": colour}, zorder=5, **text)
+
+
+def _outline(grid: Grid, layout: Layout, route: Route, port: float) -> Outline:
+    """An arrow's line, which enters its target's box at the height `port`."""
+    (a, i), (b, _) = layout.cells[route.source], layout.cells[route.target]
     start, end = grid.left[a] + grid.width[a], grid.left[b]
-    points = [(start, grid.middle[i])]
-    codes = [Outline.MOVETO]
+    points, codes = [(start, grid.middle[i])], [Outline.MOVETO]
 
     def bend(x0: float, x1: float, y: float) -> None:
         """From the last point along its height to x0, then an S to (x1, y)."""
-        last = points[-1][1]
-        middle = (x0 + x1) / 2
+        last, middle = points[-1][1], (x0 + x1) / 2
         points.extend([(x0, last), (middle, last), (middle, y), (x1, y)])
         codes.extend([Outline.LINETO, *[Outline.CURVE4] * 3])
 
     if route.track is not None:
         bend(start + 0.02, grid.left[a + 1] - 0.04, grid.track(route))
-    before = grid.left[b - 1] + grid.width[b - 1]
-    from_height = points[-1][1]
-    bend(before + 0.04, end - 0.12, port)
-    points.append((end, port))
-    codes.append(Outline.LINETO)
-    arrow = "-" if route.target.startswith("->") else "-|>"
-    style: dict[str, Any] = {
-        "color": colour,
-        "linewidth": 1.2,
-        "mutation_scale": 8,
-        "shrinkA": 0,
-        "shrinkB": 0,
-        "zorder": 2,
-    }
-    axes.add_patch(
-        FancyArrowPatch(path=Outline(points, codes), arrowstyle=arrow, fill=False, **style)
-    )
-    if label:
-        box: dict[str, Any] = {
-            "boxstyle": "round,pad=0.12",
-            "facecolor": "white",
-            "edgecolor": colour,
-            "linewidth": 0.5,
-        }
-        x, y = (before + end - 0.08) / 2, (from_height + port) / 2
-        axes.text(
-            x, y, label, fontsize=_LABEL, color=colour, ha="center", va="center", bbox=box, zorder=5
-        )
+    bend(grid.left[b - 1] + grid.width[b - 1] + 0.04, end - 0.12, port)
+    return Outline([*points, (end, port)], [*codes, Outline.LINETO])
 
 
-def _draw_box(axes: Axes, grid: _Grid, column: int, row: int, lines: list[str], kind: str) -> None:
+def _draw_box(axes: Axes, grid: Grid, column: int, row: int, lines: list[str], kind: str) -> None:
     """A node, or the mark of an output if `kind` is ""."""
     fill, border = KINDS[kind] if kind else (KINDS["output node"][1], "none")
     x, width, y = grid.left[column], grid.width[column], grid.middle[row]
@@ -272,8 +188,8 @@ def _draw_box(axes: Axes, grid: _Grid, column: int, row: int, lines: list[str], 
     style: dict[str, Any] = {"facecolor": fill, "edgecolor": border, "linewidth": 1.1, "zorder": 3}
     axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, boxstyle=shape, **style))
     for number, line in enumerate(lines):
-        at = y + ((len(lines) - 1) / 2 - number) * _LINE
-        size, weight = (_NAME, "bold") if number == 0 else (_DETAIL, "normal")
+        at = y + ((len(lines) - 1) / 2 - number) * LINE
+        size, weight = (NAME, "bold") if number == 0 else (DETAIL, "normal")
         colour = "white" if not kind else "#1f2933" if number == 0 else "#46525e"
         text: dict[str, Any] = {
             "ha": "center",
@@ -307,7 +223,7 @@ def _draw_legend(
         loc="lower center",
         ncols=-(-len(handles) // 2) if narrow else len(handles),
         frameon=False,
-        fontsize=_DETAIL,
+        fontsize=DETAIL,
         columnspacing=1.4,
         handlelength=1.6,
     )

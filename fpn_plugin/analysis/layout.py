@@ -1,10 +1,10 @@
-"""Where the boxes and arrows of a drawn graph go. Columns are time, rows are levels. No
-matplotlib, no torch.
+"""Where the boxes and arrows of a drawn graph go: columns are time, rows are levels.
 
-A cell is `(column, row)`; row 0 is the coarsest level, on top. An arrow runs left to right: it
-leaves its source's cell, changes height in the gap after that column, runs along a track, changes
-height again in the gap before its target's column, and enters. A track is the middle line of a row
-where its cells are free, else a lane between two rows.
+This module imports neither matplotlib nor torch. A cell is `(column, row)`; row 0 is the coarsest
+level, on top. An arrow runs left to right: it leaves its source's cell, changes height in the gap
+after that column, runs along a track, changes height again in the gap before its target's column,
+and enters. A track is the middle line of a row where its cells are free, else a lane between two
+rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True)
 class Track:
-    """The horizontal part of an arrow: the middle of `row`, or, if `lane` is not None, a lane in
-    the gap below `row`.
+    """The horizontal part of an arrow.
 
-    Row -1 is the gap above the top row.
+    The middle of `row` if `lane` is None, else a lane in the gap below `row`; the gap above the top
+    row is below row -1.
     """
 
     row: int
@@ -158,10 +158,10 @@ class _Router:
 
 
 def ports(heights: list[float], middle: float, reach: float) -> list[float]:
-    """Where arrows that come from these heights enter a box's side: in the same order, so that
-    they do not cross.
+    """Where arrows that come from these heights enter a box's side.
 
-    One that comes along the middle goes straight in.
+    They enter in the same order, so that they do not cross. One that comes along the
+    middle goes straight in.
 
     Args:
         reach: how far from the middle of the side they may enter.

@@ -35,8 +35,9 @@ _STRIP = 36  # pixels of the line of text above each half
 
 
 def load_results(path: str | Path, dataset: str) -> dict[Any, list[dict[str, Any]]]:
-    """The detections in a file of COCO results by image id, with category ids from 0 as in
-    Detectron2's dicts.
+    """The detections in a file of COCO results, by image id.
+
+    Their category ids are made to start from 0, as in Detectron2's dicts.
 
     Args:
         dataset: the registered dataset that they are of.
@@ -127,7 +128,7 @@ def draw_dataset(
     for number, record in enumerate(choose(records, num), 1):
         detections = [item for item in found.get(record["image_id"], []) if item["score"] >= score]
         picture = draw_detections(
-            record["file_name"], record["annotations"], detections, dataset, score
+            record["file_name"], record.get("annotations", []), detections, dataset, score
         )
         paths.append(folder / f"detections_{number}_{Path(record['file_name']).stem}.jpg")
         picture.save(paths[-1], quality=90)
@@ -199,8 +200,8 @@ def _overlay(
         assigned_colors=colours,
         alpha=0.35,
     )
-    for box, colour in zip(boxes, colours):  # once more, as Detectron2's own lines are half
-    transparent
+    # once more, as Detectron2's own lines are half transparent
+    for box, colour in zip(boxes, colours):
         visualizer.draw_box(box, alpha=0.9, edge_color=colour)
     return visualizer.output.get_image()
 

@@ -33,7 +33,10 @@ class Toy(Backbone):
         return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {f"res{l}": ShapeSpec(channels=c, stride=2**l) for l, c in self.channels.items()}
+        shapes = {}
+        for level, width in self.channels.items():
+            shapes[f"res{level}"] = ShapeSpec(channels=width, stride=2**level)
+        return shapes
 
 
 def toy_backbone(

@@ -33,7 +33,7 @@ def run(tool: str, *args: object) -> str:
     return done.stdout
 
 
-def test_show_pyramid(tmp_path):
+def test_show_pyramid(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
     drawn = tmp_path / "fpn.svg"
@@ -50,7 +50,7 @@ def test_show_pyramid(tmp_path):
     assert maps["p6"].endswith(" MODEL.RPN.IN_FEATURES")
 
 
-def test_draw_detections_of_own_data(tmp_path):
+def test_draw_detections_of_own_data(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     box = {"bbox": [5, 5, 20, 20], "category_id": 1, "image_id": 1}
     data = {

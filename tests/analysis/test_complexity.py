@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from backbones import LEVELS, bifpn, toy_backbone
 
-from fpn_plugin.analysis.complexity import count_parameters, measure, padded_size, pyramid_flops
+from fpn_plugin import PyramidBackbone
+from fpn_plugin.analysis.complexity import (
+    Complexity,
+    count_parameters,
+    measure,
+    padded_size,
+    pyramid_flops,
+)
 from fpn_plugin.analysis.table import HEADER, node_table, operator_text, settings_text, totals_text
 from fpn_plugin.pyramid.graph import op
 
@@ -14,20 +23,22 @@ SIZES = {level: (800 // 2**level, 1344 // 2**level) for level in LEVELS}
 
 
 @pytest.fixture(scope="module")
-def r50():  # of ResNet-50's channels; what is underneath does not matter to the pyramid
+def r50() -> (
+    PyramidBackbone
+):  # of ResNet-50's channels; what is underneath does not matter to the pyramid
     return toy_backbone(channels=CHANNELS, out_channels=256, extra_levels="maxpool")
 
 
 @pytest.fixture(scope="module")
-def r50_cost(r50):
+def r50_cost(r50: PyramidBackbone) -> Complexity:
     return measure(r50, (800, 1344))
 
 
-def test_r50_fpn_parameters(r50_cost):
+def test_r50_fpn_parameters(r50_cost: Complexity) -> None:
     assert r50_cost.pyramid.parameters == 3_344_384
 
 
-def test_r50_fpn_flops_by_hand(r50_cost):
+def test_r50_fpn_flops_by_hand(r50_cost: Complexity) -> None:
     for level, (height, width) in SIZES.items():
         pixels = height * width
         assert r50_cost.nodes[f"fpn_lateral{level}"].flops == pixels * CHANNELS[level] * 256
@@ -38,7 +49,7 @@ def test_r50_fpn_flops_by_hand(r50_cost):
     assert r50_cost.pyramid.flops == pytest.approx(60.922e9, rel=1e-4)
 
 
-def test_shapes_and_order(r50, r50_cost):
+def test_shapes_and_order(r50: PyramidBackbone, r50_cost: Complexity) -> None:
     assert r50_cost.size == (800, 1344)
     assert list(r50_cost.nodes) == [item.name for item in r50.graph.nodes]
     assert r50_cost.shapes == {
@@ -51,14 +62,14 @@ def test_shapes_and_order(r50, r50_cost):
     assert not r50_cost.uncounted
 
 
-def test_bottom_up_by_hand():
+def test_bottom_up_by_hand() -> None:
     backbone = toy_backbone(channels={2: 4, 3: 8}, out_channels=8)
     cost = measure(backbone, (64, 96)).bottom_up
     assert cost.parameters == (3 * 4 * 9 + 4) + (4 * 8 * 9 + 8)
     assert cost.flops == 16 * 24 * 3 * 4 * 9 + 8 * 12 * 4 * 8 * 9
 
 
-def test_norms_separable_blocks_and_projections_are_counted():
+def test_norms_separable_blocks_and_projections_are_counted() -> None:
     backbone = toy_backbone(graph=bifpn(1), out_channels=32, norm="GN")
     cost = measure(backbone, (256, 256))
     nodes = count_parameters(backbone) - count_parameters(backbone, ["bottom_up"])
@@ -70,25 +81,25 @@ def test_norms_separable_blocks_and_projections_are_counted():
     assert cost.nodes["c1_p3"].flops >= convolutions
 
 
-def test_pyramid_flops_is_the_same_per_node(r50):
+def test_pyramid_flops_is_the_same_per_node(r50: PyramidBackbone) -> None:
     assert pyramid_flops(r50, (64, 64)) == {
         name: cost.flops for name, cost in measure(r50, (64, 64)).nodes.items()
     }
 
 
-def test_images_are_padded_as_detectron2_does():
+def test_images_are_padded_as_detectron2_does() -> None:
     backbone = toy_backbone()
     assert padded_size(backbone, (33, 64)) == (64, 64)
     assert measure(backbone, (33, 64)).shapes["p2"][1:] == (16, 16)
 
 
 @pytest.mark.parametrize("size", [(0, 4), (5,), (1.5, 2), (True, 4)])
-def test_bad_size(size):
+def test_bad_size(size: Any) -> None:
     with pytest.raises(ValueError, match="size: .* is not a height and a width in pixels"):
         measure(toy_backbone(), size)
 
 
-def test_measuring_changes_nothing():
+def test_measuring_changes_nothing() -> None:
     backbone = toy_backbone(norm="BN").train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     measure(backbone, (64, 64))
@@ -97,13 +108,15 @@ def test_measuring_changes_nothing():
     assert not any(module._forward_hooks for module in backbone.modules())
 
 
-def test_shared_parameters_count_once():
+def test_shared_parameters_count_once() -> None:
     backbone = toy_backbone()
     paths = ["fpn_output2", "fpn_output2"]
     assert count_parameters(backbone, paths) == count_parameters(backbone, ["fpn_output2"])
 
 
-def test_table_has_every_node_and_how_its_inputs_get_there(r50, r50_cost):
+def test_table_has_every_node_and_how_its_inputs_get_there(
+    r50: PyramidBackbone, r50_cost: Complexity
+) -> None:
     table = node_table(r50, r50_cost)
     for item in r50.graph.nodes:
         assert item.name in table
@@ -116,7 +129,7 @@ def test_table_has_every_node_and_how_its_inputs_get_there(r50, r50_cost):
     assert all(row[start - 2 : start] == "  " != row[start : start + 2] for row in rows)
 
 
-def test_table_of_projections_and_blocks_with_arguments():
+def test_table_of_projections_and_blocks_with_arguments() -> None:
     backbone = toy_backbone(graph=bifpn(1), out_channels=32)
     table = node_table(backbone, measure(backbone, (128, 128)))
     assert "res5 →conv1x1 ↓maxpool×2" in table
@@ -124,7 +137,7 @@ def test_table_of_projections_and_blocks_with_arguments():
     assert "fast_normalized" in table and "separable" in table
 
 
-def test_settings_and_totals(r50, r50_cost):
+def test_settings_and_totals(r50: PyramidBackbone, r50_cost: Complexity) -> None:
     settings = settings_text(r50, {"topology": "fpn"})
     assert settings.startswith("topology")
     assert "res5 (2048 ch, stride 32)" in settings and "32 pixels" in settings
@@ -136,6 +149,6 @@ def test_settings_and_totals(r50, r50_cost):
     assert "256 x 200 x 336" in lines["p2"]
 
 
-def test_operator_text():
+def test_operator_text() -> None:
     assert operator_text(op("conv3x3", stride=2, norm="")) == "conv3x3(stride=2, norm='')"
     assert operator_text(op("sum")) == "sum"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -12,6 +14,7 @@ from PIL import Image
 from fpn_plugin.analysis.captions import kind_of
 from fpn_plugin.analysis.draw import check_extension, draw_graph
 from fpn_plugin.analysis.layout import lay_out, output_mark, ports
+from fpn_plugin.pyramid.graph import Graph
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
@@ -20,7 +23,7 @@ from fpn_plugin.pyramid.topologies import build_graph
 INPUTS = {"res3": 3, "res4": 4, "res5": 5}
 
 
-def all_to_all():
+def all_to_all() -> Graph:
     inputs = {"res2": 2, **INPUTS}
     nodes = [{"name": f"lat{n}", "level": n, "inputs": [f"res{n}"]} for n in inputs.values()]
     laterals = [item["name"] for item in nodes]
@@ -49,7 +52,7 @@ def pyramid_of(name: str) -> Pyramid:
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_cells(graph):
+def test_cells(graph: Graph) -> None:
     layout = lay_out(graph)
     assert len(set(layout.cells.values())) == len(layout.cells), "two boxes in one cell"
     for name in graph.inputs:
@@ -63,22 +66,24 @@ def test_cells(graph):
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_routes_cross_no_box_and_share_no_track(graph):
+def test_routes_cross_no_box_and_share_no_track(graph: Graph) -> None:
     layout = lay_out(graph)
     edges = [(edge.source, item.name) for item in graph.nodes for edge in item.inputs]
     edges += [(name, output_mark(name)) for name in graph.outputs]
     assert sorted((r.source, r.target) for r in layout.routes) == sorted(edges)
-    users: dict = {}
+    users: dict[Any, str] = {}
     for route in layout.routes:
         first, last = layout.cells[route.source][0] + 1, layout.cells[route.target][0]
         assert (route.track is None) == (first == last)
+        if route.track is None:
+            continue
         for column in range(first, last):
             assert users.setdefault((route.track, column), route.source) == route.source
             if route.track.lane is None:
                 assert (column, route.track.row) not in layout.cells.values()
 
 
-def test_columns_are_longest_paths():
+def test_columns_are_longest_paths() -> None:
     cells = lay_out(GRAPHS["fpn"]).cells
     assert {name: cells[name] for name in ("fpn_lateral2", "fpn_merge2", "fpn_output2")} == {
         "fpn_lateral2": (1, 4),
@@ -87,14 +92,14 @@ def test_columns_are_longest_paths():
     }
 
 
-def test_a_taken_cell_moves_a_node_to_the_next_column():
+def test_a_taken_cell_moves_a_node_to_the_next_column() -> None:
     nodes = [{"name": name, "level": 3, "inputs": ["c3"]} for name in ("a", "b")]
     nodes.append({"name": "c", "level": 3, "inputs": ["a", "b"]})
     cells = lay_out(parse_graph({"c3": 3}, nodes)).cells
     assert [cells[name][0] for name in "abc"] == [1, 2, 3]
 
 
-def test_ports_keep_the_order_and_stay_on_the_box():
+def test_ports_keep_the_order_and_stay_on_the_box() -> None:
     heights = [5.0, 1.0, 0.0, 3.0, 1.0]
     entered = ports(heights, 1.0, 0.3)
     assert sorted(range(5), key=heights.__getitem__) == sorted(range(5), key=entered.__getitem__)
@@ -103,7 +108,7 @@ def test_ports_keep_the_order_and_stay_on_the_box():
     assert ports([1.0, 9.0], 1.0, 0.3) == [1.0, pytest.approx(1.15)]
 
 
-def test_kinds():
+def test_kinds() -> None:
     pyramid = pyramid_of("fpn")
     expected = {
         "res2": "bottom-up map",
@@ -118,7 +123,7 @@ def test_kinds():
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_svg_has_every_name(name, tmp_path):
+def test_svg_has_every_name(name: str, tmp_path: Path) -> None:
     pyramid = pyramid_of(name)
     path = tmp_path / "graph.svg"
     draw_graph(pyramid, path, title="a title")
@@ -130,7 +135,7 @@ def test_svg_has_every_name(name, tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_svg_says_what_happens_on_the_way(tmp_path):
+def test_svg_says_what_happens_on_the_way(tmp_path: Path) -> None:
     draw_graph(toy_backbone(graph=bifpn(1), out_channels=16), tmp_path / "graph.svg")
     text = (tmp_path / "graph.svg").read_text()
     assert ">24 ch<" in text and ">48 ch<" in text
@@ -138,7 +143,7 @@ def test_svg_says_what_happens_on_the_way(tmp_path):
     assert "to a finer level (nearest)" in text and "to a coarser level (maxpool)" in text
 
 
-def test_png_grows_with_the_graph(tmp_path):
+def test_png_grows_with_the_graph(tmp_path: Path) -> None:
     widths = []
     for name in ("one node", "fpn", "bifpn x 3"):
         draw_graph(pyramid_of(name), tmp_path / "graph.PNG", dpi=40)
@@ -150,12 +155,12 @@ def test_png_grows_with_the_graph(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["graph.pdf", "graph"])
-def test_unknown_extension(path):
+def test_unknown_extension(path: str) -> None:
     with pytest.raises(ValueError, match=rf"'{path}': cannot draw .* choose from \.png, \.svg"):
         check_extension(path)
 
 
-def test_drawing_leaves_the_users_settings_alone(tmp_path):
+def test_drawing_leaves_the_users_settings_alone(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     draw_graph(pyramid_of("fpn"), tmp_path / "graph.svg")
     assert dict(matplotlib.rcParams) == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ SQUARE = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Iterator[Path]:
     """Images 10, 20, 30 and 40 (40 has no objects), categories 3 and 7, and results.json."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -41,16 +43,16 @@ def folder(tmp_path):
     MetadataCatalog.remove(NAME)
 
 
-def result(image_id, category_id=3, score=0.9, **more):
+def result(image_id: int, category_id: int = 3, score: float = 0.9, **more: Any) -> dict[str, Any]:
     box = [12.0, 8.0, 30.0, 30.0]
     return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score, **more}
 
 
-def write_results(folder, results):
+def write_results(folder: Path, results: Any) -> None:
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def test_files_and_what_they_leave_alone(folder):
+def test_files_and_what_they_leave_alone(folder: Path) -> None:
     output = folder / "out"
     output.mkdir()
     (output / "mine.jpg").write_text("mine")
@@ -71,11 +73,11 @@ def test_files_and_what_they_leave_alone(folder):
         assert picture.width > 2 * 800 and picture.width > picture.height
 
 
-def test_threshold_and_titles(folder, monkeypatch):
+def test_threshold_and_titles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    def record(image, truth, detections, dataset, score):
-        drawn.append((len(truth), [item["category_id"] for item in detections], score))
+    def record(image: str, truth: Any, found: Any, dataset: str, score: float) -> Image.Image:
+        drawn.append((len(truth), [item["category_id"] for item in found], score))
         return Image.new("RGB", (4, 4))
 
     monkeypatch.setattr(pictures, "draw_detections", record)
@@ -86,9 +88,9 @@ def test_threshold_and_titles(folder, monkeypatch):
     assert drawn[0] == (2, [0, 0], 0.1)
 
 
-def test_boxes_and_masks_are_drawn(folder):
+def test_boxes_and_masks_are_drawn(folder: Path) -> None:
     records = DatasetCatalog.get(NAME)
-    photo = np.full((60, 90, 3), 40, dtype=np.uint8)
+    photo: np.ndarray = np.full((60, 90, 3), 40, dtype=np.uint8)
     masked = draw_detections(photo, records[0]["annotations"], [], NAME)
     half = masked.width // 2
     left, right = (
@@ -103,12 +105,12 @@ def test_boxes_and_masks_are_drawn(folder):
     assert abs(only_box.astype(int) - 40).max() > 100, "no box"
 
 
-def test_crowds_are_boxes_without_text(folder, monkeypatch):
+def test_crowds_are_boxes_without_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = []
     monkeypatch.setattr(
         pictures.Visualizer, "draw_text", lambda self, text, *_, **__: texts.append(text)
     )
-    photo = np.zeros((60, 90, 3), dtype=np.uint8)
+    photo: np.ndarray = np.zeros((60, 90, 3), dtype=np.uint8)
     DatasetCatalog.get(NAME)
     one = {**result(10), "category_id": 0, "bbox_mode": 1}
     draw_detections(photo, [], [one] * 15, NAME)
@@ -118,7 +120,7 @@ def test_crowds_are_boxes_without_text(folder, monkeypatch):
     assert not texts
 
 
-def test_rle_masks_of_the_evaluator(folder):
+def test_rle_masks_of_the_evaluator(folder: Path) -> None:
     from pycocotools import mask as rle
 
     encoded = rle.encode(np.asfortranarray(np.eye(60, 90, dtype=np.uint8)))
@@ -127,7 +129,7 @@ def test_rle_masks_of_the_evaluator(folder):
     assert len(draw_dataset(folder / "results.json", NAME, folder / "out")) == 3
 
 
-def test_choice_is_evenly_spread():
+def test_choice_is_evenly_spread() -> None:
     records = [{"image_id": i, "annotations": [1] * (i % 5 > 0)} for i in range(50)]
     chosen = [record["image_id"] for record in choose(records, 4)]
     assert chosen == [7, 19, 32, 44]
@@ -144,13 +146,13 @@ def test_choice_is_evenly_spread():
         ([result(10, 4)], r"result 0: category_id 4 is not one of \[3, 7\]"),
     ],
 )
-def test_bad_results(folder, results, message):
+def test_bad_results(folder: Path, results: Any, message: str) -> None:
     write_results(folder, results)
     with pytest.raises(ValueError, match=f"results.json.*{message}"):
         load_results(folder / "results.json", NAME)
 
 
-def test_bad_arguments(folder):
+def test_bad_arguments(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.json.*coco_instances_results.json"):
         load_results(folder / "nowhere.json", NAME)
     (folder / "text.json").write_text("{")
