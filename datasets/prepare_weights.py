@@ -4,8 +4,8 @@
 import argparse
 from pathlib import Path
 
-from fpn_plugin.paths import dataset_root
 from fpn_plugin.data.weights import prepare_weights
+from fpn_plugin.paths import dataset_root
 
 
 def main() -> None:

@@ -80,6 +80,11 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.OWN.TRAIN_IMAGES = ""
     cfg.DATASETS.OWN.VAL_JSON = ""
     cfg.DATASETS.OWN.VAL_IMAGES = ""
+    # Two keys that Detectron2's samplers read but the republication's defaults lack
+    if "TRAIN_REPEAT_FACTOR" not in cfg.DATASETS:
+        cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # How thoroughly a dataset is checked before training: full (decode every image), headers
     # (existence and size), annotations (the JSON alone), off; auto: by the number of images
     cfg.DATASETS.CHECK = "auto"

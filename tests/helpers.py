@@ -35,7 +35,9 @@ def small_maps(height: int = 64, width: int = 96, batch: int = 1) -> dict[str, T
     }
 
 
-def small_pyramid(topology: str = "fpn", extra: str = "none", repeats: int = 1, **defaults: Any) -> Pyramid:
+def small_pyramid(
+    topology: str = "fpn", extra: str = "none", repeats: int = 1, **defaults: Any
+) -> Pyramid:
     """A catalogue pyramid of width 32 on `small_maps`."""
     graph = build_graph(topology, LEVELS, Style(), repeats, extra)
     return randomize(Pyramid(graph, CHANNELS, Defaults(32, **defaults)))

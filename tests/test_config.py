@@ -10,16 +10,23 @@ from typing import Any
 import pytest
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
+from helpers import zoo_config
 
 from fpn_plugin import add_fpn_config
 from fpn_plugin.config import extra_levels_for
 from fpn_plugin.registry import Registry
-from helpers import zoo_config
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
-SMALL = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32]
+SMALL = [
+    "MODEL.RESNETS.DEPTH",
+    18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS",
+    64,
+    "MODEL.FPN.OUT_CHANNELS",
+    32,
+]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,34 +37,90 @@ def config(path: str, *overrides: Any) -> Any:
 @pytest.mark.parametrize(
     "path, keys, message",
     [
-        (MASK, ["MODEL.FPN.TOPOLOGY", "fpnn"], "MODEL.FPN.TOPOLOGY: unknown name 'fpnn'.*channel_mapper, fpn"),
-        (MASK, ["MODEL.FPN.FUSE_TYPE", "add"], "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*avg, concat"),
-        (MASK, ["MODEL.FPN.UPSAMPLE", "maxpool"], "MODEL.FPN.UPSAMPLE: unknown name 'maxpool'.*bilinear"),
-        (MASK, ["MODEL.FPN.DOWNSAMPLE", "nearest"], "MODEL.FPN.DOWNSAMPLE: unknown name 'nearest'.*conv"),
+        (
+            MASK,
+            ["MODEL.FPN.TOPOLOGY", "fpnn"],
+            "MODEL.FPN.TOPOLOGY: unknown name 'fpnn'.*channel_mapper, fpn",
+        ),
+        (
+            MASK,
+            ["MODEL.FPN.FUSE_TYPE", "add"],
+            "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*avg, concat",
+        ),
+        (
+            MASK,
+            ["MODEL.FPN.UPSAMPLE", "maxpool"],
+            "MODEL.FPN.UPSAMPLE: unknown name 'maxpool'.*bilinear",
+        ),
+        (
+            MASK,
+            ["MODEL.FPN.DOWNSAMPLE", "nearest"],
+            "MODEL.FPN.DOWNSAMPLE: unknown name 'nearest'.*conv",
+        ),
         (MASK, ["MODEL.FPN.LATERAL", "conv"], "MODEL.FPN.LATERAL: unknown name 'conv'.*conv1x1"),
         (MASK, ["MODEL.FPN.BLOCK", "conv"], "MODEL.FPN.BLOCK: unknown name 'conv'.*separable"),
         (MASK, ["MODEL.FPN.ACTIVATION", "rlu"], "MODEL.FPN.ACTIVATION: unknown name 'rlu'.*relu"),
-        (MASK, ["MODEL.FPN.EXTRA_LEVELS", "p6"], "MODEL.FPN.EXTRA_LEVELS: unknown name 'p6'.*maxpool"),
+        (
+            MASK,
+            ["MODEL.FPN.EXTRA_LEVELS", "p6"],
+            "MODEL.FPN.EXTRA_LEVELS: unknown name 'p6'.*maxpool",
+        ),
         (MASK, ["MODEL.FPN.NORM", "XN"], "MODEL.FPN.NORM: unknown norm 'XN'"),
-        (MASK, ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48], "'GN' cannot normalise 48 channels"),
+        (
+            MASK,
+            ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48],
+            "'GN' cannot normalise 48 channels",
+        ),
         (MASK, ["MODEL.FPN.OUT_CHANNELS", 0], "MODEL.FPN.OUT_CHANNELS: 0 is not"),
         (MASK, ["MODEL.FPN.REPEATS", 0], "MODEL.FPN.REPEATS: 0 is not"),
         (MASK, ["MODEL.FPN.IN_FEATURES", []], "MODEL.FPN.IN_FEATURES: it is empty.*res2"),
-        (MASK, ["MODEL.FPN.IN_FEATURES", ["res2", "res7"]], "IN_FEATURES: .*no 'res7', but res2, res3"),
-        (MASK, ["MODEL.FPN.IN_FEATURES", ["res3", "res2"]], r"are of levels \[3, 2\].*finest first"),
+        (
+            MASK,
+            ["MODEL.FPN.IN_FEATURES", ["res2", "res7"]],
+            "IN_FEATURES: .*no 'res7', but res2, res3",
+        ),
+        (
+            MASK,
+            ["MODEL.FPN.IN_FEATURES", ["res3", "res2"]],
+            r"are of levels \[3, 2\].*finest first",
+        ),
         (MASK, ["MODEL.FPN.IN_FEATURES", ["res2", "res2"]], "list each level once"),
-        (MASK, ["MODEL.FPN.GRAPH", [{"name": "a"}]], r"MODEL.FPN.GRAPH\[0\]: the field 'level' is missing"),
-        (MASK, ["MODEL.RPN.IN_FEATURES", ["p2", "p9"]], r"MODEL.RPN.IN_FEATURES: \['p9'\].*p2, p3, p4, p5, p6"),
+        (
+            MASK,
+            ["MODEL.FPN.GRAPH", [{"name": "a"}]],
+            r"MODEL.FPN.GRAPH\[0\]: the field 'level' is missing",
+        ),
+        (
+            MASK,
+            ["MODEL.RPN.IN_FEATURES", ["p2", "p9"]],
+            r"MODEL.RPN.IN_FEATURES: \['p9'\].*p2, p3, p4, p5, p6",
+        ),
         (MASK, ["MODEL.RPN.IN_FEATURES", []], "MODEL.RPN.IN_FEATURES: it is empty"),
-        (MASK, ["MODEL.FPN.EXTRA_LEVELS", "none"], r"MODEL.RPN.IN_FEATURES: \['p6'\].*p2, p3, p4, p5$"),
-        (MASK, ["MODEL.ROI_HEADS.IN_FEATURES", ["res4"]], r"MODEL.ROI_HEADS.IN_FEATURES: \['res4'\]"),
-        (MASK, ["MODEL.RPN.IN_FEATURES", ["p2", "p3"]], "ANCHOR_GENERATOR.SIZES: 5 lists for the 2 maps"),
+        (
+            MASK,
+            ["MODEL.FPN.EXTRA_LEVELS", "none"],
+            r"MODEL.RPN.IN_FEATURES: \['p6'\].*p2, p3, p4, p5$",
+        ),
+        (
+            MASK,
+            ["MODEL.ROI_HEADS.IN_FEATURES", ["res4"]],
+            r"MODEL.ROI_HEADS.IN_FEATURES: \['res4'\]",
+        ),
+        (
+            MASK,
+            ["MODEL.RPN.IN_FEATURES", ["p2", "p3"]],
+            "ANCHOR_GENERATOR.SIZES: 5 lists for the 2 maps",
+        ),
         (
             MASK,
             ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0], [2.0]]],
             "ANCHOR_GENERATOR.ASPECT_RATIOS: 2 lists for the 5 maps of MODEL.RPN.IN_FEATURES",
         ),
-        (RETINANET, ["MODEL.RETINANET.IN_FEATURES", ["p2"]], "MODEL.RETINANET.IN_FEATURES.*p3, p4, p5, p6, p7"),
+        (
+            RETINANET,
+            ["MODEL.RETINANET.IN_FEATURES", ["p2"]],
+            "MODEL.RETINANET.IN_FEATURES.*p3, p4, p5, p6, p7",
+        ),
         (RETINANET, ["MODEL.FPN.EXTRA_LEVELS", "maxpool"], r"RETINANET.IN_FEATURES: \['p7'\]"),
         (PANOPTIC, ["MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p8"]], "MODEL.SEM_SEG_HEAD.IN_FEATURES"),
     ],
@@ -69,11 +132,18 @@ def test_every_mistake_names_its_key(path: str, keys: list, message: str) -> Non
 
 def test_one_list_of_anchors_serves_all_maps() -> None:
     keys = ["MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]], "MODEL.RPN.IN_FEATURES", ["p2", "p3"]]
-    assert list(build_backbone(config(MASK, *keys)).output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
+    assert list(build_backbone(config(MASK, *keys)).output_shape()) == [
+        "p2",
+        "p3",
+        "p4",
+        "p5",
+        "p6",
+    ]
 
 
 @pytest.mark.parametrize(
-    "path, graph, expected", [(MASK, [], "maxpool"), (RETINANET, [], "conv_c5"), (MASK, [{}], "none")]
+    "path, graph, expected",
+    [(MASK, [], "maxpool"), (RETINANET, [], "conv_c5"), (MASK, [{}], "none")],
 )
 def test_automatic_extra_levels(path: str, graph: list, expected: str) -> None:
     assert extra_levels_for(config(path, "MODEL.FPN.GRAPH", graph)) == expected
@@ -81,15 +151,16 @@ def test_automatic_extra_levels(path: str, graph: list, expected: str) -> None:
 
 def test_operators_with_arguments_in_a_config(tmp_path: Path) -> None:
     keys = ["MODEL.FPN.NORM", "GN", "MODEL.FPN.ACTIVATION", "silu", "MODEL.FPN.REPEATS", 2]
-    backbone = build_backbone(config(MASK, *keys, "MODEL.FPN.FUSE_TYPE", "softmax", "MODEL.FPN.BLOCK", "separable"))
+    backbone = build_backbone(
+        config(MASK, *keys, "MODEL.FPN.FUSE_TYPE", "softmax", "MODEL.FPN.BLOCK", "separable")
+    )
     names = [name for name, _ in backbone.named_parameters()]
     assert "r2_fpn_output2.pointwise.norm.weight" in names
     assert "r2_fpn_merge2_fuse.weights" in names
 
 
 def test_an_inline_graph_from_yaml(tmp_path: Path) -> None:
-    (tmp_path / "graph.yaml").write_text(
-        """
+    (tmp_path / "graph.yaml").write_text("""
 MODEL:
   FPN:
     GRAPH:
@@ -104,11 +175,12 @@ MODEL:
   RPN: {IN_FEATURES: [p3, p5]}
   ROI_HEADS: {IN_FEATURES: [p3]}
   ANCHOR_GENERATOR: {SIZES: [[32], [64]]}
-"""
-    )
+""")
     cfg = config(MASK)
     cfg.merge_from_file(str(tmp_path / "graph.yaml"))
-    (tmp_path / "again.yaml").write_text(cfg.dump())  # what Detectron2 writes into the output folder
+    (tmp_path / "again.yaml").write_text(
+        cfg.dump()
+    )  # what Detectron2 writes into the output folder
     again = get_cfg()
     add_fpn_config(again)
     again.merge_from_file(str(tmp_path / "again.yaml"))
@@ -118,7 +190,9 @@ MODEL:
         assert backbone.get_submodule("low_fuse").eps == 0.001
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_every_config_file_builds(path: Path) -> None:
     cfg = get_cfg()
     add_fpn_config(cfg)

@@ -21,7 +21,7 @@ from fpn_plugin import PyramidBackbone  # noqa: E402
 from fpn_plugin.analysis.complexity import measure  # noqa: E402
 from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
 from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
-from fpn_plugin.config import head_features, extra_levels_for  # noqa: E402
+from fpn_plugin.config import extra_levels_for, head_features  # noqa: E402
 from fpn_plugin.engine.setup import load_config  # noqa: E402
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"

@@ -7,7 +7,7 @@ from typing import Mapping
 
 from fpn_plugin.analysis.layout import output_mark
 from fpn_plugin.pyramid.graph import Operator
-from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedEdge
 
 # fill and border of each kind of box
@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def kind_of(pyramid: Pyramid, name: str) -> str:
+def kind_of(pyramid: GraphExecutor, name: str) -> str:
     """The kind of a box: a key of KINDS, or "" for the mark of an output."""
     graph = pyramid.graph
     if name in graph.inputs:
@@ -41,7 +41,7 @@ def _short(operator: Operator) -> str:
     return f"{operator.name} /{operator.stride}" if operator.stride > 1 else operator.name
 
 
-def box_texts(pyramid: Pyramid) -> dict[str, list[str]]:
+def box_texts(pyramid: GraphExecutor) -> dict[str, list[str]]:
     """The lines in each box: its name, then its channels (bottom-up maps) or operators (nodes)."""
     texts = {}
     bottom_up = getattr(pyramid, "bottom_up", None)
@@ -56,7 +56,7 @@ def box_texts(pyramid: Pyramid) -> dict[str, list[str]]:
     return texts
 
 
-def usual_resamplers(pyramid: Pyramid) -> dict[str, str]:
+def usual_resamplers(pyramid: GraphExecutor) -> dict[str, str]:
     """The most frequent resampler of each direction; the legend names it, its arrows do not."""
     resamplers = [edge.resample for step in pyramid.steps for edge in step.edges if edge.resample]
     counts = Counter((part.kind, _short(part.operator)) for part in resamplers)

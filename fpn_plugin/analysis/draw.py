@@ -20,7 +20,7 @@ from matplotlib.path import Path as Outline
 from fpn_plugin.analysis.captions import KINDS, box_texts, edge_label, kind_of, usual_resamplers
 from fpn_plugin.analysis.grid import DETAIL, FONT, LABEL, LINE, NAME, Grid, Labels, make_grid
 from fpn_plugin.analysis.layout import Layout, Route, lay_out, ports
-from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.pyramid import GraphExecutor
 
 CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
 COLOURS = {"up": "#d1495b", "down": "#2a7f9e", "same": "#5c6773"}
@@ -43,7 +43,7 @@ def check_extension(path: str | Path) -> str:
     return extension
 
 
-def draw_graph(pyramid: Pyramid, path: str | Path, title: str = "", dpi: int = 160) -> None:
+def draw_graph(pyramid: GraphExecutor, path: str | Path, title: str = "", dpi: int = 160) -> None:
     """Draw the resolved graph of a pyramid or backbone, as PNG or SVG by the path's extension.
 
     Args:
@@ -62,7 +62,7 @@ def draw_graph(pyramid: Pyramid, path: str | Path, title: str = "", dpi: int = 1
         figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
 
 
-def _draw(pyramid: Pyramid, title: str) -> Figure:
+def _draw(pyramid: GraphExecutor, title: str) -> Figure:
     layout = lay_out(pyramid.graph)
     texts = box_texts(pyramid)
     usual = usual_resamplers(pyramid)
@@ -202,7 +202,7 @@ def _draw_box(axes: Axes, grid: Grid, column: int, row: int, lines: list[str], k
 
 
 def _draw_legend(
-    figure: Figure, pyramid: Pyramid, layout: Layout, usual: Mapping[str, str]
+    figure: Figure, pyramid: GraphExecutor, layout: Layout, usual: Mapping[str, str]
 ) -> None:
     found = {kind_of(pyramid, name) for name in layout.cells}
     handles: list[Patch | Line2D] = [

@@ -12,7 +12,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.config import add_fpn_config
+from fpn_plugin.config import add_fpn_config, validate_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
@@ -54,6 +54,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(name="fpn_plugin")
     cfg = register_own(load_config(args))
     choose_device(cfg)
+    if cfg.MODEL.BACKBONE.NAME == "build_pyramid_backbone":
+        validate_config(cfg)  # also when the model is built, but that is after the data was read
     if args.eval_only:
         _prepare_eval(cfg, args.resume, args.machine_rank)
     else:

@@ -19,11 +19,15 @@ def lite0() -> TimmBackbone:
 def test_channels_and_strides_are_read_from_the_model(lite0: TimmBackbone) -> None:
     shapes = lite0.output_shape()
     assert {name: shape.channels for name, shape in shapes.items()} == LITE0
-    assert {name: shape.stride for name, shape in shapes.items()} == {f"res{i}": 2**i for i in range(1, 6)}
+    assert {name: shape.stride for name, shape in shapes.items()} == {
+        f"res{i}": 2**i for i in range(1, 6)
+    }
 
 
 @pytest.mark.parametrize("size", [(64, 96), (97, 131)])
-def test_maps_have_the_shapes_that_were_promised(lite0: TimmBackbone, size: tuple[int, int]) -> None:
+def test_maps_have_the_shapes_that_were_promised(
+    lite0: TimmBackbone, size: tuple[int, int]
+) -> None:
     maps = lite0(torch.randn(2, 3, *size))
     assert list(maps) == list(LITE0)
     for name, x in maps.items():
@@ -34,7 +38,11 @@ def test_maps_have_the_shapes_that_were_promised(lite0: TimmBackbone, size: tupl
 
 def test_only_the_wanted_maps_are_given() -> None:
     backbone = TimmBackbone("tf_efficientnet_lite0", out_features=["res3", "res5"])
-    assert list(backbone.output_shape()) == list(backbone(torch.randn(1, 3, 64, 64))) == ["res3", "res5"]
+    assert (
+        list(backbone.output_shape())
+        == list(backbone(torch.randn(1, 3, 64, 64)))
+        == ["res3", "res5"]
+    )
 
 
 def first_trainable(backbone: nn.Module) -> str:
@@ -59,7 +67,11 @@ def test_frozen_layers_stay_bit_equal_after_a_step_and_the_rest_moves() -> None:
     sum(x.square().mean() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in trained)
     optimizer.step()
-    moved = {name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name
+        for name, value in backbone.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert moved == {f"{name}" for name, p in backbone.named_parameters() if p.requires_grad}
     assert not any("bn" in name for name in moved)  # FrozenBN: neither statistics nor affine
 
@@ -77,9 +89,18 @@ def test_frozen_batch_norm_keeps_the_activation() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"model": "tf_efficientnet_lite9"}, "MODEL.BOTTOM_UP.NAME: unknown name.*tf_efficientnet_lite"),
-        ({"model": "tf_efficientnet_lite0", "out_features": ["res6"]}, "'res6'.*res1, res2, res3, res4, res5"),
-        ({"model": "tf_efficientnet_lite0", "norm": "XN"}, "MODEL.BOTTOM_UP.NORM: unknown name 'XN'"),
+        (
+            {"model": "tf_efficientnet_lite9"},
+            "MODEL.BOTTOM_UP.NAME: unknown name.*tf_efficientnet_lite",
+        ),
+        (
+            {"model": "tf_efficientnet_lite0", "out_features": ["res6"]},
+            "'res6'.*res1, res2, res3, res4, res5",
+        ),
+        (
+            {"model": "tf_efficientnet_lite0", "norm": "XN"},
+            "MODEL.BOTTOM_UP.NORM: unknown name 'XN'",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments: dict, message: str) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from helpers import zoo_config
 from torch import nn
 
 from fpn_plugin.bottom_up import build_bottom_up
 from fpn_plugin.bottom_up.weights import load_weights, read_state_dict
-from detectron2.layers import ShapeSpec
-from helpers import zoo_config
 
 
 def network() -> nn.Module:
@@ -29,7 +29,9 @@ def test_a_state_dict_loads_wrapped_or_not(wrapper: str, tmp_path: Path) -> None
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in state.items())
 
 
-def test_what_is_missing_and_left_over_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_missing_and_left_over_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     state = network().state_dict()
     del state["1.weight"]
     state["head.weight"] = torch.zeros(1)
@@ -52,7 +54,9 @@ def test_another_shape_is_an_error(tmp_path: Path) -> None:
     state = network().state_dict()
     state["0.weight"] = torch.zeros(4, 3, 3, 3)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"0.weight is \(4, 3, 3, 3\) in the file, \(4, 3, 1, 1\) in"):
+    with pytest.raises(
+        ValueError, match=r"0.weight is \(4, 3, 3, 3\) in the file, \(4, 3, 1, 1\) in"
+    ):
         load_weights(network(), str(tmp_path / "w.pth"))
 
 
@@ -81,11 +85,15 @@ def test_other_contents_are_an_error(content: object, tmp_path: Path) -> None:
 
 def test_a_missing_file_names_the_key_and_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", "/somewhere")
-    with pytest.raises(FileNotFoundError, match="MODEL.BOTTOM_UP.WEIGHTS.*'w.pth'.*/somewhere/w.pth"):
+    with pytest.raises(
+        FileNotFoundError, match="MODEL.BOTTOM_UP.WEIGHTS.*'w.pth'.*/somewhere/w.pth"
+    ):
         read_state_dict("w.pth")
 
 
-def test_a_file_below_the_datasets_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_below_the_datasets_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(network().state_dict(), tmp_path / "w.pth")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert "0.weight" in read_state_dict("w.pth")
@@ -94,11 +102,16 @@ def test_a_file_below_the_datasets_folder_is_found(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (["NAME", "build_resnet_backbon"], "MODEL.BOTTOM_UP.NAME.*did you mean 'build_resnet_backbone'"),
+        (
+            ["NAME", "build_resnet_backbon"],
+            "MODEL.BOTTOM_UP.NAME.*did you mean 'build_resnet_backbone'",
+        ),
         (["NORM", "FrozenBN"], "MODEL.BOTTOM_UP.NORM: 'FrozenBN' is for timm networks"),
     ],
 )
 def test_builder_mistakes_are_named(keys: list[str], message: str) -> None:
-    cfg = zoo_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", f"MODEL.BOTTOM_UP.{keys[0]}", keys[1])
+    cfg = zoo_config(
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", f"MODEL.BOTTOM_UP.{keys[0]}", keys[1]
+    )
     with pytest.raises((KeyError, ValueError), match=message):
         build_bottom_up(cfg, ShapeSpec(channels=3))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import subprocess
+import sys
 
 import pytest
 
@@ -35,7 +35,10 @@ def test_a_good_graph_is_accepted() -> None:
         ([node("a", 99, ["res4", "res5"])], "node 'a': level 99 is not"),
         ([node("a", True, ["res4", "res5"])], "node 'a': level True is not"),
         ([node("a", 0, ["res4", "res5"], block=op("conv3x3", stride=2))], "stride 2 of its block"),
-        ([node("a", 4, ["res4", "res5"], block=op("conv3x3", stride=3))], "stride 3 is not a power"),
+        (
+            [node("a", 4, ["res4", "res5"], block=op("conv3x3", stride=3))],
+            "stride 3 is not a power",
+        ),
         ([node("a b", 4, ["res4", "res5"])], "node 'a b': a name is letters"),
         ([node("a_fuse", 4, ["res4", "res5"])], "are taken"),
         ([node("a_edge0.x", 4, ["res4", "res5"])], "are taken"),
@@ -43,7 +46,10 @@ def test_a_good_graph_is_accepted() -> None:
         ([GOOD, node("a.b", 4, ["a"])], "node 'a.b': 'a' is a node too"),
         ([node("a", 4, ["res4"])], "input 'res5' is neither an output nor read"),
         ([GOOD, node("b", 4, ["a"])], "node 'b' is neither an output nor read"),
-        ([node("a", 4, ["res4", "res5"], fuse="summ")], "node 'a', fuse.*'summ'.*did you mean 'sum'"),
+        (
+            [node("a", 4, ["res4", "res5"], fuse="summ")],
+            "node 'a', fuse.*'summ'.*did you mean 'sum'",
+        ),
         ([node("a", 4, ["res4", "res5"], block="conv4x4")], "node 'a', block.*'conv4x4'"),
         (
             [node("a", 4, ["res4", Edge("res5", resample=op("maxpool"))])],
@@ -126,7 +132,9 @@ def test_chain_reads_the_outputs_before_it() -> None:
     laterals = {item.name: item.inputs[0].source for item in graph.nodes if "lateral" in item.name}
     assert laterals["r2_fpn_lateral4"] == "fpn_output4"
     assert laterals["fpn_lateral4"] == "res4"
-    with pytest.raises(ValueError, match=r"reads level 3, but the pyramid before it gives \[4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"reads level 3, but the pyramid before it gives \[4, 5\]"
+    ):
         chain(first, build_graph("fpn", {"p3": 3}), "r2_")
 
 
@@ -140,7 +148,9 @@ def test_bad_extra_levels() -> None:
     with pytest.raises(KeyError, match="MODEL.FPN.EXTRA_LEVELS: unknown name 'conv_c6'"):
         build_graph("fpn", INPUTS, extra_levels="conv_c6")
     lower = parse_graph(INPUTS, [{"name": "a", "level": 4, "inputs": ["res4", "res5"]}])
-    with pytest.raises(ValueError, match="'conv_c5' reads 'res5' of level 5.*top output is of level 4"):
+    with pytest.raises(
+        ValueError, match="'conv_c5' reads 'res5' of level 5.*top output is of level 4"
+    ):
         add_extra_levels(lower, "conv_c5")
 
 
@@ -155,9 +165,15 @@ def test_bad_extra_levels() -> None:
         ({"name": "a", "level": "x", "inputs": ["res4"]}, r"GRAPH\[0\] \(a\): level 'x'"),
         ({"name": "a", "level": 4, "inputs": "res4"}, "inputs 'res4' is not a list"),
         ({"name": "a", "level": 4, "inputs": [4]}, "inputs: 4 is not a mapping"),
-        ({"name": "a", "level": 4, "inputs": [{"project": "conv1x1"}]}, "field 'source' is missing"),
+        (
+            {"name": "a", "level": 4, "inputs": [{"project": "conv1x1"}]},
+            "field 'source' is missing",
+        ),
         ({"name": "a", "level": 4, "inputs": [{"source": "res4", "up": "x"}]}, "unknown name 'up'"),
-        ({"name": "a", "level": 4, "inputs": ["res4"], "blok": "x"}, "'blok'.*did you mean 'block'"),
+        (
+            {"name": "a", "level": 4, "inputs": ["res4"], "blok": "x"},
+            "'blok'.*did you mean 'block'",
+        ),
         ({"name": "a", "level": 4, "inputs": ["res4"], "fuse": 3}, "node 'a', fuse: 3 is not"),
     ],
 )

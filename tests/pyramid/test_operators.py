@@ -44,7 +44,9 @@ def test_concat_is_a_convolution_of_all_maps() -> None:
     maps = [torch.randn(2, 3, 4, 5) for _ in range(2)]
     module = FUSIONS.get("concat")(3, 2)
     weight = module.conv.weight[:, :, 0, 0]  # (3, 6)
-    expected = torch.einsum("oi,nihw->nohw", weight, torch.cat(maps, 1)) + module.conv.bias[:, None, None]
+    expected = (
+        torch.einsum("oi,nihw->nohw", weight, torch.cat(maps, 1)) + module.conv.bias[:, None, None]
+    )
     assert torch.allclose(module(maps), expected, atol=1e-6)
 
 
@@ -92,7 +94,11 @@ def test_every_downsampler_rounds_up(name: str, steps: int, shape: tuple[int, in
     wanted = [-(-side // 2**steps) for side in shape]
     module = DOWNSAMPLE.get(name)(4, steps)
     assert list(module(x, None).shape) == [2, 4, *wanted]
-    assert list(module(x, [side + 1 for side in wanted]).shape) == [2, 4, *(side + 1 for side in wanted)]
+    assert list(module(x, [side + 1 for side in wanted]).shape) == [
+        2,
+        4,
+        *(side + 1 for side in wanted),
+    ]
 
 
 def test_upsamplers_by_hand() -> None:

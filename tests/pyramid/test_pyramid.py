@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CHANNELS, LEVELS, randomize, small_maps, small_pyramid
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.fusion import FUSIONS
@@ -18,7 +19,6 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
-from helpers import CHANNELS, LEVELS, randomize, small_maps, small_pyramid
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_keys.json").read_text())
 EXTRA = {"none": [], "maxpool": ["p6"], "conv_c5": ["p6", "p7"], "conv_p5": ["p6", "p7"]}
@@ -33,8 +33,18 @@ INLINE = {
             "level": 6,
             "inputs": [{"source": "res5", "project": {"name": "conv1x1", "activation": ""}}],
         },
-        {"name": "td5", "level": 5, "inputs": ["res5", "in6"], "block": {"name": "separable", **PRE}},
-        {"name": "td4", "level": 4, "inputs": ["res4", "td5"], "block": {"name": "separable", **PRE}},
+        {
+            "name": "td5",
+            "level": 5,
+            "inputs": ["res5", "in6"],
+            "block": {"name": "separable", **PRE},
+        },
+        {
+            "name": "td4",
+            "level": 4,
+            "inputs": ["res4", "td5"],
+            "block": {"name": "separable", **PRE},
+        },
         {"name": "out4", "level": 4, "inputs": ["res4", "td4"], "output": True},
         {"name": "out5", "level": 5, "inputs": ["res5", "td5", "out4"], "output": True},
         {"name": "out6", "level": 6, "inputs": ["in6", "out5"], "output": True},
@@ -71,10 +81,20 @@ def inline_pyramid(name: str, **defaults: object) -> Pyramid:
 
 def every_pyramid() -> list:
     """Each topology with each kind of extra level and with repeats, and the inline graphs."""
-    cases = [pytest.param(lambda n=n, e=e: small_pyramid(n, e), id=f"{n}-{e}") for n in TOPOLOGIES.names() for e in EXTRA]
-    cases += [pytest.param(lambda n=n: small_pyramid(n, repeats=2), id=f"{n}x2") for n in TOPOLOGIES.names()]
+    cases = [
+        pytest.param(lambda n=n, e=e: small_pyramid(n, e), id=f"{n}-{e}")
+        for n in TOPOLOGIES.names()
+        for e in EXTRA
+    ]
+    cases += [
+        pytest.param(lambda n=n: small_pyramid(n, repeats=2), id=f"{n}x2")
+        for n in TOPOLOGIES.names()
+    ]
     fuse = op("fast_normalized")
-    cases += [pytest.param(lambda n=n: inline_pyramid(n, norm="GN", fuse=fuse), id=f"inline-{n}") for n in INLINE]
+    cases += [
+        pytest.param(lambda n=n: inline_pyramid(n, norm="GN", fuse=fuse), id=f"inline-{n}")
+        for n in INLINE
+    ]
     return cases
 
 
@@ -192,7 +212,9 @@ def test_export_with_dynamic_height_and_width(build) -> None:
     model = FromImage(build()).eval()
     height, width = torch.export.Dim("h", min=2, max=64), torch.export.Dim("w", min=2, max=64)
     example = (torch.randn(1, 3, 384, 512),)
-    program = torch.export.export(model, example, dynamic_shapes=({2: 128 * height, 3: 128 * width},))
+    program = torch.export.export(
+        model, example, dynamic_shapes=({2: 128 * height, 3: 128 * width},)
+    )
     for size in [(256, 256), (384, 640)]:
         x = torch.randn(1, 3, *size)
         assert_same(program.module()(x), model(x), 1e-5)
@@ -217,14 +239,18 @@ def test_a_map_is_freed_after_its_last_reader() -> None:
         module.register_forward_hook(record(name))
     pyramid(small_maps())
     # at the last node, only the outputs and what that node reads are left
-    assert sorted(set(at_the_end) - {"fpn_merge2_fuse"}) == [f"fpn_output{level}" for level in (2, 3, 4, 5)]
+    assert sorted(set(at_the_end) - {"fpn_merge2_fuse"}) == [
+        f"fpn_output{level}" for level in (2, 3, 4, 5)
+    ]
 
 
 def test_the_edge_order_of_a_node_is_kept() -> None:
     pyramid = small_pyramid("fpn", fuse=op("fast_normalized"))
     pyramid.get_submodule("fpn_merge2_fuse").weights.data = torch.tensor([1.0, 0.0])
     maps = small_maps()
-    expected = pyramid.get_submodule("fpn_output2")(pyramid.get_submodule("fpn_lateral2")(maps["res2"]) / 1.0001)
+    expected = pyramid.get_submodule("fpn_output2")(
+        pyramid.get_submodule("fpn_lateral2")(maps["res2"]) / 1.0001
+    )
     assert torch.allclose(pyramid(maps)["p2"], expected, atol=1e-5)
 
 
@@ -241,15 +267,29 @@ def test_every_topology_has_golden_keys() -> None:
 @pytest.mark.parametrize(
     "nodes, message",
     [
-        ([node("a", 4, ["res4", "res5"], fuse=op("sum", eps=1))], "node 'a', fuse, arguments of sum.*'eps'"),
+        (
+            [node("a", 4, ["res4", "res5"], fuse=op("sum", eps=1))],
+            "node 'a', fuse, arguments of sum.*'eps'",
+        ),
         ([node("a", 4, ["res4", "res5"], block=op("conv3x3", act="relu"))], "'act'.*activation"),
-        ([node("a", 4, ["res4", "res5"], block=op("conv3x3", activation="x"))], "node 'a', block: .*'x'"),
-        ([node("a", 4, ["res4", "res5"], block=op("conv3x3", norm="XN"))], "node 'a', block: .*'XN'"),
-        ([node("training", 4, ["res4", "res5"], block=op("conv3x3"))], "'training': the name is taken"),
+        (
+            [node("a", 4, ["res4", "res5"], block=op("conv3x3", activation="x"))],
+            "node 'a', block: .*'x'",
+        ),
+        (
+            [node("a", 4, ["res4", "res5"], block=op("conv3x3", norm="XN"))],
+            "node 'a', block: .*'XN'",
+        ),
+        (
+            [node("training", 4, ["res4", "res5"], block=op("conv3x3"))],
+            "'training': the name is taken",
+        ),
     ],
 )
 def test_bad_arguments_name_the_node(nodes: list, message: str) -> None:
     from fpn_plugin.pyramid.graph import Graph
 
     with pytest.raises((ValueError, KeyError), match=message):
-        Pyramid(Graph({"res4": 4, "res5": 5}, tuple(nodes), (nodes[0].name,)), CHANNELS, Defaults(32))
+        Pyramid(
+            Graph({"res4": 4, "res5": 5}, tuple(nodes), (nodes[0].name,)), CHANNELS, Defaults(32)
+        )

@@ -1,0 +1,120 @@
+"""What the repository promises about itself: README and registries agree, and nothing local is committed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_plugin import add_fpn_config
+from fpn_plugin.pyramid.blocks import ACTIVATIONS
+from fpn_plugin.pyramid.pyramid import REGISTRIES
+from fpn_plugin.pyramid.topologies import EXTRA_LEVELS, TOPOLOGIES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def leaves(node: CfgNode, prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for key, value in node.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key}
+    return found
+
+
+def test_every_key_of_ours_is_in_the_readme() -> None:
+    plain, with_ours = get_cfg(), get_cfg()
+    add_fpn_config(with_ours)
+    ours = leaves(with_ours) - leaves(plain)
+    # two keys that Detectron2 itself reads, and only lacks a default for
+    ours -= {"DATASETS.TRAIN_REPEAT_FACTOR", "DATALOADER.RANDOM_SUBSET_RATIO"}
+    assert len(ours) > 15
+    rows = set(re.findall(r"^\| `([A-Z_.]+(?:\.\*)?)` \|", README, re.MULTILINE))
+    assert {
+        key for key in ours if key not in rows and f"{key.rpartition('.')[0]}.*" not in rows
+    } == set()
+
+
+def row(key: str) -> str:
+    return next(line for line in README.splitlines() if line.startswith(f"| `{key}` |"))
+
+
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("MODEL.FPN.TOPOLOGY", TOPOLOGIES.names()),
+        ("MODEL.FPN.FUSE_TYPE", REGISTRIES["fuse"].names()),
+        ("MODEL.FPN.UPSAMPLE", REGISTRIES["up"].names()),
+        ("MODEL.FPN.DOWNSAMPLE", REGISTRIES["down"].names()),
+        ("MODEL.FPN.LATERAL", REGISTRIES["block"].names()),
+        ("MODEL.FPN.ACTIVATION", [name for name in ACTIVATIONS.names() if name]),
+        ("MODEL.FPN.EXTRA_LEVELS", EXTRA_LEVELS),
+    ],
+)
+def test_every_registered_name_is_in_the_readme(key: str, names: list[str]) -> None:
+    assert [name for name in names if f"`{name}`" not in row(key)] == []
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_python_in_the_readme_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_file_and_option_in_the_readmes_commands_exists() -> None:
+    commands = [
+        line
+        for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    paths = {
+        word
+        for line in commands
+        for word in line.split()
+        if re.match(r"(tools|configs|datasets)/", word)
+    }
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [
+        link for link in links if not link.startswith("http") and not (ROOT / link).exists()
+    ] == []
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / name for name in done.stdout.split() if (ROOT / name).is_file()]
+
+
+def test_no_registry_and_no_place_of_one_machine_is_committed() -> None:
+    forbidden = re.compile(r"pypi\.org|pythonhosted|index-url|/root/|/home/\w+/|/tmp/")
+    here = Path(__file__)
+    found = []
+    for path in tracked():
+        if path != here and path.suffix not in (".png", ".jpg"):
+            found += [
+                f"{path}: {hit}" for hit in forbidden.findall(path.read_text(errors="ignore"))
+            ]
+    assert found == []
+
+
+def test_the_lock_has_a_hash_for_everything() -> None:
+    for name in ("requirements.txt", "tools/requirements-uv.txt"):
+        entries = re.split(r"\n(?=[a-z])", (ROOT / name).read_text())
+        pinned = [entry for entry in entries if "==" in entry]
+        assert pinned and all("--hash=sha256:" in entry for entry in pinned)
+
+
+def test_tools_stay_short_and_modules_readable() -> None:
+    lengths = {
+        path: len(path.read_text().splitlines()) for path in tracked() if path.suffix == ".py"
+    }
+    tools = {str(path): n for path, n in lengths.items() if path.parent.name == "tools"}
+    modules = {str(path): n for path, n in lengths.items() if "fpn_plugin" in path.parts}
+    assert len(tools) > 3 and len(modules) > 20
+    # setup_env.py has no package to put its logic into: it runs before anything is installed
+    assert {p: n for p, n in tools.items() if n > 85 and not p.endswith("setup_env.py")} == {}
+    assert {p: n for p, n in modules.items() if n > 300} == {}

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Prepare a small dataset, train a detector with a pyramid on it, evaluate it, draw what it finds.
+
+demo.py trees --output output/demo            boxes of tree crowns in aerial photos
+demo.py scenes --output output/demo-masks     masks of shapes in drawn scenes
+
+It runs `tools/train_net.py` on a config of configs/quickstart, as one would by hand, and shows its
+progress; the whole log is in OUTPUT/log.txt. A demo that was interrupted goes on where it stopped.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from fpn_plugin.analysis.pictures import draw_dataset  # noqa: E402
+from fpn_plugin.analysis.progress import follow, summary  # noqa: E402
+from fpn_plugin.data.scenes import prepare_scenes  # noqa: E402
+from fpn_plugin.data.trees import prepare_trees  # noqa: E402
+from fpn_plugin.data.weights import prepare_weights  # noqa: E402
+from fpn_plugin.paths import dataset_root  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"trees": "faster_rcnn_trees_FPN", "scenes": "mask_rcnn_scenes_FPN"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("demo", choices=CONFIGS)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args()
+
+
+def train(config: Path, output: Path, opts: list[str]) -> None:
+    """Run train_net.py and show its progress."""
+    flags = []
+    if (output / "model_final.pth").exists():
+        print(f"Replacing the finished demo in {output}")
+        flags = ["--overwrite"]
+    elif output.exists():
+        flags = ["--resume"]
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py")]
+    command += ["--config-file", str(config), *flags]
+    command += ["OUTPUT_DIR", str(output), *opts]
+    follow(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.time()
+    root = dataset_root()
+    print(f"Preparing {args.demo} and the ImageNet weights in {root}/", flush=True)
+    prepare_weights(root)
+    prepare_trees(root) if args.demo == "trees" else prepare_scenes(root)
+    config = ROOT / "configs" / "quickstart" / f"{CONFIGS[args.demo]}.yaml"
+    print(f"Training {config.relative_to(ROOT)}", flush=True)
+    train(config, args.output, args.opts)
+    results = args.output / "inference" / "coco_instances_results.json"
+    pictures = draw_dataset(results, f"{args.demo}_val", args.output / "pictures")
+    metrics = (args.output / "metrics.json").read_text().splitlines()
+    print(summary(json.loads(metrics[-1])))
+    print("Pictures:", *pictures, sep="\n  ")
+    print(f"Done in {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
