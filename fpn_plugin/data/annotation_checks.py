@@ -27,9 +27,9 @@ def read_json(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as stream:
             content = json.load(stream)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise DatasetError(f"{path}: is not JSON: {error}") from error
+        raise DatasetError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise DatasetError(f"{path}: holds a JSON {kind}, but COCO's format is an object")

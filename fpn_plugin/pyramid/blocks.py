@@ -37,16 +37,16 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
     """
     try:
         return get_norm(norm, channels)
-    except KeyError as error:
+    except KeyError:
         raise ValueError(
             f"MODEL.FPN.NORM: unknown norm {norm!r}; choose from BN, SyncBN, FrozenBN, GN, LN"
-        ) from error
+        ) from None
     except ValueError as error:  # torch's GroupNorm: channels must be divisible by groups
         raise ValueError(
             f"MODEL.FPN.NORM: {norm!r} cannot normalise {channels} channels"
             f" (MODEL.FPN.OUT_CHANNELS): {error};"
             " GN has 32 groups, so take a multiple of 32"
-        ) from error
+        ) from None
 
 
 class _PreActivationConv(Conv2d):

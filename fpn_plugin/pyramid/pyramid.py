@@ -191,6 +191,6 @@ def build_part(part: Part, defaults: Defaults) -> nn.Module:
     try:
         return builder(*sizes, **arguments)
     except UnknownNameError as error:
-        raise UnknownNameError(f"{part.where}: {error}") from error
+        raise UnknownNameError(f"{part.where}: {error}") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{part.where}: {error}") from error
+        raise ValueError(f"{part.where}: {error}") from None
