@@ -106,9 +106,10 @@ def validate_config(cfg: CfgNode) -> None:
         ValueError: (KeyError for an unknown name) naming the key, the value and the choices.
     """
     from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, norm_layer
+    from fpn_plugin.pyramid.compose import EXTRA_LEVELS
     from fpn_plugin.pyramid.graph import as_operator
     from fpn_plugin.pyramid.pyramid import REGISTRIES
-    from fpn_plugin.pyramid.topologies import EXTRA_LEVELS, TOPOLOGIES
+    from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
     fpn = cfg.MODEL.FPN
     if fpn.EXTRA_LEVELS not in ("auto", *EXTRA_LEVELS):

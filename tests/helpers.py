@@ -10,9 +10,10 @@ from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
 
 from fpn_plugin import add_fpn_config
+from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
-from fpn_plugin.pyramid.topologies import Style, build_graph
+from fpn_plugin.pyramid.topologies import Style
 
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
 CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 32}

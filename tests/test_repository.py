@@ -11,11 +11,13 @@ from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import add_fpn_config
 from fpn_plugin.pyramid.blocks import ACTIVATIONS
+from fpn_plugin.pyramid.compose import EXTRA_LEVELS
 from fpn_plugin.pyramid.pyramid import REGISTRIES
-from fpn_plugin.pyramid.topologies import EXTRA_LEVELS, TOPOLOGIES
+from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def leaves(node: CfgNode, prefix: str = "") -> set[str]:
@@ -58,18 +60,14 @@ def test_every_registered_name_is_in_the_readme(key: str, names: list[str]) -> N
     assert [name for name in names if f"`{name}`" not in row(key)] == []
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_the_python_in_the_readme_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
 
 
 def test_every_file_and_option_in_the_readmes_commands_exists() -> None:
-    commands = [
-        line
-        for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
-        for line in block.splitlines()
-    ]
+    commands = [line for language, code in BLOCKS if not language for line in code.splitlines()]
     paths = {
         word
         for line in commands

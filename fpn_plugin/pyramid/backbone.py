@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fpn_plugin.bottom_up import build_bottom_up
 from fpn_plugin.config import extra_levels_for, validate_config, validate_heads
+from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
 from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
-from fpn_plugin.pyramid.topologies import Style, add_extra_levels, build_graph
+from fpn_plugin.pyramid.topologies import Style
 
 
 class PyramidBackbone(GraphExecutor, Backbone):

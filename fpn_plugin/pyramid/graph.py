@@ -8,7 +8,7 @@ such nodes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Collection, Iterable, Mapping, Union
 
 from fpn_plugin.registry import unknown_name
@@ -276,32 +276,3 @@ def _check_prefixes(names: Iterable[str]) -> None:
                 raise ValueError(
                     f"node {name!r}: {'.'.join(parts[:count])!r} is a node too; rename one of them"
                 )
-
-
-def chain(first: Graph, second: Graph, prefix: str) -> Graph:
-    """One graph after another: the second reads the first's outputs in place of its inputs, level
-    by level.
-
-    Args:
-        prefix: put before every node name of `second`.
-
-    Raises:
-        ValueError: if `second` reads a level that `first` does not give.
-    """
-    given = {first.level(name): name for name in first.outputs}
-    names = {item.name: prefix + item.name for item in second.nodes}
-    for name, level in second.inputs.items():
-        if level not in given:
-            raise ValueError(
-                f"{prefix!r}: reads level {level}, but the pyramid before it gives {sorted(given)}"
-            )
-        names[name] = given[level]
-    moved = tuple(
-        replace(
-            item,
-            name=names[item.name],
-            inputs=tuple(replace(edge, source=names[edge.source]) for edge in item.inputs),
-        )
-        for item in second.nodes
-    )
-    return Graph(first.inputs, first.nodes + moved, tuple(names[name] for name in second.outputs))

@@ -14,11 +14,11 @@ from PIL import Image
 from fpn_plugin.analysis.captions import kind_of
 from fpn_plugin.analysis.draw import check_extension, draw_graph
 from fpn_plugin.analysis.layout import lay_out, output_mark, ports
+from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import Graph
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
-from fpn_plugin.pyramid.topologies import build_graph
 
 INPUTS = {"res3": 3, "res4": 4, "res5": 5}
 

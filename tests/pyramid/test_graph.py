@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, chain, node, op
+from fpn_plugin.pyramid.compose import add_extra_levels, build_graph, chain
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, node, op
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.pyramid import REGISTRIES
-from fpn_plugin.pyramid.topologies import TOPOLOGIES, Style, add_extra_levels, build_graph
+from fpn_plugin.pyramid.topologies import TOPOLOGIES, Style
 
 INPUTS = {"res4": 4, "res5": 5}
 OPERATORS = {kind: registry.names() for kind, registry in REGISTRIES.items()}

@@ -1,0 +1,110 @@
+"""Whole pyramids from the catalogue: repeated, one after another, with extra levels.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Mapping
+
+from fpn_plugin.pyramid.graph import Edge, Graph, Operator, node, op
+from fpn_plugin.pyramid.topologies import TOPOLOGIES, Style
+from fpn_plugin.registry import unknown_name
+
+EXTRA_LEVELS = ("none", "maxpool", "conv_c5", "conv_p5")
+
+
+def build_graph(
+    topology: str,
+    inputs: Mapping[str, int],
+    style: Style = Style(),
+    repeats: int = 1,
+    extra_levels: str = "none",
+) -> Graph:
+    """The graph of a catalogue topology, repeated, with its extra levels.
+
+    Args:
+        inputs: bottom-up maps as `{name: level}` from high to low resolution.
+        repeats: how often the topology runs; run number r > 1 puts `r{r}_` before its node names.
+        extra_levels: one of `EXTRA_LEVELS`.
+
+    Raises:
+        ValueError: (KeyError for an unknown topology) naming the config key.
+    """
+    build = TOPOLOGIES.get(topology, "MODEL.FPN.TOPOLOGY")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"MODEL.FPN.REPEATS: {repeats!r} is not a whole number of 1 or more")
+    graph = build(inputs, style)
+    for run in range(2, repeats + 1):
+        levels = {f"p{graph.level(name)}": graph.level(name) for name in graph.outputs}
+        graph = chain(graph, build(levels, style), f"r{run}_")
+    return add_extra_levels(graph, extra_levels)
+
+
+def add_extra_levels(graph: Graph, kind: str) -> Graph:
+    """Append levels coarser than the graph's coarsest output. The names are those of Detectron2's
+    `top_block`.
+
+    Args:
+        kind: "none"; "maxpool": one level, the top output subsampled (Mask R-CNN); "conv_c5" and
+            "conv_p5": two levels by 3x3 convolutions with stride 2, from the top input (RetinaNet)
+                or the top output (FCOS).
+
+    Raises:
+        ValueError: naming MODEL.FPN.EXTRA_LEVELS.
+    """
+    where = "MODEL.FPN.EXTRA_LEVELS"
+    if kind not in EXTRA_LEVELS:
+        raise unknown_name(where, kind, EXTRA_LEVELS)
+    if kind == "none":
+        return graph
+    top = graph.outputs[-1]
+    level = graph.level(top)
+    names = [f"top_block.p{level + 1}", f"top_block.p{level + 2}"]
+    if kind == "maxpool":
+        nodes = [node(names[0], level + 1, [Edge(top, resample=Operator("subsample"))])]
+    else:
+        source = top if kind == "conv_p5" else max(graph.inputs, key=graph.inputs.__getitem__)
+        if graph.level(source) != level:
+            raise ValueError(
+                f"{where}: {kind!r} reads {source!r} of level {graph.level(source)}, but"
+                " the pyramid's top output"
+                f" is of level {level}: use 'conv_p5'"
+            )
+        conv = op("conv3x3", stride=2, norm="", activation="")
+        after_relu = op("conv3x3", stride=2, norm="", activation="relu", order="act-conv-norm")
+        nodes = [node(names[0], level + 1, [source], block=conv)]
+        nodes += [node(names[1], level + 2, [names[0]], block=after_relu)]
+    return Graph(
+        graph.inputs, graph.nodes + tuple(nodes), graph.outputs + tuple(item.name for item in nodes)
+    )
+
+
+def chain(first: Graph, second: Graph, prefix: str) -> Graph:
+    """One graph after another: the second reads the first's outputs in place of its inputs, level
+    by level.
+
+    Args:
+        prefix: put before every node name of `second`.
+
+    Raises:
+        ValueError: if `second` reads a level that `first` does not give.
+    """
+    given = {first.level(name): name for name in first.outputs}
+    names = {item.name: prefix + item.name for item in second.nodes}
+    for name, level in second.inputs.items():
+        if level not in given:
+            raise ValueError(
+                f"{prefix!r}: reads level {level}, but the pyramid before it gives {sorted(given)}"
+            )
+        names[name] = given[level]
+    moved = tuple(
+        replace(
+            item,
+            name=names[item.name],
+            inputs=tuple(replace(edge, source=names[edge.source]) for edge in item.inputs),
+        )
+        for item in second.nodes
+    )
+    return Graph(first.inputs, first.nodes + moved, tuple(names[name] for name in second.outputs))
