@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
-# what to install where VENV has no Detectron2: pinned (the republication) or git (upstream main)
-DETECTRON2 ?= pinned
+# which Detectron2: pinned (the republication) or git (upstream main); else the one in VENV, or pinned
+DETECTRON2 ?=
 DEMO ?= output/demo
 MASKS ?= output/demo-masks
 
@@ -24,10 +24,10 @@ SOURCES := fpn_plugin tools tests datasets setup.py
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (or git)"
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (pinned or git)"
 
 setup: ## make the environment (.venv, about 6 GB); the other targets do this by themselves
-	@$(PYTHON) tools/setup_env.py --venv $(VENV) --detectron2 $(DETECTRON2)
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --detectron2 "$(DETECTRON2)"
 
 demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw what it finds (10 minutes)
 	@$(PY) tools/demo.py trees --output $(DEMO)

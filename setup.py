@@ -42,6 +42,7 @@ setup(
         "numpy>=1.24",
         "Pillow>=10",
         "PyYAML>=6",
+        "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
         "safetensors>=0.4",
         "matplotlib>=3.7",
         "tqdm>=4.60",

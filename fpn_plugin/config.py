@@ -46,7 +46,7 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
     # The activation of the blocks: a name of the ACTIVATIONS registry, or "" for none
     fpn.ACTIVATION = ""
     # A pyramid of one's own: a list of nodes ({name, level, inputs, fuse, block, output}) instead
-    # of TOPOLOGY
+    # of TOPOLOGY. LATERAL, BLOCK and REPEATS do not apply to it: a node names its own block
     fpn.GRAPH = []
 
 
@@ -99,6 +99,17 @@ def extra_levels_for(cfg: CfgNode) -> str:
     return "conv_c5" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "maxpool"
 
 
+def size_divisibility_for(cfg: CfgNode) -> int:
+    """What the heads need the image's sides to be divisible by, in pixels; 0 for nothing.
+
+    Detectron2's semantic head brings its maps to one size by doubling them.
+    """
+    if cfg.MODEL.META_ARCHITECTURE not in ("PanopticFPN", "SemanticSegmentor"):
+        return 0
+    levels = [name[1:] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES if name[1:].isdigit()]
+    return max((2 ** int(level) for level in levels), default=0)
+
+
 def validate_config(cfg: CfgNode) -> None:
     """Check the keys of `MODEL.FPN` that can be checked without building anything.
 
@@ -107,7 +118,6 @@ def validate_config(cfg: CfgNode) -> None:
     """
     from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, norm_layer
     from fpn_plugin.pyramid.compose import EXTRA_LEVELS
-    from fpn_plugin.pyramid.graph import as_operator
     from fpn_plugin.pyramid.pyramid import REGISTRIES
     from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
@@ -123,8 +133,7 @@ def validate_config(cfg: CfgNode) -> None:
         "LATERAL": BLOCKS,
         "BLOCK": BLOCKS,
     }.items():
-        operator = as_operator(fpn[key], f"MODEL.FPN.{key}")
-        registry.get(operator.name if operator else "", f"MODEL.FPN.{key}")
+        registry.get(fpn[key], f"MODEL.FPN.{key}")
     if (
         isinstance(fpn.OUT_CHANNELS, bool)
         or not isinstance(fpn.OUT_CHANNELS, int)
@@ -134,6 +143,11 @@ def validate_config(cfg: CfgNode) -> None:
             f"MODEL.FPN.OUT_CHANNELS: {fpn.OUT_CHANNELS!r} is not a whole number of 1 or more"
         )
     norm_layer(fpn.NORM, fpn.OUT_CHANNELS)
+    if fpn.GRAPH and fpn.REPEATS != 1:
+        raise ValueError(
+            f"MODEL.FPN.REPEATS: {fpn.REPEATS} repeats a TOPOLOGY, but MODEL.FPN.GRAPH is given:"
+            " write its nodes as often as they shall run"
+        )
 
 
 def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:

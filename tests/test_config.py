@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 from helpers import zoo_config
@@ -73,6 +74,11 @@ def config(path: str, *overrides: Any) -> Any:
         ),
         (MASK, ["MODEL.FPN.OUT_CHANNELS", 0], "MODEL.FPN.OUT_CHANNELS: 0 is not"),
         (MASK, ["MODEL.FPN.REPEATS", 0], "MODEL.FPN.REPEATS: 0 is not"),
+        (
+            MASK,
+            ["MODEL.FPN.REPEATS", 2, "MODEL.FPN.GRAPH", [{}]],
+            "REPEATS: 2 repeats a TOPOLOGY, but MODEL.FPN.GRAPH",
+        ),
         (MASK, ["MODEL.FPN.IN_FEATURES", []], "MODEL.FPN.IN_FEATURES: it is empty.*res2"),
         (
             MASK,
@@ -149,7 +155,7 @@ def test_automatic_extra_levels(path: str, graph: list, expected: str) -> None:
     assert extra_levels_for(config(path, "MODEL.FPN.GRAPH", graph)) == expected
 
 
-def test_operators_with_arguments_in_a_config(tmp_path: Path) -> None:
+def test_repeats_norm_activation_and_blocks_from_a_config() -> None:
     keys = ["MODEL.FPN.NORM", "GN", "MODEL.FPN.ACTIVATION", "silu", "MODEL.FPN.REPEATS", 2]
     backbone = build_backbone(
         config(MASK, *keys, "MODEL.FPN.FUSE_TYPE", "softmax", "MODEL.FPN.BLOCK", "separable")
@@ -157,6 +163,16 @@ def test_operators_with_arguments_in_a_config(tmp_path: Path) -> None:
     names = [name for name, _ in backbone.named_parameters()]
     assert "r2_fpn_output2.pointwise.norm.weight" in names
     assert "r2_fpn_merge2_fuse.weights" in names
+
+
+@pytest.mark.parametrize("topology", ["fpn", "channel_mapper"])
+def test_panoptic_images_are_padded_for_the_semantic_head(topology: str) -> None:
+    """Its maps are doubled until they meet, also where the pyramid itself upsamples nothing."""
+    model = build_model(config(PANOPTIC, "MODEL.FPN.TOPOLOGY", topology)).eval()
+    assert model.backbone.size_divisibility == 32
+    with torch.no_grad():
+        (result,) = model([{"image": torch.zeros(3, 97, 131, dtype=torch.uint8)}])
+    assert tuple(result["sem_seg"].shape[1:]) == (97, 131)
 
 
 def test_an_inline_graph_from_yaml(tmp_path: Path) -> None:

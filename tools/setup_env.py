@@ -21,6 +21,7 @@ UV_LOCK = ROOT / "tools" / "requirements-uv.txt"
 REPUBLICATION = ROOT / "tools" / "detectron2_wheel"
 LOCK_HEADER = "# Made by `make lock` from setup.py and tools/detectron2_wheel/pyproject.toml.\n"
 GITHUB = "detectron2 @ git+https://github.com/facebookresearch/detectron2.git@main"
+THEIRS = "theirs"  # the environment came with a Detectron2
 INPUTS = [LOCK, UV_LOCK, ROOT / "setup.py", *sorted(REPUBLICATION.glob("*.*"))]
 
 
@@ -32,9 +33,9 @@ def run(*command: object) -> None:
         sys.exit(f"setup_env: failed with exit code {done.returncode}: {' '.join(words)}")
 
 
-def fingerprint(args: argparse.Namespace) -> str:
+def fingerprint(detectron2: str) -> str:
     """A digest of everything that the set-up depends on."""
-    digest = hashlib.sha256(f"{args.detectron2} {sys.version}".encode())
+    digest = hashlib.sha256(f"{detectron2} {sys.version}".encode())
     for path in INPUTS:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -43,6 +44,22 @@ def fingerprint(args: argparse.Namespace) -> str:
 def has_detectron2(python: Path) -> bool:
     code = "import importlib.util as u, sys; sys.exit(not u.find_spec('detectron2'))"
     return python.exists() and subprocess.run([str(python), "-c", code]).returncode == 0
+
+
+def choose(asked: str, python: Path, state: list[str]) -> str:
+    """Which Detectron2 the environment gets: asked for, there already, or the republication.
+
+    Args:
+        asked: "pinned", "git", or "" for the one that is there.
+        state: what the last set-up noted, the choice first.
+    """
+    before = state[0] if state else THEIRS if has_detectron2(python) else "pinned"
+    if before == THEIRS and asked:
+        sys.exit(
+            f"setup_env: DETECTRON2={asked}: {python.parent.parent} came with a Detectron2 of its"
+            " own, which is kept. Choose another VENV, or leave DETECTRON2 out"
+        )
+    return asked or before
 
 
 def installer(python: Path) -> list[str]:
@@ -56,24 +73,23 @@ def installer(python: Path) -> list[str]:
     return [uv, "pip", "install", "--python", str(python), "--no-cache", "--compile-bytecode"]
 
 
-def install(args: argparse.Namespace, python: Path) -> None:
-    """Install what is missing. An environment that has Detectron2 already keeps its own
-    versions."""
-    if has_detectron2(python) and not args.ours:
+def install(args: argparse.Namespace, python: Path, detectron2: str) -> None:
+    """Install what is missing. A user's own environment keeps every version that it has."""
+    if detectron2 == THEIRS:
         print(f"setup_env: keeping the Detectron2 of {args.venv}; only this plugin is installed")
         pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
         run(*pip, "--editable", f"{ROOT}[dev]")
         return
     command = installer(python)
-    os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = str(
-        write_build_constraint(args)
-    )
+    constraint = str(write_build_constraint(args))
+    os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = constraint
     run(*command, "--require-hashes", "--requirement", LOCK)
-    if args.detectron2 == "git":
+    if detectron2 == "git":
         run(*command, "--no-deps", "--no-build-isolation", GITHUB)
     else:
         run(*command, "--no-deps", REPUBLICATION)
     run(*command, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+    run(python, "-m", "pip", "check", "--disable-pip-version-check")
 
 
 def write_build_constraint(args: argparse.Namespace) -> Path:
@@ -89,9 +105,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment to use")
     parser.add_argument(
         "--detectron2",
-        choices=["pinned", "git"],
-        default="pinned",
-        help="where the environment has none: the pinned republication, or upstream main",
+        choices=["", "pinned", "git"],
+        default="",
+        help="the republication, or upstream main; default: the one that is there, else pinned",
     )
     parser.add_argument("--lock", action="store_true", help="work out requirements.txt again")
     return parser.parse_args()
@@ -120,19 +136,20 @@ def main() -> None:
     python = args.venv / "bin" / "python"
     if args.lock:
         return lock(python)
-    stamp = args.venv / "fpn-plugin-setup"  # its presence also says that we made this environment
-    args.ours = stamp.exists() or not python.exists()
-    wanted = fingerprint(args)
-    if stamp.exists() and stamp.read_text() == wanted:
+    stamp = args.venv / "fpn-plugin-setup"  # which Detectron2, then the fingerprint
+    state = stamp.read_text().split() if stamp.exists() else []
+    detectron2 = choose(args.detectron2, python, state)
+    wanted = [detectron2, fingerprint(detectron2)]
+    if state == wanted:
         return
     start = time.time()
-    print(f"setup_env: setting up {args.venv}, about 5.5 GB; this happens once", flush=True)
+    size = "" if detectron2 == THEIRS else ", about 6 GB; this happens once"
+    print(f"setup_env: setting up {args.venv}{size}", flush=True)
     if not python.exists():
         run(sys.executable, "-m", "venv", args.venv)
-        stamp.write_text("unfinished")
-    install(args, python)
-    run(python, "-m", "pip", "check", "--disable-pip-version-check")
-    stamp.write_text(wanted)
+    stamp.write_text(detectron2)  # so that an interrupted set-up is known as our own
+    install(args, python, detectron2)
+    stamp.write_text(" ".join(wanted))
     print(f"setup_env: done in {time.time() - start:.0f} s", flush=True)
 
 

@@ -43,22 +43,26 @@ class TimmBackbone(Backbone):
         self.model = _create(model, in_channels)
         info: Any = self.model.feature_info
         names = [f"res{stride.bit_length() - 1}" for stride in info.reduction()]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"MODEL.BOTTOM_UP.NAME: timm/{model} gives several maps of one stride"
+                f" ({info.reduction()} pixels); a pyramid needs one map per stride"
+            )
         for name in out_features:
             if name not in names:
                 raise unknown_name(
                     "MODEL.FPN.IN_FEATURES (maps of timm/" + model + ")", name, names
                 )
         self._names = names
+        # Swin and others give (N, H, W, C)
+        self._channels_come_last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
         self._out_features = [name for name in names if name in out_features or not out_features]
         self._out_feature_channels = dict(zip(names, info.channels()))
         self._out_feature_strides = dict(zip(names, info.reduction()))
         self._freeze(freeze_at, info.module_name())
         if norm not in NORMS:
             raise unknown_name("MODEL.BOTTOM_UP.NORM", norm, NORMS)
-        if norm == "FrozenBN":
-            from timm.layers import freeze_batch_norm_2d
-
-            self.model = freeze_batch_norm_2d(self.model)
+        self._freeze_batch_norms(everywhere=norm == "FrozenBN")
 
     def _freeze(self, freeze_at: int, ends: Sequence[str]) -> None:
         """Stop the gradients of all parameters up to the module that gives level `freeze_at`."""
@@ -70,6 +74,24 @@ class TimmBackbone(Backbone):
         last = max(i for i, (name, _) in enumerate(parameters) if name.startswith(f"{frozen[-1]}."))
         for _, parameter in parameters[: last + 1]:
             parameter.requires_grad = False
+
+    def _freeze_batch_norms(self, everywhere: bool) -> None:
+        """Fix statistics and affine parameters, in the frozen layers or everywhere.
+
+        By timm's own function: its batch norms carry the activation, which Detectron2's
+        conversion to FrozenBatchNorm2d would lose.
+        """
+        from timm.layers import freeze_batch_norm_2d
+
+        norms = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.BatchNorm2d)
+            and (everywhere or not any(p.requires_grad for p in module.parameters()))
+        ]
+        for name, module in norms:
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, freeze_batch_norm_2d(module))
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """Run the network.
@@ -84,7 +106,7 @@ class TimmBackbone(Backbone):
         maps: Dict[str, Tensor] = {}
         for name, y in zip(self._names, self.model(x)):
             if name in self._out_features:
-                maps[name] = y
+                maps[name] = y.permute(0, 3, 1, 2) if self._channels_come_last else y
         return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -87,12 +87,9 @@ def check_categories(content: dict[str, Any], findings: Findings) -> dict[int, s
 
 
 def image_file_name(image: dict[str, Any]) -> str | None:
-    """Return an image's path below the image folder; LVIS has it in ``coco_url``."""
+    """Return an image's path below the image folder."""
     name = image.get("file_name")
-    if isinstance(name, str) and name:
-        return name
-    url = image.get("coco_url")
-    return "/".join(url.split("/")[-2:]) if isinstance(url, str) and url else None
+    return name if isinstance(name, str) and name else None
 
 
 def check_images(content: dict[str, Any], findings: Findings) -> dict[int, dict[str, Any]]:
@@ -126,6 +123,7 @@ def check_annotations(
     categories: dict[int, str],
     findings: Findings,
     masks: bool = False,
+    evaluation: tuple[str, ...] = (),
 ) -> int:
     """Check ``annotations`` and return how many there are.
 
@@ -134,7 +132,8 @@ def check_annotations(
         images: the sound images by id.
         categories: the names of the categories by id.
         findings: where faults are noted.
-        masks: whether a mask head will be trained, which every annotation must have a mask for.
+        masks: whether the model has a mask head, which every annotation must have a mask for.
+        evaluation: the keys that an evaluation reads from every annotation.
     """
     annotations = read_records(content, "annotations", findings)
     if content.get("annotations") == []:
@@ -144,6 +143,7 @@ def check_annotations(
     _check_ids(sound, images, categories, findings)
     _check_boxes([a for a in sound if a["image_id"] in images], images, findings)
     _check_masks(sound, images, masks, findings)
+    _check_evaluation(sound, images, evaluation, findings)
     return len(annotations)
 
 
@@ -260,3 +260,23 @@ def _check_masks(
             )
     kind = "polygon of under three points or an odd number of values (Detectron2 drops it)"
     findings.warn(kind, len(short), lambda i: _label(short[i], images))
+
+
+def _check_evaluation(
+    annotations: list[dict[str, Any]],
+    images: dict[int, dict[str, Any]],
+    keys: tuple[str, ...],
+    findings: Findings,
+) -> None:
+    """Find what would end an evaluation, after all the training, in a ``KeyError``."""
+    rules = {"area": "a number", "iscrowd": "0 or 1"}
+    for annotation in annotations:
+        for key in keys:
+            value = annotation.get(key)
+            good = type(value) in (int, float) if key == "area" else value in (0, 1)
+            if not good:
+                found = repr(value) if key in annotation else "missing"
+                findings.error(
+                    f"{_label(annotation, images)}: {key!r} is {found}, but must be {rules[key]}: "
+                    "the evaluation of a dataset in DATASETS.TEST reads it"
+                )

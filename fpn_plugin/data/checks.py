@@ -6,7 +6,8 @@ import difflib
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -29,6 +30,13 @@ _CLASS_KEYS = {
     "GeneralizedRCNN": "ROI_HEADS",
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
+}
+_CLASS_AGNOSTIC = ("ProposalNetwork", "SemanticSegmentor")
+# What pycocotools and the lvis package read from every annotation, by `evaluator_type`.
+_EVALUATION_KEYS = {
+    "coco": ("area", "iscrowd"),
+    "coco_panoptic_seg": ("area", "iscrowd"),
+    "lvis": ("area",),
 }
 
 logger = logging.getLogger(__name__)
@@ -57,8 +65,21 @@ class Report:
     warnings: dict[str, int] = field(default_factory=dict)
 
 
+class _Task(NamedTuple):
+    """What a dataset is checked for: the arguments of :func:`check_dataset`."""
+
+    images: str
+    training: bool
+    masks: bool
+    evaluation: bool
+
+
 def check_dataset(
-    name: str, images: str = "auto", training: bool = True, masks: bool = False
+    name: str,
+    images: str = "auto",
+    training: bool = True,
+    masks: bool = False,
+    evaluation: bool = False,
 ) -> Report:
     """Check a registered dataset in COCO's format; others are skipped with a line in the log.
 
@@ -70,6 +91,8 @@ def check_dataset(
         training: False for a dataset that is only evaluated, which may lack ``annotations``
             (COCO's own test sets do).
         masks: whether every annotation must have a ``segmentation``.
+        evaluation: whether every annotation must have what its evaluator reads: ``area``, and
+            ``iscrowd`` unless it is LVIS's. Always so if ``training`` is False.
 
     Raises:
         KeyError: the dataset is not registered.
@@ -87,7 +110,8 @@ def check_dataset(
         return Report(name, str(json_file or ""), "off")
     content = _read(name, metadata)
     findings = Findings(str(json_file))
-    report = _check_content(name, content, metadata, images, training, masks, findings)
+    task = _Task(images, training, masks, evaluation or not training)
+    report = _check_content(name, content, metadata, task, findings)
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
     findings.raise_errors()
@@ -100,21 +124,21 @@ def check_dataset(
 
 
 def _check_content(
-    name: str,
-    content: dict[str, Any],
-    metadata: Any,
-    level: str,
-    training: bool,
-    masks: bool,
-    findings: Findings,
+    name: str, content: dict[str, Any], metadata: Any, task: _Task, findings: Findings
 ) -> Report:
+    evaluator = metadata.get("evaluator_type")
+    if evaluator == "lvis":
+        _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
     records = check_images(content, findings)
     annotations = 0
-    if training or "annotations" in content:
-        annotations = check_annotations(content, records, categories, findings, masks and training)
+    if task.training or "annotations" in content:
+        keys = _EVALUATION_KEYS.get(str(evaluator), ()) if task.evaluation else ()
+        masks = task.masks and (task.training or bool(keys))
+        annotations = check_annotations(content, records, categories, findings, masks, keys)
     else:
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
+    level = task.images
     if level == "auto":
         level = "full" if len(records) <= _FULL_LIMIT else "headers"
         level = level if len(records) <= _HEADERS_LIMIT else "annotations"
@@ -124,6 +148,25 @@ def _check_content(
     classes = tuple(categories[key] for key in sorted(categories))
     counts = (len(records), annotations)
     return Report(name, findings.source, level, *counts, classes, dict(findings.counts))
+
+
+def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
+    """Replace every ``file_name`` by the end of ``coco_url``, the only name LVIS's loader reads.
+
+    The two differ in LVIS v0.5: ``COCO_val2014_….jpg`` is the file ``val2017/….jpg``.
+    """
+    images = content.get("images")
+    for image in images if isinstance(images, list) else ():
+        if not isinstance(image, dict):
+            continue
+        url = image.get("coco_url")
+        if isinstance(url, str) and "/" in url:
+            image["file_name"] = "/".join(url.split("/")[-2:])
+        else:
+            findings.error(
+                f"image id {image.get('id')!r}: 'coco_url' is {url!r}, but Detectron2's LVIS "
+                "loader takes the image's folder and name from its end: '…/val2017/1.jpg'"
+            )
 
 
 def _require_registered(name: str) -> None:
@@ -146,12 +189,13 @@ def _read(name: str, metadata: Any) -> dict[str, Any]:
 def check_config_datasets(cfg: CfgNode) -> list[Report]:
     """Check every dataset of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` once, as a config asks for.
 
-    Also compares a dataset's number of classes with the model's, since too many would end in a CUDA
-    assertion and too few would go unnoticed.
+    Also compares the datasets' classes with each other, since another order would give a wrong AP,
+    and their number with the model's, since too many would end in a CUDA assertion and too few
+    would go unnoticed.
 
     Raises:
         KeyError: a dataset is not registered.
-        ValueError: ``DATASETS.CHECK`` is unknown, or a number of classes differs.
+        ValueError: ``DATASETS.CHECK`` is unknown, or the classes or their number differ.
         DatasetError: a dataset has errors.
     """
     training = list(dict.fromkeys(cfg.DATASETS.TRAIN))
@@ -159,11 +203,36 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
     for name in training + testing:
         _require_registered(name)
-    reports = [check_dataset(name, level, True, masks) for name in training]
-    reports += [check_dataset(name, level, False) for name in testing]
+    reports = [
+        check_dataset(name, level, True, masks, name in cfg.DATASETS.TEST) for name in training
+    ]
+    reports += [check_dataset(name, level, False, masks) for name in testing]
+    if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
+        _compare_classes([report for report in reports if report.level != "off"])
     for report in reports:
         _check_class_count(cfg, report)
     return reports
+
+
+def _compare_classes(reports: list[Report]) -> None:
+    """A model knows classes by their place in the order of the ids, not by name or id."""
+    for other in reports[1:]:
+        first = reports[0]
+        if other.classes == first.classes:
+            continue
+        pairs = enumerate(zip_longest(first.classes, other.classes))
+        place, names = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        here, there = ("no class" if name is None else repr(name) for name in names)
+        raise ValueError(
+            "the datasets in DATASETS.TRAIN and DATASETS.TEST must have the same categories in the "
+            f"order of their ids, but class {place} is {here} in {first.name} and {there} in "
+            f"{other.name}:\n  {_class_list(first)}\n  {_class_list(other)}"
+        )
+
+
+def _class_list(report: Report, shown: int = 20) -> str:
+    names = ", ".join(report.classes[:shown]) + (", …" if len(report.classes) > shown else "")
+    return f"{report.json_file} has {len(report.classes)}: {names}"
 
 
 def _check_class_count(cfg: CfgNode, report: Report) -> None:

@@ -15,7 +15,6 @@ from .findings import Findings
 
 __all__ = ["register_coco_format", "register_own"]
 
-_DETECTRON2_NUM_CLASSES = 80
 _CLASS_SECTIONS = ("ROI_HEADS", "RETINANET")
 
 logger = logging.getLogger(__name__)
@@ -52,8 +51,8 @@ def register_own(cfg: CfgNode) -> CfgNode:
     """Register the data that ``DATASETS.OWN`` names and make the config use it.
 
     With ``TRAIN_JSON`` or ``VAL_JSON`` set, ``DATASETS.TRAIN`` becomes ``("own_train",)`` and
-    ``DATASETS.TEST`` becomes ``("own_val",)``; a half that is not given becomes empty. A number of
-    classes that was left at Detectron2's 80 becomes that of the data.
+    ``DATASETS.TEST`` becomes ``("own_val",)``; a half that is not given becomes empty. The model's
+    number of classes becomes that of the data, whatever it was.
 
     Returns:
         The config that was given, changed in place; untouched if ``DATASETS.OWN`` is empty.
@@ -100,6 +99,7 @@ def _fit_num_classes(cfg: CfgNode, json_file: str) -> None:
     findings.raise_errors()
     for section in _CLASS_SECTIONS:
         node = cfg.MODEL[section]
-        if node.NUM_CLASSES == _DETECTRON2_NUM_CLASSES != count:
+        if node.NUM_CLASSES != count:
+            change = (section, node.NUM_CLASSES, count, json_file)
+            logger.info("MODEL.%s.NUM_CLASSES: %d -> %d, as in %s", *change)
             node.NUM_CLASSES = count
-            logger.info("MODEL.%s.NUM_CLASSES is %d, as in %s", section, count, json_file)

@@ -49,7 +49,9 @@ def _download(requirement: str, sha256: str, scratch: Path) -> Path:
     lock = scratch / "requirements.txt"
     lock.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     options = ["--require-hashes", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    options += ["--disable-pip-version-check", "--dest", str(scratch), "-r", str(lock)]
+    # What is kept is in the dataset's folder; pip's cache would be in the user's home.
+    options += ["--no-cache-dir", "--disable-pip-version-check"]
+    options += ["--dest", str(scratch), "-r", str(lock)]
     result = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True
     )

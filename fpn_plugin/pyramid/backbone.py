@@ -11,7 +11,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up import build_bottom_up
-from fpn_plugin.config import extra_levels_for, validate_config, validate_heads
+from fpn_plugin.config import (
+    extra_levels_for,
+    size_divisibility_for,
+    validate_config,
+    validate_heads,
+)
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
 from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
@@ -32,10 +37,13 @@ class PyramidBackbone(GraphExecutor, Backbone):
         out_channels: channels of every pyramid map.
         topology: a name of the TOPOLOGIES registry.
         graph: a list of nodes to run instead of `topology`; the format is `MODEL.FPN.GRAPH`'s.
+            `repeats`, `lateral` and `block` do not apply to it.
         repeats: how often the topology runs.
         extra_levels: "none", "maxpool", "conv_c5" or "conv_p5".
         fuse_type: a name of the FUSIONS registry; this and the next four also as `{name: ...,
             argument: ...}`.
+        size_divisibility: what the heads need the image's sides to be divisible by, if more than
+            the pyramid does.
         square_pad: if > 0, images are padded to squares of this size.
 
     Raises:
@@ -64,6 +72,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         block: OperatorLike = "conv3x3",
         norm: str = "",
         activation: str = "",
+        size_divisibility: int = 0,
         square_pad: int = 0,
     ) -> None:
         shapes = bottom_up.output_shape()
@@ -84,6 +93,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
+        own = made.size_divisibility()
+        self._size_divisibility = max(own, bottom_up.size_divisibility, size_divisibility)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -105,12 +116,13 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "block": fpn.BLOCK,
             "norm": fpn.NORM,
             "activation": fpn.ACTIVATION,
+            "size_divisibility": size_divisibility_for(cfg),
         }
 
     @property
     def size_divisibility(self) -> int:
         """What the image's height and width must be divisible by, in pixels; 0 for no such need."""
-        return max(self.graph.size_divisibility(), self.bottom_up.size_divisibility)
+        return self._size_divisibility
 
     @property
     def padding_constraints(self) -> Dict[str, int]:

@@ -165,15 +165,13 @@ class SeparableConv(nn.Module):
 
 @BLOCKS.register("identity")
 class Identity(nn.Module):
-    """Nothing; it takes a norm and an activation only to refuse to ignore them.
+    """Nothing.
 
     Raises:
         ValueError: if the channels change.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, norm: str = "", activation: str = ""
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         if in_channels != out_channels:
             raise ValueError(f"identity cannot turn {in_channels} channels into {out_channels}")

@@ -196,8 +196,7 @@ class Graph:
         if levels != sorted(set(levels)):
             raise ValueError(
                 f"the graph's outputs {list(self.outputs)} have levels {levels}: give one"
-                " output per level,"
-                " from high to low resolution (levels ascending)"
+                " output per level, from high to low resolution (levels ascending)"
             )
 
     def _check_readers(self) -> None:
@@ -251,8 +250,13 @@ def _check_operators(
     _check_operator(f"{where}, fuse", item.fuse, operators["fuse"])
     for edge in item.inputs:
         place = f"{where}, input {edge.source!r}"
-        _check_operator(f"{place}, project", edge.project, operators["block"])
-        _check_operator(f"{place}, block", edge.block, operators["block"])
+        for part, operator in (("project", edge.project), ("block", edge.block)):
+            _check_operator(f"{place}, {part}", operator, operators["block"])
+            if operator is not None and operator.stride != 1:
+                raise ValueError(
+                    f"{place}, {part}: {operator} changes the level; an input changes its level by"
+                    " resample (conv is a 3x3 convolution with stride 2)"
+                )
         gap = defined[edge.source] - item.input_level
         if gap == 0 and edge.resample is not None:
             raise ValueError(

@@ -33,7 +33,7 @@ def _parse_node(index: int, raw: Mapping[str, Any]) -> Node:
     if not isinstance(raw["name"], str):
         raise ValueError(f"{where}: name {raw['name']!r} is not a string")
     check_level(f"{where} ({raw['name']})", raw["level"])
-    if not isinstance(raw["inputs"], (list, tuple)):
+    if isinstance(raw["inputs"], str) or not isinstance(raw["inputs"], Sequence):
         raise ValueError(f"{where} ({raw['name']}): inputs {raw['inputs']!r} is not a list")
     edges = [_parse_edge(f"{where} ({raw['name']})", item) for item in raw["inputs"]]
     return node(raw["name"], raw["level"], edges, raw.get("fuse"), raw.get("block") or "identity")

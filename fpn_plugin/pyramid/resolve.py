@@ -129,7 +129,7 @@ def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) 
 def _block(
     path: str, operator: Operator | None, width: int, channels: int, where: str
 ) -> Part | None:
-    if operator is None or operator == Operator("identity"):
+    if operator is None or (operator == Operator("identity") and width == channels):
         return None
     return Part(path, "block", operator, width, channels, 0, where)
 

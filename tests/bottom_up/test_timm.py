@@ -86,9 +86,30 @@ def test_frozen_batch_norm_keeps_the_activation() -> None:
         assert torch.allclose(one, two, atol=1e-5)
 
 
+def test_the_batch_norms_of_frozen_layers_stand_still() -> None:
+    backbone = TimmBackbone("tf_efficientnet_lite0", freeze_at=2).train()
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    backbone(torch.randn(2, 3, 64, 64))
+    moved = [n for n, value in backbone.named_buffers() if not torch.equal(value, before[n])]
+    assert moved and all(int(name.split("blocks.")[1][0]) >= 2 for name in moved)
+
+
+def test_channels_last_networks_are_turned() -> None:
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", out_features=["res2", "res5"])
+    maps = backbone(torch.randn(1, 3, 224, 224))
+    assert {name: tuple(x.shape) for name, x in maps.items()} == {
+        "res2": (1, 96, 56, 56),
+        "res5": (1, 768, 7, 7),
+    }
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (
+            {"model": "vit_tiny_patch16_224"},
+            "vit_tiny_patch16_224 gives several maps of one stride",
+        ),
         (
             {"model": "tf_efficientnet_lite9"},
             "MODEL.BOTTOM_UP.NAME: unknown name.*tf_efficientnet_lite",
@@ -104,5 +125,5 @@ def test_frozen_batch_norm_keeps_the_activation() -> None:
     ],
 )
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(KeyError, match=message):
+    with pytest.raises((KeyError, ValueError), match=message):
         TimmBackbone(**arguments)

@@ -68,7 +68,8 @@ def write(tmp_path: Path) -> Callable[[Any], tuple[str, str]]:
         for image in SOUND["images"]:
             Image.fromarray(pixels).save(images / image["file_name"])
         path = tmp_path / "own.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        text = content if isinstance(content, str) else json.dumps(content)
+        path.write_text(text, encoding="utf-8")
         return str(path), str(images)
 
     return _write

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from fpn_plugin.config import add_fpn_config
 from fpn_plugin.data import check_config_datasets, register_coco_format, register_own
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("registry")
 
 
@@ -30,7 +33,7 @@ def test_own_data_is_registered_and_used(sound: Any, write: Any, caplog: Any) ->
         assert register_own(cfg) is cfg
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("own_train",), ("own_val",))
     assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CLASSES) == (2, 2)
-    assert "MODEL.ROI_HEADS.NUM_CLASSES is 2" in caplog.text
+    assert f"MODEL.ROI_HEADS.NUM_CLASSES: 80 -> 2, as in {json_file}" in caplog.text
     assert len(check_config_datasets(cfg)) == 2
     assert len(DatasetCatalog.get("own_train")) == 2
     assert MetadataCatalog.get("own_val").evaluator_type == "coco"
@@ -42,14 +45,33 @@ def test_nothing_given_changes_nothing() -> None:
     assert register_own(cfg).dump() == before
 
 
-def test_class_count_that_was_set_is_kept(sound: Any, write: Any) -> None:
+@pytest.mark.parametrize("old", [1, 3, 80])
+def test_class_count_of_the_config_gives_way(old: int, sound: Any, write: Any, caplog: Any) -> None:
     json_file, images = write(sound)
     cfg = config(TRAIN_JSON=json_file, TRAIN_IMAGES=images)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = old
+    stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    with caplog.at_level(logging.INFO, "fpn_plugin"):
+        register_own(cfg)
+    assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CLASSES) == (2, 2)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == stuff
+    for section in ("ROI_HEADS", "RETINANET"):
+        assert f"MODEL.{section}.NUM_CLASSES: {old} -> 2, as in {json_file}" in caplog.text
+    assert len(check_config_datasets(cfg)) == 1
+    caplog.clear()
     register_own(cfg)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
-    with pytest.raises(ValueError, match="NUM_CLASSES is 3, but dataset own_train .* has 2"):
-        check_config_datasets(cfg)
+    assert "NUM_CLASSES" not in caplog.text
+
+
+def test_readme_config_fits_data_of_any_class_count(sound: Any, write: Any) -> None:
+    json_file, images = write(sound)
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs/quickstart/faster_rcnn_trees_FPN.yaml"))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
+    for split in ("TRAIN", "VAL"):
+        cfg.DATASETS.OWN[f"{split}_JSON"], cfg.DATASETS.OWN[f"{split}_IMAGES"] = json_file, images
+    assert len(check_config_datasets(register_own(cfg))) == 2
 
 
 def test_half_that_is_not_given_becomes_empty(sound: Any, write: Any, caplog: Any) -> None:

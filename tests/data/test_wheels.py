@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +54,37 @@ def test_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match=r"not download some-thing==1.0 (.|\n)*pip said:\n.+"):
         fetch_wheel("some-thing==1.0", "0" * 64, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def fetch(folder: Path) -> None:
+    fetch_wheel("some-thing==1.0", "0" * 64, folder)
+
+
+def fetch_detectron2(folder: Path) -> None:
+    file = Path(__file__).resolve().parents[2] / "tools/detectron2_wheel/backend.py"
+    spec = importlib.util.spec_from_file_location("backend", file)
+    assert spec and spec.loader
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    backend._download(str(folder))
+
+
+@pytest.mark.parametrize("download", [fetch, fetch_detectron2])
+def test_nothing_is_cached_in_the_home_folder(
+    download: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "some_thing-1.0-py3-none-any.whl").write_bytes(b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    download(tmp_path)
+    assert len(commands) == 1
+    assert "download" in commands[0] and "--no-cache-dir" in commands[0]
 
 
 @pytest.mark.parametrize("requirement", ["thing", "thing>=1", "thing==1 --pre", "-r x==1"])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from helpers import zoo_config
@@ -172,15 +173,23 @@ def test_backbone_scripts_traces_and_exports(depth: int) -> None:
     assert scripted.padding_constraints == {"square_size": 0}
 
 
-def test_lazy_construction_needs_no_config() -> None:
+def test_lazy_config() -> None:
+    """All arguments are the constructor's own, also through omegaconf, which wraps lists and dicts."""
     cfg = zoo_config(MASK, *depth_keys(18))
-    bottom_up = build_backbone(ours(cfg)).bottom_up
-    backbone = PyramidBackbone(
-        bottom_up=bottom_up,
-        in_features=["res3", "res4", "res5"],
-        out_channels=16,
-        extra_levels="conv_p5",
+    nodes = [
+        {"name": "top", "level": 5, "inputs": ["res5"], "block": "conv1x1", "output": True},
+        {"name": "low", "level": 3, "inputs": ["res3", {"source": "top"}], "output": True},
+    ]
+    bottom_up = LazyCall(build_resnet_backbone)(cfg=cfg, input_shape=ShapeSpec(channels=3))
+    lazy = LazyCall(PyramidBackbone)(
+        bottom_up=bottom_up, in_features=["res3", "res4", "res5"], out_channels=16
     )
+    lazy.extra_levels = "conv_p5"
+    lazy.fuse_type = {"name": "fast_normalized", "eps": 0.01}
+    backbone = instantiate(lazy)
     assert backbone.output_shape() == {
         f"p{level}": ShapeSpec(channels=16, stride=2**level) for level in range(3, 8)
     }
+    assert backbone.get_submodule("fpn_merge3_fuse").eps == 0.01
+    lazy.update({"graph": nodes, "in_features": ["res3", "res5"], "extra_levels": "none"})
+    assert list(instantiate(lazy).output_shape()) == ["p3", "p5"]

@@ -62,6 +62,14 @@ def test_a_good_graph_is_accepted() -> None:
         ),
         ([node("a", 4, [Edge("res4", project=op("x")), "res5"])], "input 'res4', project.*'x'"),
         ([node("a", 4, [Edge("res4", block=op("x")), "res5"])], "input 'res4', block.*'x'"),
+        (
+            [node("a", 4, [Edge("res4", block=op("conv3x3", stride=2)), "res5"])],
+            r"input 'res4', block: conv3x3\(stride=2\) changes the level",
+        ),
+        (
+            [node("a", 4, ["res4", Edge("res5", project=op("conv1x1", stride=2))])],
+            r"input 'res5', project: conv1x1\(stride=2\) changes the level",
+        ),
     ],
 )
 def test_a_bad_node_is_named(nodes: list[Node], message: str) -> None:

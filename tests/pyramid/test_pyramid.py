@@ -13,7 +13,7 @@ from helpers import CHANNELS, LEVELS, randomize, small_maps, small_pyramid
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.fusion import FUSIONS
-from fpn_plugin.pyramid.graph import node, op
+from fpn_plugin.pyramid.graph import Edge, Graph, node, op
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
@@ -210,12 +210,10 @@ class FromImage(nn.Module):
 @pytest.mark.parametrize("build", every_pyramid())
 def test_export_with_dynamic_height_and_width(build) -> None:
     model = FromImage(build()).eval()
-    height, width = torch.export.Dim("h", min=2, max=64), torch.export.Dim("w", min=2, max=64)
-    example = (torch.randn(1, 3, 384, 512),)
-    program = torch.export.export(
-        model, example, dynamic_shapes=({2: 128 * height, 3: 128 * width},)
-    )
-    for size in [(256, 256), (384, 640)]:
+    # any size above the coarsest stride, 128 pixels here; torch.export takes a side of one for a constant
+    sides = {dim: torch.export.Dim(name, min=130, max=2048) for dim, name in ((2, "h"), (3, "w"))}
+    program = torch.export.export(model, (torch.randn(1, 3, 389, 517),), dynamic_shapes=(sides,))
+    for size in [(256, 320), (301, 135), (517, 258)]:
         x = torch.randn(1, 3, *size)
         assert_same(program.module()(x), model(x), 1e-5)
 
@@ -281,15 +279,17 @@ def test_every_topology_has_golden_keys() -> None:
             "node 'a', block: .*'XN'",
         ),
         (
+            [node("a", 4, ["res4", Edge("res5", project=op("identity"))])],
+            "node 'a', input 'res5', project: identity cannot turn 32 channels into 64",
+        ),
+        (
             [node("training", 4, ["res4", "res5"], block=op("conv3x3"))],
             "'training': the name is taken",
         ),
     ],
 )
 def test_bad_arguments_name_the_node(nodes: list, message: str) -> None:
-    from fpn_plugin.pyramid.graph import Graph
-
     with pytest.raises((ValueError, KeyError), match=message):
         Pyramid(
-            Graph({"res4": 4, "res5": 5}, tuple(nodes), (nodes[0].name,)), CHANNELS, Defaults(32)
+            Graph({"res4": 4, "res5": 5}, tuple(nodes), (nodes[0].name,)), CHANNELS, Defaults(64)
         )

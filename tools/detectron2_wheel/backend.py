@@ -34,6 +34,7 @@ def _download(folder: str) -> Path:
     requirement.write_text(f"{SOURCE} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", "3.10", "--implementation", "cp"]
+    command += ["--no-cache-dir"]
     subprocess.run([*command, "--dest", folder, "--requirement", str(requirement)], check=True)
     return next(Path(folder).glob("*.whl"))
 

@@ -1,0 +1,107 @@
+"""tools/setup_env.py: which Detectron2 an environment gets, and that a user's own is left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def commands(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would have been run; nothing is."""
+    found: list[str] = []
+
+    def run(*words: object) -> None:
+        found.append(" ".join(map(str, words)))
+        if "-m venv" in found[-1]:
+            make_environment(Path(str(words[-1])))
+
+    monkeypatch.setattr(tool, "run", run)
+    monkeypatch.setattr(tool, "installer", lambda python: ["INSTALL"])
+    return found
+
+
+def make_environment(folder: Path) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    return folder
+
+
+def call(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, venv: Path, detectron2: str = ""
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["setup_env.py", "--venv", str(venv), "--detectron2", detectron2]
+    )
+    tool.main()
+
+
+def test_a_new_environment_gets_the_lock_and_the_republication_once(
+    tool: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "has_detectron2", lambda python: False)
+    call(tool, monkeypatch, tmp_path / "env")
+    assert any("--require-hashes" in line and "requirements.txt" in line for line in commands)
+    assert any(line.endswith("tools/detectron2_wheel") for line in commands)
+    assert any("pip check" in line for line in commands)
+    commands.clear()
+    call(tool, monkeypatch, tmp_path / "env")
+    assert commands == []
+
+
+def test_a_users_own_detectron2_is_kept_also_when_the_lock_changes(
+    tool: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    env = make_environment(tmp_path / "env")
+    monkeypatch.setattr(tool, "has_detectron2", lambda python: True)
+    for fingerprint in ("before", "after a git pull"):
+        monkeypatch.setattr(
+            tool, "fingerprint", lambda detectron2, value=fingerprint: value.replace(" ", "")
+        )
+        commands.clear()
+        call(tool, monkeypatch, env)
+        (only,) = commands
+        assert "--editable" in only and "requirements.txt" not in only
+    with pytest.raises(SystemExit, match="DETECTRON2=git.*of its own, which is kept"):
+        call(tool, monkeypatch, env, "git")
+
+
+def test_a_detectron2_from_git_stays_until_another_is_asked_for(
+    tool: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "has_detectron2", lambda python: python.exists())
+    call(tool, monkeypatch, tmp_path / "env", "git")
+    assert any("git+https" in line for line in commands)
+    commands.clear()
+    call(tool, monkeypatch, tmp_path / "env")
+    assert commands == []
+    call(tool, monkeypatch, tmp_path / "env", "pinned")
+    assert any(line.endswith("tools/detectron2_wheel") for line in commands)
+
+
+def test_an_interrupted_set_up_goes_on_as_our_own(
+    tool: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "has_detectron2", lambda python: python.exists())
+    monkeypatch.setattr(tool, "install", lambda *args: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        call(tool, monkeypatch, tmp_path / "env")
+    chosen: list[str] = []
+    monkeypatch.setattr(tool, "install", lambda args, python, detectron2: chosen.append(detectron2))
+    call(tool, monkeypatch, tmp_path / "env")
+    assert chosen == ["pinned"]
