@@ -15,6 +15,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export FVCORE_CACHE ?= $(CURDIR)/.cache/fvcore
 export TORCH_HOME ?= $(CURDIR)/.cache/torch
+export BLACK_CACHE_DIR ?= $(CURDIR)/.cache/black
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
 PY := $(VENV)/bin/python

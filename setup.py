@@ -10,6 +10,9 @@ HERE = Path(__file__).parent
 
 EXTRAS = {
     "timm": ["timm>=1.0,<2"],
+    # Evaluators; the panoptic one needs panopticapi, which is not on PyPI, as its error says
+    "lvis": ["lvis>=0.5.3"],
+    "cityscapes": ["cityscapesscripts>=2.2"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["timm"],
@@ -43,9 +46,8 @@ setup(
         "Pillow>=10",
         "PyYAML>=6",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
-        "safetensors>=0.4",
         "matplotlib>=3.7",
-        "tqdm>=4.60",
+        "tabulate>=0.9",
     ],
     extras_require=EXTRAS,
 )

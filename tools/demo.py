@@ -5,7 +5,8 @@ demo.py trees --output output/demo            boxes of tree crowns in aerial pho
 demo.py scenes --output output/demo-masks     masks of shapes in drawn scenes
 
 It runs `tools/train_net.py` on a config of configs/quickstart, as one would by hand, and shows its
-progress; the whole log is in OUTPUT/log.txt. A demo that was interrupted goes on where it stopped.
+progress; the whole log is in OUTPUT/log.txt. A demo that was interrupted goes on where it stopped, a
+finished one is run anew; a folder with the results of any other run is refused.
 """
 
 import os
@@ -24,6 +25,7 @@ from fpn_plugin.analysis.progress import follow, summary  # noqa: E402
 from fpn_plugin.data.scenes import prepare_scenes  # noqa: E402
 from fpn_plugin.data.trees import prepare_trees  # noqa: E402
 from fpn_plugin.data.weights import prepare_weights  # noqa: E402
+from fpn_plugin.engine.run_folder import claim_demo_dir  # noqa: E402
 from fpn_plugin.paths import dataset_root  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,17 +39,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("demo", choices=CONFIGS)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args()
+    # intermixed: overrides may stand after --output
+    return parser.parse_intermixed_args()
 
 
-def train(config: Path, output: Path, opts: list[str]) -> None:
+def train(config: Path, flags: list[str], output: Path, opts: list[str]) -> None:
     """Run train_net.py and show its progress."""
-    flags = []
-    if (output / "model_final.pth").exists():
-        print(f"Replacing the finished demo in {output}")
-        flags = ["--overwrite"]
-    elif output.exists():
-        flags = ["--resume"]
     command = [sys.executable, str(ROOT / "tools" / "train_net.py")]
     command += ["--config-file", str(config), *flags]
     command += ["OUTPUT_DIR", str(output), *opts]
@@ -57,13 +54,14 @@ def train(config: Path, output: Path, opts: list[str]) -> None:
 def main() -> None:
     args = parse_args()
     start = time.time()
+    flags = claim_demo_dir(str(args.output), args.demo)
     root = dataset_root()
     print(f"Preparing {args.demo} and the ImageNet weights in {root}/", flush=True)
     prepare_weights(root)
     prepare_trees(root) if args.demo == "trees" else prepare_scenes(root)
     config = ROOT / "configs" / "quickstart" / f"{CONFIGS[args.demo]}.yaml"
-    print(f"Training {config.relative_to(ROOT)}", flush=True)
-    train(config, args.output, args.opts)
+    print(f"Training {config.relative_to(ROOT)}", *flags, flush=True)
+    train(config, flags, args.output, args.opts)
     results = args.output / "inference" / "coco_instances_results.json"
     pictures = draw_dataset(results, f"{args.demo}_val", args.output / "pictures")
     metrics = (args.output / "metrics.json").read_text().splitlines()

@@ -9,12 +9,17 @@ wrote.
 The config is only needed for your own data (own_train, own_val): it says where they are.
 """
 
-import argparse
+import os
 
-import fpn_plugin  # noqa: F401  (registers the datasets)
-from fpn_plugin.analysis.pictures import draw_dataset
-from fpn_plugin.data import register_own
-from fpn_plugin.engine.setup import load_config
+# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse  # noqa: E402
+
+import fpn_plugin  # noqa: E402, F401  (registers the datasets)
+from fpn_plugin.analysis.pictures import draw_dataset  # noqa: E402
+from fpn_plugin.data import register_own  # noqa: E402
+from fpn_plugin.engine.setup import load_config  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

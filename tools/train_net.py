@@ -22,6 +22,7 @@ from detectron2.utils import comm  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
+from fpn_plugin.engine.run_folder import remove_old_run  # noqa: E402
 from fpn_plugin.engine.setup import argument_parser, begin, prepare_launch, setup  # noqa: E402
 from fpn_plugin.engine.trainer import Trainer  # noqa: E402
 
@@ -38,6 +39,8 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> Any:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if args.overwrite and comm.is_main_process():
+        remove_old_run(cfg.OUTPUT_DIR)  # only now: nothing is left that could refuse to start
     return trainer.train()
 
 

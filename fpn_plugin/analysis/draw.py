@@ -46,6 +46,8 @@ def check_extension(path: str | Path) -> str:
 def draw_graph(pyramid: GraphExecutor, path: str | Path, title: str = "", dpi: int = 160) -> None:
     """Draw the resolved graph of a pyramid or backbone, as PNG or SVG by the path's extension.
 
+    Folders of the path that do not exist are made.
+
     Args:
         title: a line above the picture.
         dpi: dots per inch of a PNG.
@@ -59,6 +61,7 @@ def draw_graph(pyramid: GraphExecutor, path: str | Path, title: str = "", dpi: i
     with matplotlib.rc_context(settings):
         figure = _draw(pyramid, title)
         CANVASES[extension](figure)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
 
 

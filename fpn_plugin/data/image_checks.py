@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from .annotation_checks import image_file_name
 from .findings import Findings
 
-__all__ = ["check_pictures"]
+__all__ = ["check_pictures", "upright_size"]
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
@@ -48,12 +48,19 @@ def check_pictures(
                 return
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height after the turn that its EXIF tag asks for, as Detectron2 reads a picture."""
+    width, height = picture.size
+    turned = picture.getexif().get(_ORIENTATION) in _TURNED
+    return (height, width) if turned else (width, height)
+
+
 def _fault(image: dict[str, Any], name: str, folder: str, decode: bool) -> str | None:
     path = os.path.join(folder, name)
     try:
         with Image.open(path) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(_ORIENTATION) in _TURNED
+            size = upright_size(picture)
+            turned = size != picture.size
             if decode:
                 picture.load()
     except FileNotFoundError:
@@ -62,8 +69,6 @@ def _fault(image: dict[str, Any], name: str, folder: str, decode: bool) -> str |
         return f"the file {path} is not an image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"the file {path} cannot be read to its end: {error}"
-    # Detectron2 turns a picture as its EXIF tag says before it compares the sizes.
-    size = (height, width) if turned else (width, height)
     if size != (image["width"], image["height"]):
         note = " (turned as its EXIF tag says)" if turned else ""
         claimed = f"{image['width']} x {image['height']}"

@@ -52,6 +52,9 @@ class Autocast(nn.Module):
         self.model = model
         self.device = device
         self.dtype = dtype
+        # A module starts in training mode, and Detectron2 puts a model back into the mode of the
+        # module that it evaluated. Not train(), which would change the model's own parts.
+        self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own inputs and outputs."""

@@ -21,12 +21,11 @@ from detectron2.data import (
 from detectron2.utils import comm
 from PIL import Image
 
+from fpn_plugin.data.image_checks import upright_size
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
 logger = logging.getLogger(__name__)
 
-_EXIF_ORIENTATION = 0x0112
-_TURNED_BY_90 = (5, 6, 7, 8)
 _MAPPER_TRIES = 100
 
 
@@ -199,6 +198,5 @@ def _is_wide(record: dict[str, Any]) -> int:
     if "width" in record and "height" in record:
         return int(record["width"] > record["height"])
     with Image.open(record["file_name"]) as image:
-        width, height = image.size
-        turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED_BY_90
-    return int(height > width) if turned else int(width > height)
+        width, height = upright_size(image)
+    return int(width > height)

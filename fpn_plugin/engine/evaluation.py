@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Callable
 
@@ -23,6 +24,15 @@ from fpn_plugin.registry import Registry
 
 EvaluatorBuilder = Callable[[CfgNode, str, str], "list[DatasetEvaluator]"]
 EVALUATORS: Registry[EvaluatorBuilder] = Registry("evaluator_type")
+# What Detectron2's evaluators import, some only while they evaluate, and pip's name for it.
+# panopticapi is on no package index.
+_CITYSCAPES = ("cityscapesscripts", "'fpn_plugin[cityscapes]'")
+_PACKAGES = {
+    "lvis": ("lvis", "'fpn_plugin[lvis]'"),
+    "cityscapes_instance": _CITYSCAPES,
+    "cityscapes_sem_seg": _CITYSCAPES,
+    "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
+}
 
 
 @EVALUATORS.register("coco")
@@ -73,14 +83,39 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str = "") ->
 
     Raises:
         KeyError: if the dataset's `evaluator_type` is missing or unknown; it names the choices.
+        ImportError: if the evaluator needs a package that is not installed.
     """
     if not output_folder:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             output_folder = os.path.join(output_folder, dataset_name)
+    evaluators = _find_builder(dataset_name)(cfg, dataset_name, output_folder)
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Check that every dataset of `DATASETS.TEST` can be evaluated, before hours of training.
+
+    Raises:
+        KeyError: if a dataset's `evaluator_type` is missing or unknown; it names the choices.
+        ImportError: if an evaluator needs a package that is not installed.
+    """
+    for name in cfg.DATASETS.TEST:
+        _find_builder(name)
+
+
+def _find_builder(dataset_name: str) -> EvaluatorBuilder:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     build = EVALUATORS.get(
         kind, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)"
     )
-    evaluators = build(cfg, dataset_name, output_folder)
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    if kind in _PACKAGES:
+        module, source = _PACKAGES[kind]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"DATASETS.TEST {dataset_name!r}: its evaluator_type {kind!r} needs {module}: "
+                f"pip install {source}"
+            ) from error
+    return build

@@ -17,6 +17,8 @@ from fpn_plugin.engine.checkpoint import TAG, find_checkpoint, list_checkpoints
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+METRICS = "metrics.json"
+DEMO = "demo.txt"
 # A resumed run that differs in one of these sections will not be the run that was interrupted …
 _COMPARED = ("MODEL", "DATASETS", "DATALOADER", "INPUT", "SOLVER")
 # … except for where it runs, what it no longer reads, and what its batches do not depend on.
@@ -35,7 +37,7 @@ def run_results(folder: str) -> list[Path]:
     A config and a log alone are no results: a run that failed before its first step leaves them.
     """
     root = Path(folder)
-    tag, metrics = root / TAG, root / "metrics.json"
+    tag, metrics = root / TAG, root / METRICS
     found = [*list_checkpoints(folder), *root.glob("events.out.tfevents.*")]
     found += [tag] if tag.is_file() else []
     found += [metrics] if metrics.is_file() and metrics.stat().st_size else []
@@ -43,22 +45,13 @@ def run_results(folder: str) -> list[Path]:
     return sorted(found)
 
 
-def run_files(folder: str) -> list[Path]:
-    """Everything that a run writes into its folder, and nothing else that may lie there."""
-    root = Path(folder)
-    names = (CONFIG, "metrics.json", "log.txt", TAG, f"{TAG}.tmp")
-    extra = [*root.glob("log.txt.rank*"), *root.glob("model_*.pth.tmp")]
-    return sorted(
-        {*run_results(folder), *extra, *(root / name for name in names if (root / name).is_file())}
-    )
-
-
 def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
-    """Make `OUTPUT_DIR` fit for a training run, or refuse.
+    """Let a training run have `OUTPUT_DIR`, or refuse; nothing in it is changed.
 
     Args:
         resume: go on with the run that is there. Without a checkpoint it starts at the beginning.
-        overwrite: remove the files of the run that is there, and nothing else.
+        overwrite: replace the run that is there; :func:`remove_old_run` does it, once the new one
+            can start.
 
     Raises:
         FileExistsError: if it holds another run's results and neither flag is given.
@@ -73,7 +66,7 @@ def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
     if resume:
         _check_resumed(cfg)
     elif overwrite:
-        _remove_run(cfg)
+        _check_removable(cfg)
     elif found := run_results(folder):
         names = ", ".join(file.name for file in found[:5]) + (", …" if len(found) > 5 else "")
         raise FileExistsError(
@@ -97,25 +90,71 @@ def recorded_config(folder: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
 
 
-def _remove_run(cfg: CfgNode) -> None:
-    files = run_files(cfg.OUTPUT_DIR)
+def remove_old_run(folder: str) -> None:
+    """Remove the results of the run that a folder holds, and nothing else that lies there.
+
+    For a trainer that is about to train. What its start has written already stays: config.yaml,
+    the log, which goes on below the old run's, and metrics.json, which its writer holds open.
+    """
+    removed = run_results(folder)
+    for file in removed:
+        if file.name == METRICS:
+            os.truncate(file, 0)
+        elif file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
+    if removed:
+        logger.info("--overwrite: removed %s from %s", ", ".join(f.name for f in removed), folder)
+
+
+def claim_demo_dir(folder: str, demo: str) -> list[str]:
+    """Mark a folder as a demo's, or refuse.
+
+    Args:
+        demo: the demo's name.
+
+    Returns:
+        the flags of tools/train_net.py: none for a new demo, --resume for one that was interrupted
+        before its last evaluation ended, --overwrite for one that is finished.
+
+    Raises:
+        FileExistsError: if the folder holds the results of a run that this demo did not start.
+    """
+    root = Path(folder)
+    marker, found = root / DEMO, run_results(folder)
+    owner = marker.read_text().strip() if marker.is_file() else ""
+    if found and owner != demo:
+        whose = f"the demo {owner!r}" if owner else "a run that no demo started"
+        raise FileExistsError(
+            f"--output {str(folder)!r} holds the results of {whose} ({found[0].name}, …), which "
+            f"the demo {demo!r} does not replace: choose another folder (make demo DEMO=…)"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    marker.write_text(f"{demo}\n")
+    if not found:
+        return []
+    return ["--overwrite"] if _is_evaluated(root) else ["--resume"]
+
+
+def _is_evaluated(root: Path) -> bool:
+    """Whether a run ended, and with an evaluation: earlier ones leave their results as well."""
+    final, results = root / "model_final.pth", root / "inference" / "coco_instances_results.json"
+    if not final.is_file() or not results.is_file():
+        return False
+    return results.stat().st_mtime_ns >= final.stat().st_mtime_ns
+
+
+def _check_removable(cfg: CfgNode) -> None:
+    files = {file.resolve() for file in run_results(cfg.OUTPUT_DIR)}
     for key, value in (
         ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
         ("MODEL.BOTTOM_UP.WEIGHTS", cfg.MODEL.BOTTOM_UP.WEIGHTS),
     ):
-        if value and Path(value).resolve() in {file.resolve() for file in files}:
+        if value and Path(value).resolve() in files:
             raise ValueError(
                 f"{key} {value!r} would be removed by --overwrite: choose another OUTPUT_DIR"
             )
-    for file in files:
-        if file.is_dir() and not file.is_symlink():
-            shutil.rmtree(file)
-        else:
-            file.unlink()
-    if files:
-        logger.info(
-            "--overwrite: removed %s from %s", ", ".join(f.name for f in files), cfg.OUTPUT_DIR
-        )
 
 
 def _check_resumed(cfg: CfgNode) -> None:

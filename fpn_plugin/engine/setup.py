@@ -16,6 +16,7 @@ from fpn_plugin.config import add_fpn_config, validate_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
+from fpn_plugin.engine.evaluation import check_evaluators
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
 from fpn_plugin.registry import unknown_name
 
@@ -42,13 +43,15 @@ def argument_parser() -> argparse.ArgumentParser:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a run, with its output folder claimed; for once, before processes are launched.
 
+    A training run's folder is left as it is, also with `--overwrite`.
+
     Args:
         args: of :func:`argument_parser`.
 
     Raises:
-        FileNotFoundError: if a file that the command line names does not exist.
+        FileNotFoundError: if the config file or `MODEL.WEIGHTS` does not exist.
         KeyError: for a config key that does not exist.
-        ValueError: for a bad value, or an evaluation without weights.
+        ValueError: for a bad value, no data, or an evaluation without weights.
         FileExistsError: if OUTPUT_DIR holds another run's results.
     """
     setup_logger(name="fpn_plugin")
@@ -56,13 +59,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     choose_device(cfg)
     if cfg.MODEL.BACKBONE.NAME == "build_pyramid_backbone":
         validate_config(cfg)  # also when the model is built, but that is after the data was read
+    _require_data(cfg, args.eval_only)
     if args.eval_only:
         _prepare_eval(cfg, args.resume, args.machine_rank)
     else:
         if args.machine_rank == 0:
             claim_output_dir(cfg, args.resume, args.overwrite)
-        if args.resume and find_checkpoint(cfg.OUTPUT_DIR):
-            _drop_bottom_up_weights(cfg, "the checkpoint has them")
+        if not (args.resume and find_checkpoint(cfg.OUTPUT_DIR)):
+            _require_weights(cfg)
     cfg.freeze()
     return cfg
 
@@ -123,10 +127,12 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         args: of :func:`argument_parser`.
 
     Returns:
-        the config with the run's seed in `SEED`.
+        the config with the run's seed in `SEED`, and without what a checkpoint makes needless; the
+        folder's config.yaml keeps that.
 
     Raises:
         ValueError: if the data is bad; what :func:`check_config_datasets` raises.
+        ImportError: what :func:`check_evaluators` raises.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -142,12 +148,14 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     # already.
     fresh = not logging.getLogger("fpn_plugin").handlers
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
-    default_setup(cfg, args)
-    logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
+    # Before default_setup, which puts this run's config in the place of the last one's.
     if comm.is_main_process():
         check_config_datasets(cfg)
     comm.synchronize()
-    return cfg
+    check_evaluators(cfg)
+    default_setup(cfg, args)
+    logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
+    return _without_bottom_up_weights(cfg, args)
 
 
 def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
@@ -163,18 +171,51 @@ def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
             "--eval-only: MODEL.WEIGHTS is empty; name a checkpoint, or give --resume "
             "for the last one in OUTPUT_DIR"
         )
-    _drop_bottom_up_weights(cfg, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} has them")
+    _require_weights(cfg)
     if machine_rank == 0:
         cfg.OUTPUT_DIR = claim_eval_dir(folder)
     logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
 
 
-def _drop_bottom_up_weights(cfg: CfgNode, reason: str) -> None:
-    if cfg.MODEL.BOTTOM_UP.WEIGHTS:
-        logger.info(
-            "MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s", cfg.MODEL.BOTTOM_UP.WEIGHTS, reason
+def _require_data(cfg: CfgNode, eval_only: bool) -> None:
+    key, half = ("TEST", "val") if eval_only else ("TRAIN", "train")
+    if not cfg.DATASETS[key]:
+        raise ValueError(
+            f"DATASETS.{key} is empty: name a registered dataset, or give your own data with "
+            f"--{half}-json and --{half}-images"
         )
-        cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+
+
+def _require_weights(cfg: CfgNode) -> None:
+    """Find a wrong path now, not after the data was read; what has a scheme is left to Detectron2.
+
+    Raises:
+        FileNotFoundError: if `MODEL.WEIGHTS` is a plain path of no file.
+    """
+    path = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 takes options after it
+    if path and "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}: there is no such file (from {os.getcwd()})"
+        )
+
+
+def _without_bottom_up_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """The config to build the model from: a checkpoint of all of it has the bottom-up's weights."""
+    if not cfg.MODEL.BOTTOM_UP.WEIGHTS:
+        return cfg
+    checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
+    checkpoint = cfg.MODEL.WEIGHTS if args.eval_only else checkpoint
+    if not checkpoint:
+        return cfg
+    logger.info(
+        "MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s has them",
+        *(cfg.MODEL.BOTTOM_UP.WEIGHTS, checkpoint),
+    )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    cfg.freeze()
+    return cfg
 
 
 def _run_seed(cfg: CfgNode, resume: bool) -> int:

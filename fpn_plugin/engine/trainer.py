@@ -109,7 +109,11 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
-        """Detectron2's, with the model in the precision that it trains in."""
+        """Detectron2's, but under `SOLVER.AMP.ENABLED` in bf16 or fp16 as in training.
+
+        Detectron2 evaluates in fp32 whatever it trained in, so its AP of the same weights differs a
+        little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
+        """
         dtype = amp_dtype(cfg)
         if dtype is not None:
             model = Autocast(model, device_type(cfg), dtype)
