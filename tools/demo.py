@@ -5,8 +5,8 @@ demo.py trees --output output/demo            boxes of tree crowns in aerial pho
 demo.py scenes --output output/demo-masks     masks of shapes in drawn scenes
 
 It runs `tools/train_net.py` on a config of configs/quickstart, as one would by hand, and shows its
-progress; the whole log is in OUTPUT/log.txt. A demo that was interrupted goes on where it stopped, a
-finished one is run anew; a folder with the results of any other run is refused.
+progress; the whole log is in OUTPUT/log.txt. A demo that was interrupted goes on where it stopped,
+a finished one is run anew, and a folder with the results of any other run is refused.
 """
 
 import os

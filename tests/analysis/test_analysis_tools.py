@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,19 @@ def run(tool: str, *args: object) -> str:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+TOOLS = [
+    path
+    for path in sorted((ROOT / "tools").glob("*.py"))
+    if re.search(r"^(import|from) (torch|detectron2|fpn_plugin)\b", path.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_threads_are_told_to_sleep_before_torch_is_imported(path: Path) -> None:
+    before = path.read_text().partition('os.environ.setdefault("OMP_WAIT_POLICY", "passive")')
+    assert before[1] and re.findall(r"^(?:import|from) (\w+)", before[0], re.MULTILINE) == ["os"]
 
 
 def test_show_pyramid(tmp_path: Path) -> None:

@@ -154,6 +154,11 @@ def test_png_grows_with_the_graph(tmp_path: Path) -> None:
     assert widths == sorted(widths) and widths[0] < widths[-1] / 4
 
 
+def test_folders_are_made(tmp_path: Path) -> None:
+    draw_graph(pyramid_of("one node"), tmp_path / "new" / "deep" / "graph.svg")
+    assert (tmp_path / "new" / "deep" / "graph.svg").is_file()
+
+
 @pytest.mark.parametrize("path", ["graph.pdf", "graph"])
 def test_unknown_extension(path: str) -> None:
     with pytest.raises(ValueError, match=rf"'{path}': cannot draw .* choose from \.png, \.svg"):

@@ -10,12 +10,24 @@ import pytest
 from detectron2.config import CfgNode
 from tiny import register, tiny_config, write_dataset
 
+from fpn_plugin.engine import setup as engine_setup
+
 
 @pytest.fixture(autouse=True)
 def propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let caplog see the logs, also after something in this process called `setup_logger`."""
     for name in ("fpn_plugin", "detectron2"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+
+
+@pytest.fixture
+def log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> pytest.LogCaptureFixture:
+    """What the plugin logs, without the handlers that setup() would leave in this process."""
+    monkeypatch.setattr(engine_setup, "setup_logger", lambda *args, **kwargs: None)
+    caplog.set_level("INFO")
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -19,6 +20,7 @@ from detectron2.data.samplers import (
 from PIL import Image
 from tiny import TRAIN
 
+from fpn_plugin.data.image_checks import upright_size
 from fpn_plugin.engine.data import (
     ResumableSampler,
     SeededDataset,
@@ -148,6 +150,18 @@ def test_size_is_read_from_the_image_where_the_record_has_none(tmp_path: Path) -
     image.save(path, exif=exif)
     assert _is_wide({"file_name": str(path)}) == 0
     assert _is_wide({"file_name": "", "width": 3, "height": 3}) == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_pictures_size_is_that_of_detectron2s_reader(orientation: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 4)).save(path, exif=exif)
+    height, width = read_image(path, "RGB").shape[:2]
+    with Image.open(path) as picture:
+        assert upright_size(picture) == (width, height)
+    assert _is_wide({"file_name": path}) == int(width > height)
 
 
 def test_batch_size_error(make_config: Callable[..., CfgNode]) -> None:

@@ -2,104 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from folders import DATA, digest, load_tool, run_setup
 
-from fpn_plugin.engine import setup as engine_setup
 from fpn_plugin.engine.checkpoint import find_checkpoint
-from fpn_plugin.engine.run_folder import claim_output_dir, run_results
+from fpn_plugin.engine.run_folder import claim_output_dir, recorded_config
 from fpn_plugin.engine.setup import argument_parser, begin, load_config, prepare_launch, setup
 from fpn_plugin.engine.trainer import Trainer
-
-RUN_FILES = (
-    "model_0000001.pth",
-    "last_checkpoint",
-    "metrics.json",
-    "events.out.tfevents.1",
-    "inference/a.json",
-)
-MINE = ("notes.txt", "pretrained.pth", "eval-1/a.json", "sub/model_final.pth", "model_mine.pth")
-
-
-def fill(folder: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-
-
-def run_setup(*args: str) -> CfgNode:
-    return setup(argument_parser().parse_args(list(args)))
-
-
-def digest(folder: Path) -> dict[str, str]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-    }
-
-
-@pytest.fixture
-def log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> pytest.LogCaptureFixture:
-    """What the plugin logs, without the handlers that setup() would leave in this process."""
-    monkeypatch.setattr(engine_setup, "setup_logger", lambda *args, **kwargs: None)
-    caplog.set_level("INFO")
-    return caplog
-
-
-@pytest.mark.parametrize("name", RUN_FILES)
-def test_results_of_another_run_are_refused(name: str, tmp_path: Path, log: Any) -> None:
-    fill(tmp_path, (name, "config.yaml", "log.txt"))
-    with pytest.raises(
-        FileExistsError, match=f"OUTPUT_DIR.*{name.split('/')[0]}.*--resume.*--overwrite"
-    ):
-        run_setup("OUTPUT_DIR", str(tmp_path))
-
-
-def test_folders_without_results_are_taken(tmp_path: Path, log: Any) -> None:
-    fill(tmp_path, (*MINE, "config.yaml", "log.txt"))
-    (tmp_path / "metrics.json").touch()  # a run that failed before its first step
-    before = digest(tmp_path)
-    run_setup("OUTPUT_DIR", str(tmp_path))
-    run_setup("OUTPUT_DIR", str(tmp_path / "new"))
-    assert digest(tmp_path) == before
-
-
-def test_overwrite_removes_the_runs_files_alone(
-    tmp_path: Path, log: pytest.LogCaptureFixture
-) -> None:
-    fill(
-        tmp_path,
-        (*MINE, *RUN_FILES, "config.yaml", "log.txt", "log.txt.rank1", "model_0000003.pth.tmp"),
-    )
-    run_setup("--overwrite", "OUTPUT_DIR", str(tmp_path))
-    assert set(digest(tmp_path)) == set(MINE)
-    assert "removed" in log.text and "model_0000001.pth" in log.text
-    with pytest.raises(ValueError, match="--resume.*--overwrite"):
-        run_setup("--overwrite", "--resume", "OUTPUT_DIR", str(tmp_path))
-
-
-def test_overwrite_spares_the_weights_it_starts_from(tmp_path: Path, log: Any) -> None:
-    fill(tmp_path, ("model_final.pth", "last_checkpoint"))
-    with pytest.raises(ValueError, match="MODEL.WEIGHTS.*model_final.pth"):
-        run_setup(
-            "--overwrite",
-            "OUTPUT_DIR",
-            str(tmp_path),
-            "MODEL.WEIGHTS",
-            str(tmp_path / "model_final.pth"),
-        )
-    assert len(run_results(str(tmp_path))) == 2
 
 
 def test_resume(
@@ -121,14 +38,18 @@ def test_resume(
     assert "SOLVER.BASE_LR 0.01 -> 0.5" in log.text and digest(folder) == before
 
 
-def test_resumed_run_does_not_need_the_bottom_up_weights(
-    tmp_path: Path, log: pytest.LogCaptureFixture
+@pytest.mark.parametrize("flags", [["--resume"], ["--eval-only", "--resume"]])
+def test_what_goes_on_does_not_need_the_bottom_up_weights_but_records_them(
+    flags: list[str], make_config: Any, log: pytest.LogCaptureFixture
 ) -> None:
-    args = ("OUTPUT_DIR", str(tmp_path), "MODEL.BOTTOM_UP.WEIGHTS", "gone.pth")
-    assert run_setup("--resume", *args).MODEL.BOTTOM_UP.WEIGHTS == "gone.pth"
-    torch.save({}, tmp_path / "model_final.pth")
-    assert run_setup("--resume", *args).MODEL.BOTTOM_UP.WEIGHTS == ""
+    cfg = make_config(MODEL__BOTTOM_UP__WEIGHTS="gone.pth", MODEL__WEIGHTS="model.pth")
+    args = argument_parser().parse_args(flags)
+    if not args.eval_only:
+        assert begin(cfg, args).MODEL.BOTTOM_UP.WEIGHTS == "gone.pth", "no checkpoint yet"
+        torch.save({}, Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    assert begin(cfg, args).MODEL.BOTTOM_UP.WEIGHTS == ""
     assert "gone.pth is not read" in log.text
+    assert recorded_config(cfg.OUTPUT_DIR)["MODEL"]["BOTTOM_UP"]["WEIGHTS"] == "gone.pth"
 
 
 def test_evaluation_leaves_the_run_as_it_is(
@@ -142,7 +63,7 @@ def test_evaluation_leaves_the_run_as_it_is(
     common = ("--config-file", str(tmp_path / "config.yaml"), "--eval-only")
     data = ("--val-json", str(dataset), "--val-images", str(dataset.parent))
     args = argument_parser().parse_args([*common, "--resume", *data])
-    tool = load_tool()
+    tool = load_tool("train_net")
     for number in (1, 2):
         evaluated = setup(args)
         assert evaluated.OUTPUT_DIR == str(run / f"eval-{number}")
@@ -154,21 +75,59 @@ def test_evaluation_leaves_the_run_as_it_is(
     assert all(name.startswith("eval-2/") for name in set(after) - set(before))
 
 
-def load_tool() -> Any:
-    path = Path(__file__).parents[2] / "tools" / "train_net.py"
-    spec = importlib.util.spec_from_file_location("train_net", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 def test_evaluation_without_weights(tmp_path: Path, log: Any) -> None:
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
-        run_setup("--eval-only", "OUTPUT_DIR", str(tmp_path))
+        run_setup("--eval-only", "OUTPUT_DIR", str(tmp_path), *DATA)
     with pytest.raises(ValueError, match="no checkpoint in OUTPUT_DIR"):
-        run_setup("--eval-only", "--resume", "OUTPUT_DIR", str(tmp_path))
+        run_setup("--eval-only", "--resume", "OUTPUT_DIR", str(tmp_path), *DATA)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--eval-only"]])
+def test_weights_that_do_not_exist(flags: list[str], tmp_path: Path, log: Any) -> None:
+    def weights(path: str) -> CfgNode:
+        return run_setup(*flags, "OUTPUT_DIR", str(tmp_path / "run"), "MODEL.WEIGHTS", path, *DATA)
+
+    with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS 'typo.pth'.*no such file"):
+        weights("typo.pth")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "model.pth").touch()
+    for path in ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", f"{tmp_path}/model.pth"):
+        assert weights(path).MODEL.WEIGHTS == path
+    weights(f"{tmp_path}/model.pth?matching_heuristics=True")
+
+
+def test_a_resumed_run_does_not_need_its_first_weights(tmp_path: Path, log: Any) -> None:
+    torch.save({}, tmp_path / "model_0000001.pth")
+    run_setup("--resume", "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "gone.pth", *DATA)
+
+
+def test_no_data(dataset: Path, tmp_path: Path, log: Any) -> None:
+    (tmp_path / "model.pth").touch()
+    opts = ("OUTPUT_DIR", str(tmp_path / "run"), "MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    for half, other, flags in (("train", "val", []), ("val", "train", ["--eval-only"])):
+        own = [f"--{other}-json", str(dataset), f"--{other}-images", str(dataset.parent)]
+        key = "TRAIN" if half == "train" else "TEST"
+        text = f"DATASETS.{key} is empty.*--{half}-json and --{half}-images"
+        for given in (flags, [*flags, *own]):
+            with pytest.raises(ValueError, match=text):
+                run_setup(*given, *opts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_found_before_training(
+    dataset: Path, make_config: Any, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lvis", None)  # importing it fails
+    if "engine_lvis" not in DatasetCatalog:
+        DatasetCatalog.register("engine_lvis", list)
+    MetadataCatalog.get("engine_lvis").set(
+        json_file=str(dataset), image_root=str(dataset.parent), evaluator_type="lvis"
+    )
+    cfg = make_config(DATASETS__TEST=("engine_lvis",), DATASETS__CHECK="off")
+    with pytest.raises(ImportError, match="engine_lvis.*pip install"):
+        begin(cfg, argument_parser().parse_args([]))
+    assert not Path(cfg.OUTPUT_DIR, "config.yaml").exists()
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -176,10 +135,11 @@ def test_device(
     gpu: bool, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    cfg = run_setup("OUTPUT_DIR", str(tmp_path))
+    cfg = run_setup("OUTPUT_DIR", str(tmp_path), *DATA)
     assert cfg.MODEL.DEVICE == ("cuda" if gpu else "cpu")
     assert ("no GPU is available: using 'cpu'" in log.text) is not gpu
-    assert run_setup("OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu").MODEL.DEVICE == "cpu"
+    opts = ("MODEL.DEVICE", "cpu", *DATA)
+    assert run_setup("OUTPUT_DIR", str(tmp_path), *opts).MODEL.DEVICE == "cpu"
 
 
 def test_gpus_are_hidden_from_processes_on_the_cpu(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable
 
 import pytest
@@ -19,7 +21,7 @@ from torch import nn
 
 from fpn_plugin.engine import evaluation
 from fpn_plugin.engine.amp import Autocast, amp_dtype
-from fpn_plugin.engine.evaluation import EVALUATORS, build_evaluator
+from fpn_plugin.engine.evaluation import EVALUATORS, build_evaluator, check_evaluators
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.trainer import Trainer
 
@@ -104,6 +106,21 @@ def test_autocast_covers_the_forward_only() -> None:
     assert model.model.weight.grad is not None and model.model.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_with_amp_leaves_the_models_mode(
+    training: bool, make_config: MakeConfig
+) -> None:
+    cfg = make_config(SOLVER__AMP__ENABLED=True, DATASETS__TEST=(VAL,))
+    model = Trainer.build_model(cfg).train(training)
+    Trainer.test(cfg, model)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_autocast_leaves_parts_of_the_model_in_their_own_mode() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(1).eval(), nn.Linear(1, 1))
+    assert Autocast(model, "cpu", torch.bfloat16).training and not model[0].training
+
+
 def groups(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
 
@@ -145,6 +162,8 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", EVALUATORS.names())
 def test_evaluators(kind: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, Any]] = []
+    for module, _ in evaluation._PACKAGES.values():
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
     for name in {name for names in EXPECTED.values() for name in names}:
 
         def make(dataset: str, *args: Any, _name: str = name, **kwargs: Any) -> str:
@@ -158,6 +177,32 @@ def test_evaluators(kind: str, make_config: MakeConfig, monkeypatch: pytest.Monk
     assert [name for name, _ in made] == EXPECTED[kind]
     assert result == (EXPECTED[kind][0] if len(made) == 1 else EXPECTED[kind])
     assert all(folder is None or folder.endswith("/run/inference") for _, folder in made)
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("lvis", r"needs lvis: pip install 'fpn_plugin\[lvis\]'"),
+        ("cityscapes_instance", r"needs cityscapesscripts: pip install 'fpn_plugin\[cityscapes\]'"),
+        ("cityscapes_sem_seg", r"needs cityscapesscripts: pip install 'fpn_plugin\[cityscapes\]'"),
+        (
+            "coco_panoptic_seg",
+            "needs panopticapi: pip install git[+]https://github.com/cocodataset/",
+        ),
+    ],
+)
+def test_missing_package(
+    kind: str, text: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, _ in evaluation._PACKAGES.values():
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    MetadataCatalog.get("engine_missing_" + kind).set(evaluator_type=kind)
+    cfg = make_config(DATASETS__TEST=(VAL, "engine_missing_" + kind))
+    with pytest.raises(ImportError, match=f"engine_missing_{kind}.*'{kind}' {text}"):
+        check_evaluators(cfg)
+    with pytest.raises(ImportError, match=text):
+        build_evaluator(cfg, "engine_missing_" + kind)
+    check_evaluators(make_config(DATASETS__TEST=(VAL,)))
 
 
 def test_coco_evaluator_of_several_datasets(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -175,3 +220,5 @@ def test_unknown_evaluator(make_config: MakeConfig) -> None:
             KeyError, match=f"{name}.*evaluator_type.*{shown}.*cityscapes_instance.*sem_seg"
         ):
             build_evaluator(make_config(), name)
+        with pytest.raises(KeyError, match=f"{name}.*evaluator_type.*{shown}"):
+            check_evaluators(make_config(DATASETS__TEST=(name,)))
