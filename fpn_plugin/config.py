@@ -27,14 +27,18 @@ def add_fpn_config(cfg: CfgNode) -> None:
 
 def _add_pyramid_keys(cfg: CfgNode) -> None:
     fpn = cfg.MODEL.FPN
-    # How maps of different levels are joined: a name of the TOPOLOGIES registry
+    # How maps of different levels are joined: a name of the TOPOLOGIES registry, or several joined
+    # by "+", each on the maps that the one before gives ("fpn+bfp")
     fpn.TOPOLOGY = "fpn"
     # How often the topology runs, each time on the maps that the last one gave
     fpn.REPEATS = 1
-    # Levels coarser than the last bottom-up map: none; maxpool (one: the top output, subsampled);
-    # conv_c5 or conv_p5 (two: 3x3 stride 2 from the top bottom-up or output map). auto: as
-    # Detectron2's builders do it, conv_c5 for RetinaNet, none for an inline GRAPH, maxpool for
-    # everything else
+    # How many coarser levels the topologies that fuse them (bifpn, nas_fpn, ...) make from the top
+    # bottom-up map; -1: what it takes to have five
+    fpn.INNER_LEVELS = -1
+    # Levels coarser than the last of these, made at the end: none; maxpool (one: the top output,
+    # subsampled); conv_c5 or conv_p5 (two: 3x3 stride 2 from the top bottom-up or output map).
+    # auto: none for an inline GRAPH and for the topologies that make levels of their own, else as
+    # Detectron2's builders do it, conv_c5 for RetinaNet and maxpool for everything else
     fpn.EXTRA_LEVELS = "auto"
     # How a coarser map is brought to a finer level: a name of the UPSAMPLE registry
     fpn.UPSAMPLE = "nearest"
@@ -45,6 +49,9 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
     fpn.BLOCK = "conv3x3"
     # The activation of the blocks: a name of the ACTIVATIONS registry, or "" for none
     fpn.ACTIVATION = ""
+    # Of all norms in the pyramid; 0 is the layer's own (EfficientDet: 0.001 and 0.01)
+    fpn.NORM_EPS = 0.0
+    fpn.NORM_MOMENTUM = 0.0
     # A pyramid of one's own: a list of nodes ({name, level, inputs, fuse, block, output}) instead
     # of TOPOLOGY. LATERAL, BLOCK and REPEATS do not apply to it: a node names its own block
     fpn.GRAPH = []
@@ -92,9 +99,13 @@ def _add_data_keys(cfg: CfgNode) -> None:
 
 def extra_levels_for(cfg: CfgNode) -> str:
     """`MODEL.FPN.EXTRA_LEVELS` with "auto" worked out as Detectron2's builders would."""
+    from fpn_plugin.pyramid.compose import stages
+    from fpn_plugin.pyramid.topologies import INNER_LEVELS
+
     if cfg.MODEL.FPN.EXTRA_LEVELS != "auto":
         return cfg.MODEL.FPN.EXTRA_LEVELS
-    if cfg.MODEL.FPN.GRAPH:
+    own_levels = stages(cfg.MODEL.FPN.TOPOLOGY)[0] in INNER_LEVELS
+    if cfg.MODEL.FPN.GRAPH or own_levels:
         return "none"
     return "conv_c5" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "maxpool"
 
@@ -117,14 +128,13 @@ def validate_config(cfg: CfgNode) -> None:
         ValueError: (KeyError for an unknown name) naming the key, the value and the choices.
     """
     from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, norm_layer
-    from fpn_plugin.pyramid.compose import EXTRA_LEVELS
+    from fpn_plugin.pyramid.compose import EXTRA_LEVELS, stages
     from fpn_plugin.pyramid.pyramid import REGISTRIES
-    from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
     fpn = cfg.MODEL.FPN
     if fpn.EXTRA_LEVELS not in ("auto", *EXTRA_LEVELS):
         raise unknown_name("MODEL.FPN.EXTRA_LEVELS", fpn.EXTRA_LEVELS, ("auto", *EXTRA_LEVELS))
-    TOPOLOGIES.get(fpn.TOPOLOGY, "MODEL.FPN.TOPOLOGY")
+    stages(fpn.TOPOLOGY)
     ACTIVATIONS.get(fpn.ACTIVATION, "MODEL.FPN.ACTIVATION")
     for key, registry in {
         "FUSE_TYPE": REGISTRIES["fuse"],

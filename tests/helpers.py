@@ -36,11 +36,16 @@ def small_maps(height: int = 64, width: int = 96, batch: int = 1) -> dict[str, T
     }
 
 
+def levels_of(topology: str) -> dict[str, int]:
+    """The inputs that a topology takes: ViTDet's simple pyramid reads one map."""
+    return {"res4": 4} if topology == "simple" else LEVELS
+
+
 def small_pyramid(
     topology: str = "fpn", extra: str = "none", repeats: int = 1, **defaults: Any
 ) -> Pyramid:
     """A catalogue pyramid of width 32 on `small_maps`."""
-    graph = build_graph(topology, LEVELS, Style(), repeats, extra)
+    graph = build_graph(topology, levels_of(topology), Style(), repeats, extra)
     return randomize(Pyramid(graph, CHANNELS, Defaults(32, **defaults)))
 
 
@@ -50,7 +55,7 @@ def randomize(module: nn.Module) -> Any:
     Fusion weights stay positive: fast_normalized takes no gradient below zero.
     """
     for name, parameter in module.named_parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=0.1)
         if name.endswith(".weights"):
             parameter.data.abs_()
     return module

@@ -46,7 +46,7 @@ def config(path: str, *overrides: Any) -> Any:
         (
             MASK,
             ["MODEL.FPN.FUSE_TYPE", "add"],
-            "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*avg, concat",
+            "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*asff, attention, avg, channel_fast",
         ),
         (
             MASK,
@@ -204,18 +204,6 @@ MODEL:
         backbone = build_backbone(each)
         assert list(backbone.output_shape()) == ["p3", "p5"]
         assert backbone.get_submodule("low_fuse").eps == 0.001
-
-
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_every_config_file_builds(path: Path) -> None:
-    cfg = get_cfg()
-    add_fpn_config(cfg)
-    cfg.merge_from_file(str(path))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BOTTOM_UP.WEIGHTS", ""])
-    model = build_model(cfg)
-    assert type(model.backbone).__name__ == "PyramidBackbone"
 
 
 def test_without_detectron2_the_import_says_what_to_install() -> None:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Print what a config's pyramid resolves to, with the cost of every node, and draw it.
 
-    python tools/show_pyramid.py --config-file configs/… [--draw pyramid.svg] [--size H W] [KEY
-    VALUE …]
+    python tools/show_pyramid.py --config-file configs/… [--draw pyramid.svg] [--size H W]
+        [--weights model.pth] [KEY VALUE …]
 
-No weights are read, and nothing but the backbone is built, on the CPU.
+With --weights it also prints what every fusion of that checkpoint multiplies its inputs by. Nothing
+but the backbone is built, on the CPU.
 """
 
 import os
@@ -20,6 +21,7 @@ from detectron2.modeling import build_backbone  # noqa: E402
 from fpn_plugin import PyramidBackbone  # noqa: E402
 from fpn_plugin.analysis.complexity import measure  # noqa: E402
 from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
+from fpn_plugin.analysis.fusion_weights import fusion_table, load_backbone  # noqa: E402
 from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
 from fpn_plugin.config import extra_levels_for, head_features  # noqa: E402
 from fpn_plugin.engine.setup import load_config  # noqa: E402
@@ -34,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--config-file", required=True, metavar="FILE", help="a config with a pyramid")
     add("--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg")
     add("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"), help=SIZE_HELP)
+    add("--weights", default="", metavar="FILE", help="a checkpoint: also print its fusion weights")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return parser.parse_args()
 
@@ -55,6 +58,8 @@ def main() -> None:
         check_extension(args.draw)
     cfg = load_config(args)
     backbone = build(cfg)
+    if args.weights:
+        load_backbone(backbone, args.weights)
     complexity = measure(backbone, tuple(args.size))
     fpn = cfg.MODEL.FPN
     repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
@@ -66,6 +71,8 @@ def main() -> None:
     }
     print(settings_text(backbone, names), node_table(backbone, complexity), sep="\n\n")
     print("", totals_text(complexity, head_features(cfg)), sep="\n")
+    if args.weights:
+        print(f"\nfusion weights of {args.weights}", "", fusion_table(backbone), sep="\n")
     if args.draw:
         draw_graph(backbone, args.draw)
         print(f"\nthe graph is drawn in {args.draw}")

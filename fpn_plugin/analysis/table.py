@@ -57,7 +57,7 @@ def node_table(backbone: PyramidBackbone, complexity: Complexity) -> str:
             _row(step, first, backbone.defaults.channels, maps.get(step.node.name, ""), cost)
         )
         rows.extend(("", "", "", text, *[""] * 6) for text in others)
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _row(
@@ -77,7 +77,8 @@ def _row(
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines with columns of one width; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     right = [name in _RIGHT for name in rows[0]]
     lines = []

@@ -26,17 +26,29 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
         KeyError: if `SOLVER.AMP.PRECISION` is unknown.
         ValueError: for fp16 on the CPU, where gradients underflow: there is no scaler for it.
     """
-    precision, device = cfg.SOLVER.AMP.PRECISION, device_type(cfg)
+    key, precision = "SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION
     if precision not in ("auto", *_DTYPES):
-        raise unknown_name("SOLVER.AMP.PRECISION", precision, ("auto", *_DTYPES))
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
+        raise unknown_name(key, precision, ("auto", *_DTYPES))
+    return choose_dtype(precision, device_type(cfg), key) if cfg.SOLVER.AMP.ENABLED else None
+
+
+def choose_dtype(precision: str, device: str, key: str) -> torch.dtype:
+    """The type of "auto", "fp16" or "bf16" on a kind of device.
+
+    Args:
+        key: the config key that says so, for messages.
+
+    Raises:
+        KeyError: if `precision` is unknown.
+        ValueError: for fp16 on the CPU.
+    """
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "bf16"
+    if precision not in _DTYPES:
+        raise unknown_name(key, precision, ("auto", *_DTYPES))
     if precision == "fp16" and device != "cuda":
         raise ValueError(
-            f"SOLVER.AMP.PRECISION 'fp16' needs CUDA, and MODEL.DEVICE is {device!r}; "
-            "choose 'bf16' or 'auto'"
+            f"{key} 'fp16' needs CUDA, and the device is {device!r}; choose 'bf16' or 'auto'"
         )
     return _DTYPES[precision]
 
@@ -71,7 +83,17 @@ def build_step_trainer(
         KeyError: if `SOLVER.AMP.PRECISION` is unknown.
         ValueError: for fp16 on the CPU.
     """
-    dtype, device = amp_dtype(cfg), device_type(cfg)
+    return make_step_trainer(model, data_loader, optimizer, device_type(cfg), amp_dtype(cfg))
+
+
+def make_step_trainer(
+    model: nn.Module,
+    data_loader: Any,
+    optimizer: torch.optim.Optimizer,
+    device: str,
+    dtype: torch.dtype | None,
+) -> SimpleTrainer:
+    """:func:`build_step_trainer` for a kind of device and a type, None for full precision."""
     if dtype is None:
         return SimpleTrainer(model, data_loader, optimizer)
     if device != "cuda":

@@ -35,11 +35,12 @@ class PyramidBackbone(GraphExecutor, Backbone):
         bottom_up: the network whose maps the pyramid reads.
         in_features: the maps to read, from high to low resolution.
         out_channels: channels of every pyramid map.
-        topology: a name of the TOPOLOGIES registry.
+        topology: a name of the TOPOLOGIES registry, or several joined by "+".
         graph: a list of nodes to run instead of `topology`; the format is `MODEL.FPN.GRAPH`'s.
             `repeats`, `lateral` and `block` do not apply to it.
         repeats: how often the topology runs.
         extra_levels: "none", "maxpool", "conv_c5" or "conv_p5".
+        inner_levels: how many coarser levels a topology that fuses them makes; -1: to have five.
         fuse_type: a name of the FUSIONS registry; this and the next four also as `{name: ...,
             argument: ...}`.
         size_divisibility: what the heads need the image's sides to be divisible by, if more than
@@ -65,12 +66,15 @@ class PyramidBackbone(GraphExecutor, Backbone):
         graph: Sequence[Mapping[str, Any]] = (),
         repeats: int = 1,
         extra_levels: str = "none",
+        inner_levels: int = -1,
         fuse_type: OperatorLike = "sum",
         upsample: OperatorLike = "nearest",
         downsample: OperatorLike = "maxpool",
         lateral: OperatorLike = "conv1x1",
         block: OperatorLike = "conv3x3",
         norm: str = "",
+        norm_eps: float = 0.0,
+        norm_momentum: float = 0.0,
         activation: str = "",
         size_divisibility: int = 0,
         square_pad: int = 0,
@@ -80,8 +84,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         if graph:
             made = add_extra_levels(parse_graph(levels, graph), extra_levels)
         else:
-            style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"))
-            made = build_graph(topology, levels, style, repeats, extra_levels)
+            style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"), activation)
+            made = build_graph(topology, levels, style, repeats, extra_levels, inner_levels)
         defaults = Defaults(
             out_channels,
             _operator(fuse_type, "FUSE_TYPE"),
@@ -89,6 +93,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
             _operator(downsample, "DOWNSAMPLE"),
             norm,
             activation,
+            norm_eps,
+            norm_momentum,
         )
         super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
         self.bottom_up = bottom_up
@@ -109,12 +115,15 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "graph": fpn.GRAPH,
             "repeats": fpn.REPEATS,
             "extra_levels": extra_levels_for(cfg),
+            "inner_levels": fpn.INNER_LEVELS,
             "fuse_type": fpn.FUSE_TYPE,
             "upsample": fpn.UPSAMPLE,
             "downsample": fpn.DOWNSAMPLE,
             "lateral": fpn.LATERAL,
             "block": fpn.BLOCK,
             "norm": fpn.NORM,
+            "norm_eps": fpn.NORM_EPS,
+            "norm_momentum": fpn.NORM_MOMENTUM,
             "activation": fpn.ACTIVATION,
             "size_divisibility": size_divisibility_for(cfg),
         }

@@ -1,22 +1,27 @@
 """BLOCKS: the convolutions of laterals, projections and nodes. Shapes are `(N, C, H, W)`.
 
-A block is built as `Block(in_channels, out_channels, norm=..., activation=..., **arguments)`.
+A block is built as `Block(in_channels, out_channels, norm=..., activation=..., **arguments)`. Those
+of several convolutions are in `blocks_compound.py`, the deformable one in `deformable.py`.
 """
 
 from __future__ import annotations
 
 from typing import Callable
 
+import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
+from detectron2.layers.batch_norm import LayerNorm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fpn_plugin.registry import Registry
 
 BLOCKS: Registry[Callable[..., nn.Module]] = Registry("block")
 ACTIVATIONS: Registry[Callable[[], nn.Module]] = Registry("activation")
 ORDERS = ("conv-norm-act", "act-conv-norm")
+_NORMS = (_NormBase, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm, LayerNorm)
 
 for _name, _activation in {
     "": nn.Identity,
@@ -49,6 +54,25 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
         ) from None
 
 
+def set_norm(module: nn.Module, eps: float, momentum: float) -> nn.Module:
+    """Give every normalisation layer inside a module this eps and momentum; 0 leaves its own.
+
+    Momentum concerns the layers that keep running statistics alone.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _NORMS):
+            if eps:
+                layer.eps = eps
+            if momentum and isinstance(layer, _NormBase):
+                layer.momentum = momentum
+    return module
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """A half-precision map as float32, for operators that have no half precision or lose by it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class _PreActivationConv(Conv2d):
     """activation -> convolution -> norm, with the parameter names of Detectron2's `Conv2d`."""
 
@@ -74,15 +98,17 @@ def conv_block(
     norm: str = "",
     activation: str = "",
     order: str = "conv-norm-act",
+    bias: bool | None = None,
 ) -> Conv2d:
     """A convolution that keeps the size (or divides it by `stride`, rounding up), with norm and
     activation.
 
-    It has a bias exactly if it has no norm, and Detectron2's initialisation (`c2_xavier_fill`) and
-    parameter names: `weight`, `bias`, `norm.*`.
+    It has Detectron2's initialisation (`c2_xavier_fill`) and parameter names: `weight`, `bias`,
+    `norm.*`.
 
     Args:
         order: one of `ORDERS`.
+        bias: None for a bias exactly if there is no norm.
 
     Raises:
         ValueError: if `order`, `norm` or `activation` is unknown.
@@ -91,7 +117,7 @@ def conv_block(
     keywords = {
         "stride": stride,
         "padding": kernel // 2,
-        "bias": norm == "",
+        "bias": norm == "" if bias is None else bias,
         "norm": norm_layer(norm, out_channels),
     }
     if order not in ORDERS:
@@ -114,9 +140,10 @@ def conv1x1(
     norm: str = "",
     activation: str = "",
     order: str = "conv-norm-act",
+    bias: bool | None = None,
 ) -> nn.Module:
     """A 1x1 convolution."""
-    return conv_block(in_channels, out_channels, 1, stride, norm, activation, order)
+    return conv_block(in_channels, out_channels, 1, stride, norm, activation, order, bias)
 
 
 @BLOCKS.register("conv3x3")
@@ -127,17 +154,18 @@ def conv3x3(
     norm: str = "",
     activation: str = "",
     order: str = "conv-norm-act",
+    bias: bool | None = None,
 ) -> nn.Module:
     """A 3x3 convolution."""
-    return conv_block(in_channels, out_channels, 3, stride, norm, activation, order)
+    return conv_block(in_channels, out_channels, 3, stride, norm, activation, order, bias)
 
 
 @BLOCKS.register("separable")
 class SeparableConv(nn.Module):
     """Depthwise 3x3, then pointwise 1x1 (Sifre 2014; as in EfficientDet, arXiv:1911.09070).
 
-    The depthwise convolution has no bias; norm and activation belong to the pointwise one, except
-    that "act-conv-norm" activates before both.
+    The depthwise convolution has no bias; bias, norm and activation belong to the pointwise one,
+    except that "act-conv-norm" activates before both.
     """
 
     def __init__(
@@ -148,6 +176,7 @@ class SeparableConv(nn.Module):
         norm: str = "",
         activation: str = "",
         order: str = "conv-norm-act",
+        bias: bool | None = None,
     ) -> None:
         super().__init__()
         first = order == "act-conv-norm"
@@ -157,7 +186,7 @@ class SeparableConv(nn.Module):
         )
         weight_init.c2_xavier_fill(self.depthwise)
         rest = ("", "conv-norm-act") if first else (activation, order)
-        self.pointwise = conv_block(in_channels, out_channels, 1, 1, norm, *rest)
+        self.pointwise = conv_block(in_channels, out_channels, 1, 1, norm, *rest, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(self.pre_activation(x)))
@@ -178,3 +207,7 @@ class Identity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+# they enter their blocks in BLOCKS; last, because they need what is above
+from fpn_plugin.pyramid import blocks_compound, deformable, non_local  # noqa: E402,F401

@@ -9,10 +9,22 @@ from dataclasses import replace
 from typing import Mapping
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Operator, node, op
-from fpn_plugin.pyramid.topologies import TOPOLOGIES, Style
+from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
 from fpn_plugin.registry import unknown_name
 
 EXTRA_LEVELS = ("none", "maxpool", "conv_c5", "conv_p5")
+
+
+def stages(topology: str) -> list[str]:
+    """The topologies of a stack like "fpn+bfp", each registered.
+
+    Raises:
+        UnknownNameError: (a KeyError) naming MODEL.FPN.TOPOLOGY.
+    """
+    names = topology.split("+")
+    for name in names:
+        TOPOLOGIES.get(name, "MODEL.FPN.TOPOLOGY" + (f" {topology!r}" if len(names) > 1 else ""))
+    return names
 
 
 def build_graph(
@@ -21,25 +33,49 @@ def build_graph(
     style: Style = Style(),
     repeats: int = 1,
     extra_levels: str = "none",
+    inner_levels: int = -1,
 ) -> Graph:
-    """The graph of a catalogue topology, repeated, with its extra levels.
+    """The graph of a catalogue topology or a stack of them, repeated, with its extra levels.
 
     Args:
+        topology: one name, or several joined by "+", each on the maps that the one before gives.
         inputs: bottom-up maps as `{name: level}` from high to low resolution.
-        repeats: how often the topology runs; run number r > 1 puts `r{r}_` before its node names.
+        repeats: how often it runs. Run r > 1 puts `r{r}_` before its node names, stage s > 1 of a
+            stack `s{s}_`.
         extra_levels: one of `EXTRA_LEVELS`.
+        inner_levels: how many coarser levels the first stage makes and fuses; -1: what it takes
+            to have five, in those that fuse them.
 
     Raises:
         ValueError: (KeyError for an unknown topology) naming the config key.
     """
-    build = TOPOLOGIES.get(topology, "MODEL.FPN.TOPOLOGY")
+    names = stages(topology)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"MODEL.FPN.REPEATS: {repeats!r} is not a whole number of 1 or more")
-    graph = build(inputs, style)
-    for run in range(2, repeats + 1):
-        levels = {f"p{graph.level(name)}": graph.level(name) for name in graph.outputs}
-        graph = chain(graph, build(levels, style), f"r{run}_")
+    style = replace(style, inner_levels=_inner_levels(names[0], len(inputs), inner_levels))
+    graph: Graph | None = None
+    for run in range(1, repeats + 1):
+        for stage, name in enumerate(names, 1):
+            prefix = (f"r{run}_" if run > 1 else "") + (f"s{stage}_" if stage > 1 else "")
+            if graph is None:
+                graph = TOPOLOGIES.get(name)(inputs, style)
+                continue
+            levels = {f"p{graph.level(output)}": graph.level(output) for output in graph.outputs}
+            later = replace(style, inner_levels=0, first=False)
+            graph = chain(graph, TOPOLOGIES.get(name)(levels, later), prefix)
+    assert graph is not None  # there is a run and a stage
     return add_extra_levels(graph, extra_levels)
+
+
+def _inner_levels(name: str, count: int, asked: int) -> int:
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < -1:
+        raise ValueError(f"MODEL.FPN.INNER_LEVELS: {asked!r} is not a whole number of -1 or more")
+    if asked > 0 and name not in INNER_LEVELS:
+        raise ValueError(
+            f"MODEL.FPN.INNER_LEVELS: {name!r} makes no levels of its own; those that do are"
+            f" {', '.join(sorted(INNER_LEVELS))}. For levels after it use MODEL.FPN.EXTRA_LEVELS"
+        )
+    return asked if asked >= 0 else max(0, INNER_LEVELS.get(name, 0) - count)
 
 
 def add_extra_levels(graph: Graph, kind: str) -> Graph:

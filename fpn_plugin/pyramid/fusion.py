@@ -1,28 +1,21 @@
 """FUSIONS: maps of one shape in, one map of that shape out.
 
-A fusion is built as `Fusion(channels, count, norm=..., **arguments)` for `count` maps, and called
-with a list of maps `(N, C, H, W)`, the node's own level first.
+Here are those that treat every image alike; `attention_fusion`, which is registered with them, has
+those whose weights depend on the maps. `fusion_base` says how a fusion is built and called.
 """
 
 from __future__ import annotations
 
-from typing import Callable, List
+from typing import List, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fpn_plugin.pyramid import attention_fusion  # noqa: F401  (registers its fusions)
 from fpn_plugin.pyramid.blocks import conv_block
-from fpn_plugin.registry import Registry
+from fpn_plugin.pyramid.fusion_base import FUSIONS, Fusion, add_maps, weigh_maps
 
-FUSIONS: Registry[Callable[..., nn.Module]] = Registry("fusion")
-
-
-class Fusion(nn.Module):
-    """What all fusions share: they are told the channels and how many maps there will be."""
-
-    def __init__(self, channels: int, count: int, norm: str = "") -> None:
-        super().__init__()
-        self.count = count
+__all__ = ["FUSIONS", "Fusion"]
 
 
 @FUSIONS.register("sum")
@@ -30,10 +23,7 @@ class Sum(Fusion):
     """`Σ xᵢ` (FPN, arXiv:1612.03144)."""
 
     def forward(self, maps: List[Tensor]) -> Tensor:
-        total = maps[0]
-        for x in maps[1:]:
-            total = total + x
-        return total
+        return add_maps(maps)
 
 
 @FUSIONS.register("avg")
@@ -41,10 +31,7 @@ class Average(Fusion):
     """`Σ xᵢ / n` (Detectron2's other `FUSE_TYPE`)."""
 
     def forward(self, maps: List[Tensor]) -> Tensor:
-        total = maps[0]
-        for x in maps[1:]:
-            total = total + x
-        return total / len(maps)
+        return add_maps(maps) / len(maps)
 
 
 @FUSIONS.register("max")
@@ -58,40 +45,71 @@ class Maximum(Fusion):
         return largest
 
 
-@FUSIONS.register("concat")
-class Concat(Fusion):
-    """`1×1(concat(xᵢ))`, back to `C` channels (YOLO, U-Net)."""
-
-    def __init__(self, channels: int, count: int, norm: str = "") -> None:
-        super().__init__(channels, count)
-        self.conv = conv_block(channels * count, channels, 1, norm=norm)
+@FUSIONS.register("product")
+class Product(Fusion):
+    """`Π xᵢ`, elementwise."""
 
     def forward(self, maps: List[Tensor]) -> Tensor:
-        return self.conv(torch.cat(maps, dim=1))  # (N, n·C, H, W) -> (N, C, H, W)
+        product = maps[0]
+        for x in maps[1:]:
+            product = product * x
+        return product
 
 
-class _Weighted(Fusion):
-    """A sum with one learned weight per map, starting equal."""
+@FUSIONS.register("concat")
+class Concat(Fusion):
+    """`1×1(concat(xᵢ))`, back to `C` channels (YOLO, U-Net).
+
+    Args:
+        widths: the channels of each map, which may differ; all `channels` if empty.
+    """
+
+    def __init__(
+        self, channels: int, count: int, norm: str = "", widths: Sequence[int] = ()
+    ) -> None:
+        super().__init__(channels, count)
+        self.conv = conv_block(sum(widths) or channels * count, channels, 1, norm=norm)
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        return self.conv(torch.cat(maps, dim=1))  # (N, Σ widths, H, W) -> (N, C, H, W)
+
+
+@FUSIONS.register("weighted")
+class Weighted(Fusion):
+    """`Σ wᵢ xᵢ`, w learned from 1, unbounded (EfficientDet, arXiv:1911.09070, equation 1).
+
+    Attributes:
+        per_channel: whether a map has one weight per channel, instead of one.
+    """
+
+    per_channel = False
 
     def __init__(self, channels: int, count: int, norm: str = "") -> None:
         super().__init__(channels, count)
-        self.weights = nn.Parameter(torch.ones(count))
+        shape = (count, channels) if self.per_channel else (count,)
+        self.weights = nn.Parameter(torch.ones(shape))
 
     def normalized_weights(self) -> Tensor:
-        """The weights that the maps are multiplied by, shape `(n,)`."""
+        """The weights that the maps are multiplied by, shape `(n,)`, or `(n, C)` per channel."""
         return self.weights
 
     def forward(self, maps: List[Tensor]) -> Tensor:
         weights = self.normalized_weights()
-        # weights[i] has no dimensions, so a half-precision map stays in half precision
-        total = maps[0] * weights[0]
-        for i in range(1, len(maps)):
-            total = total + maps[i] * weights[i]
-        return total
+        if weights.dim() == 2:
+            weights = weights.type_as(maps[0])[:, :, None, None]  # (n, C) -> (n, C, 1, 1)
+        return weigh_maps(maps, list(weights.unbind(0)))
+
+
+@FUSIONS.register("softmax")
+class Softmax(Weighted):
+    """`Σ softmax(w)ᵢ xᵢ` (EfficientDet, arXiv:1911.09070, equation 2)."""
+
+    def normalized_weights(self) -> Tensor:
+        return torch.softmax(self.weights, dim=0)
 
 
 @FUSIONS.register("fast_normalized")
-class FastNormalized(_Weighted):
+class FastNormalized(Weighted):
     """`Σ relu(wᵢ) xᵢ / (Σ relu(wⱼ) + eps)`, w from 1 (EfficientDet, arXiv:1911.09070, equation
     3)."""
 
@@ -101,12 +119,18 @@ class FastNormalized(_Weighted):
 
     def normalized_weights(self) -> Tensor:
         positive = torch.relu(self.weights)
-        return positive / (positive.sum() + self.eps)
+        return positive / (positive.sum(dim=0) + self.eps)
 
 
-@FUSIONS.register("softmax")
-class Softmax(_Weighted):
-    """`Σ softmax(w)ᵢ xᵢ` (EfficientDet, arXiv:1911.09070, equation 2)."""
+@FUSIONS.register("channel_softmax")
+class ChannelSoftmax(Softmax):
+    """`softmax` with a weight per input and channel (google/automl's `channel_attn`)."""
 
-    def normalized_weights(self) -> Tensor:
-        return torch.softmax(self.weights, dim=0)
+    per_channel = True
+
+
+@FUSIONS.register("channel_fast")
+class ChannelFast(FastNormalized):
+    """`fast_normalized` with a weight per input and channel (automl's `channel_fastattn`)."""
+
+    per_channel = True

@@ -20,11 +20,16 @@ MAX_LEVEL = 12  # a stride of 4096 pixels
 
 @dataclass(frozen=True)
 class Operator:
-    """The name of a registered operator and its arguments, e.g. `op("conv3x3",
-    activation="relu")`."""
+    """A registered operator's name with its arguments: `op("conv3x3", activation="relu")`.
+
+    Attributes:
+        args: arguments that the operator must take.
+        hints: arguments that a topology prescribes; an operator that takes none such goes without.
+    """
 
     name: str
     args: tuple[tuple[str, Any], ...] = ()
+    hints: tuple[tuple[str, Any], ...] = ()
 
     @property
     def stride(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Mapping
 
 from torch import Tensor, fx, nn
 
-from fpn_plugin.pyramid.blocks import BLOCKS
+from fpn_plugin.pyramid.blocks import BLOCKS, set_norm
 from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Graph
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
@@ -21,6 +21,7 @@ REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
     "up": UPSAMPLE,
     "down": DOWNSAMPLE,
 }
+_RESAMPLERS = ("up", "down")
 
 
 class GraphExecutor(nn.Module):
@@ -57,6 +58,13 @@ class GraphExecutor(nn.Module):
         self._sized = {
             step.node.input_level for step in self.steps for edge in step.edges if edge.resample
         }
+        # which input a guided resampler is shown, by the resampler's path
+        self._guides = {
+            edge.resample.path: _find_guide(step, edge.resample)
+            for step in self.steps
+            for edge in step.edges
+            if edge.resample and getattr(self.get_submodule(edge.resample.path), "guided", False)
+        }
 
     def _register(self, path: str, module: nn.Module) -> None:
         *containers, name = path.split(".")
@@ -92,19 +100,23 @@ class GraphExecutor(nn.Module):
     def _run_node(
         self, step: ResolvedNode, maps: Dict[str, Tensor], sizes: dict[int, list[int]]
     ) -> Tensor:
-        inputs = []
-        for edge in step.edges:
-            x = maps[edge.source]
-            for part in edge.parts():
-                module = self.get_submodule(part.path)
-                x = (
-                    module(x, sizes.get(step.node.input_level))
-                    if part is edge.resample
-                    else module(x)
-                )
-            inputs.append(x)
+        arrived: dict[int, Tensor] = {}
+        for i in self._edge_order(step):
+            x = maps[step.edges[i].source]
+            for part in step.edges[i].parts():
+                arguments = [sizes.get(step.node.input_level)] if part.kind in _RESAMPLERS else []
+                guides = [arrived[self._guides[part.path]]] if part.path in self._guides else []
+                x = self.get_submodule(part.path)(x, *arguments, *guides)
+            arrived[i] = x
+        inputs = [arrived[i] for i in range(len(arrived))]
         x = inputs[0] if step.fuse is None else self.get_submodule(step.fuse.path)(inputs)
         return x if step.block is None else self.get_submodule(step.block.path)(x)
+
+    def _edge_order(self, step: ResolvedNode) -> list[int]:
+        """The order in which a node's inputs run: those that wait for a guide after the others."""
+        paths = [edge.resample.path if edge.resample else "" for edge in step.edges]
+        guided = [i for i, path in enumerate(paths) if path in self._guides]
+        return [i for i in range(len(paths)) if i not in guided] + guided
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in this module's place: the same submodules, called in
@@ -166,6 +178,26 @@ class _Unroller(fx.Tracer):
         return True
 
 
+def _find_guide(step: ResolvedNode, part: Part) -> int:
+    """Which of its node's inputs a guided resampler is shown: the first that is not resampled.
+
+    Raises:
+        ValueError: naming the node, if there is none, or it has other channels.
+    """
+    where = f"{part.where}: {part.operator} is guided by an input of the node's own level"
+    for i, edge in enumerate(step.edges):
+        if edge.resample is None and step.fuse is not None:
+            if step.fuse.widths[i] != part.in_channels:
+                raise ValueError(
+                    f"{where}, but {edge.source!r} has {step.fuse.widths[i]} channels and the"
+                    f" resampled map {part.in_channels}; project both"
+                )
+            return i
+    raise ValueError(
+        f"{where}, {step.node.input_level}, but the node has none; add one, or resample otherwise"
+    )
+
+
 def build_part(part: Part, defaults: Defaults) -> nn.Module:
     """Build one module of a resolved graph.
 
@@ -174,11 +206,19 @@ def build_part(part: Part, defaults: Defaults) -> nn.Module:
     """
     builder = REGISTRIES[part.kind].get(part.operator.name, part.where)
     arguments: dict[str, Any] = dict(part.operator.args)
-    parameters = inspect.signature(builder).parameters
-    accepted = [name for name, given in parameters.items() if given.default is not given.empty]
+    accepted = _options(builder)
+    known: dict[str, Any] = {}  # from the graph, and so not for the user to give
+    if part.kind == "fuse":
+        _check_fusion(part, builder)
+        facts = {"levels": part.levels, "widths": part.widths}
+        known = {name: value for name, value in facts.items() if name in accepted}
+        accepted = [name for name in accepted if name not in known]
     for name in arguments:
         if name not in accepted:
             raise unknown_name(f"{part.where}, arguments of {part.operator.name}", name, accepted)
+    for name, value in part.operator.hints:
+        if name in accepted:
+            arguments.setdefault(name, value)
     if "norm" in accepted:
         arguments.setdefault("norm", defaults.norm)
     if "activation" in accepted and part.kind == "block":
@@ -189,8 +229,37 @@ def build_part(part: Part, defaults: Defaults) -> nn.Module:
         else (part.in_channels, part.amount)
     )
     try:
-        return builder(*sizes, **arguments)
+        module = builder(*sizes, **arguments, **known)
     except UnknownNameError as error:
         raise UnknownNameError(f"{part.where}: {error}") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{part.where}: {error}") from None
+    return set_norm(module, defaults.norm_eps, defaults.norm_momentum)
+
+
+def _options(builder: Callable[..., nn.Module]) -> list[str]:
+    """The arguments of an operator that have a default."""
+    parameters = inspect.signature(builder).parameters
+    return [name for name, given in parameters.items() if given.default is not given.empty]
+
+
+def _check_fusion(part: Part, builder: Callable[..., nn.Module]) -> None:
+    """Raise a ValueError if a fusion cannot take that many maps, or maps of those channels."""
+    name, arity = part.operator.name, getattr(builder, "arity", 0)
+    if arity not in (0, part.amount):
+        raise ValueError(
+            f"{part.where}: {name} fuses {arity} maps, but the node has {part.amount} inputs"
+        )
+    if "widths" in _options(builder) or set(part.widths) <= {part.in_channels}:
+        return
+    takers = [name for name in FUSIONS.names() if "widths" in _options(FUSIONS.get(name))]
+    given = f"{', '.join(map(str, part.widths[:-1]))} and {part.widths[-1]}"
+    one_width = (
+        "maps of one width"
+        if len(set(part.widths)) > 1
+        else f"maps of the pyramid's width, {part.in_channels} channels"
+    )
+    raise ValueError(
+        f"{part.where}: {name} fuses {one_width}, but its inputs have {given} channels; project"
+        f" them (leave out project: identity), or fuse by {', '.join(takers)}"
+    )

@@ -20,6 +20,8 @@ class Defaults:
         channels: of every map inside the pyramid.
         norm: of every block, projection, fusion and resampler that has convolutions.
         activation: of every block of a node or edge.
+        norm_eps: of every normalisation layer. 0 for the layer's own default.
+        norm_momentum: of every one that keeps running statistics. 0 for the layer's own default.
     """
 
     channels: int
@@ -28,6 +30,8 @@ class Defaults:
     downsample: Operator = Operator("maxpool")
     norm: str = ""
     activation: str = ""
+    norm_eps: float = 0.0
+    norm_momentum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Part:
         kind: "block", "fuse", "up" or "down".
         amount: the number of maps for a fusion, of levels for a resampler; 0 for a block.
         where: the place in the graph, for error messages.
+        levels: of a fusion's inputs: the level that each comes from.
+        widths: of a fusion's inputs: the channels that each arrives with.
     """
 
     path: str
@@ -47,6 +53,8 @@ class Part:
     out_channels: int
     amount: int
     where: str
+    levels: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def resolve(
     Every node gives `defaults.channels` channels. Where a bottom-up map has others, the node's own
     block changes them if the node has one input; where maps are fused or the block is the identity,
     each edge gets a 1x1 convolution of its own (as in the first cell of EfficientDet,
-    arXiv:1911.09070).
+    arXiv:1911.09070), unless it says `project: identity`: then it keeps the channels of its source.
 
     Args:
         in_channels: of the graph's inputs, by name.
@@ -101,13 +109,9 @@ def resolve(
         edges = tuple(
             _resolve_edge(item, i, levels, channels, defaults) for i in range(len(item.inputs))
         )
-        fuse = None
-        if len(edges) > 1:
-            operator = item.fuse or defaults.fuse
-            where = f"node {item.name!r}, fuse"
-            width = defaults.channels
-            fuse = Part(f"{item.name}_fuse", "fuse", operator, width, width, len(edges), where)
-        width = _width(edges[0], channels, defaults) if len(edges) == 1 else defaults.channels
+        widths = tuple(_width(edge, channels, defaults) for edge in edges)
+        fuse = _fusion(item, levels, widths, defaults) if len(edges) > 1 else None
+        width = defaults.channels if fuse else widths[0]
         block = _block(
             item.name, item.block, width, defaults.channels, f"node {item.name!r}, block"
         )
@@ -123,15 +127,30 @@ def resolve(
 
 def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) -> int:
     """The channels that an edge delivers."""
+    if edge.resample and not edge.block:
+        return edge.resample.out_channels
     return defaults.channels if edge.project or edge.block else channels[edge.source]
+
+
+def _fusion(
+    item: Node, levels: Mapping[str, int], widths: tuple[int, ...], defaults: Defaults
+) -> Part:
+    sources = tuple(levels[edge.source] for edge in item.inputs)
+    path, where, width = f"{item.name}_fuse", f"node {item.name!r}, fuse", defaults.channels
+    operator = item.fuse or defaults.fuse
+    return Part(path, "fuse", operator, width, width, len(widths), where, sources, widths)
 
 
 def _block(
     path: str, operator: Operator | None, width: int, channels: int, where: str
 ) -> Part | None:
-    if operator is None or (operator == Operator("identity") and width == channels):
+    if operator is None or (_is_identity(operator) and width == channels):
         return None
     return Part(path, "block", operator, width, channels, 0, where)
+
+
+def _is_identity(operator: Operator | None) -> bool:
+    return operator is not None and operator.name == "identity" and not operator.args
 
 
 def _resolve_edge(
@@ -144,18 +163,30 @@ def _resolve_edge(
     edge = item.inputs[index]
     path, where = f"{item.name}_edge{index}", f"node {item.name!r}, input {edge.source!r}"
     width = channels[edge.source]
-    projection = edge.project or _default_projection(item, edge, width, defaults)
+    steps = levels[edge.source] - item.input_level
+    operator = edge.resample or (defaults.upsample if steps > 0 else defaults.downsample)
+    shrinks = steps > 0 and bool(dict(operator.args).get("shrink"))
+    projection = edge.project
+    if projection is None and not shrinks:
+        projection = _default_projection(item, edge, width, defaults)
+    if _is_identity(projection):  # said of an edge, it keeps the channels even where they differ
+        projection = None
     project = _block(f"{path}.project", projection, width, defaults.channels, f"{where}, project")
     width = defaults.channels if project else width
-    steps = levels[edge.source] - item.input_level
     resample = None
     if steps:
         kind = "up" if steps > 0 else "down"
-        operator = edge.resample or (defaults.upsample if steps > 0 else defaults.downsample)
+        wide, width = width, width >> steps if shrinks else width
         resample = Part(
-            f"{path}.resample", kind, operator, width, width, abs(steps), f"{where}, resample"
+            f"{path}.resample", kind, operator, wide, width, abs(steps), f"{where}, resample"
         )
-    block = _block(f"{path}.block", edge.block, width, defaults.channels, f"{where}, block")
+    following = edge.block
+    if following is None and shrinks and not _is_identity(edge.project):
+        # as in ViTDet, the source's own channels are halved, and changed after it
+        following = _default_projection(item, edge, width, defaults)
+    if _is_identity(following):
+        following = None
+    block = _block(f"{path}.block", following, width, defaults.channels, f"{where}, block")
     return ResolvedEdge(edge.source, project, resample, block)
 
 

@@ -1,0 +1,118 @@
+"""What every topology function takes and returns. This module imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Mapping
+
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
+from fpn_plugin.registry import Registry
+
+Levels = Mapping[str, int]
+Maps = dict[int, str]  # the node or input that gives each level
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a topology leaves open.
+
+    Attributes:
+        lateral: the block on each bottom-up map.
+        block: the block of each output, or of each node where a topology has one block per node.
+        activation: for a topology that prescribes one; "" is the paper's.
+        inner_levels: how many coarser levels a topology that fuses them makes from its top input.
+        first: whether the inputs are bottom-up maps, and not another pyramid's.
+    """
+
+    lateral: Operator = Operator("conv1x1")
+    block: Operator = Operator("conv3x3")
+    activation: str = ""
+    inner_levels: int = 0
+    first: bool = True
+
+    def act(self, default: str) -> str:
+        """The activation: the config's, or the paper's."""
+        return self.activation or default
+
+    def pre_activated(self, default: str) -> Operator:
+        """The block, with its activation before its convolution."""
+        return prescribe(self.block, order="act-conv-norm", activation=self.act(default))
+
+
+Topology = Callable[[Levels, Style], Graph]
+TOPOLOGIES: Registry[Topology] = Registry("topology")
+# how many levels a topology that makes levels of its own brings its inputs to
+INNER_LEVELS: dict[str, int] = {}
+
+
+def prescribe(operator: Operator, **hints: Any) -> Operator:
+    """The operator with what the topology prescribes, where it says nothing itself."""
+    return replace(operator, hints=tuple(hints.items()))
+
+
+def by_level(inputs: Levels) -> Maps:
+    """The inputs by level, from high to low resolution."""
+    return {level: name for name, level in sorted(inputs.items(), key=lambda item: item[1])}
+
+
+def made(inputs: Levels, nodes: list[Node], outputs: Mapping[int, str]) -> Graph:
+    """A graph with one output per level.
+
+    Args:
+        outputs: the node that gives each level.
+    """
+    return Graph(inputs, tuple(nodes), tuple(outputs[level] for level in sorted(outputs)))
+
+
+def need_levels(topology: str, inputs: Levels, least: int, inner: int = 0) -> None:
+    """Refuse too few levels.
+
+    Raises:
+        ValueError: naming MODEL.FPN.TOPOLOGY and MODEL.FPN.IN_FEATURES.
+    """
+    if len(inputs) + inner < least:
+        raise ValueError(
+            f"MODEL.FPN.TOPOLOGY: {topology!r} needs at least {least} levels, but gets"
+            f" {len(inputs)} from MODEL.FPN.IN_FEATURES {list(inputs)} and {inner} of its own"
+            " (MODEL.FPN.INNER_LEVELS)"
+        )
+
+
+def add_inner_levels(
+    prefix: str, maps: Maps, count: int, down: Operator | None = None
+) -> list[Node]:
+    """Nodes that make coarser levels by downsampling the top map; `maps` gets them too.
+
+    The first one's input is projected where its channels need it (EfficientDet, arXiv:1911.09070:
+    1x1 with norm, then a max pool).
+
+    Args:
+        down: the resampler. Default: DOWNSAMPLE.
+    """
+    nodes = []
+    for _ in range(count):
+        top = max(maps)
+        nodes.append(node(f"{prefix}_in{top + 1}", top + 1, [Edge(maps[top], resample=down)]))
+        maps[top + 1] = nodes[-1].name
+    return nodes
+
+
+__all__ = [
+    "Edge",
+    "Graph",
+    "INNER_LEVELS",
+    "Levels",
+    "Maps",
+    "Node",
+    "Operator",
+    "Style",
+    "TOPOLOGIES",
+    "Topology",
+    "add_inner_levels",
+    "by_level",
+    "made",
+    "need_levels",
+    "node",
+    "op",
+    "prescribe",
+]

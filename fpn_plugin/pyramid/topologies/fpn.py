@@ -1,0 +1,108 @@
+"""The top-down pyramids: FPN, the baseline without fusion, FaPN, and ViTDet's simple pyramid."""
+
+from __future__ import annotations
+
+from fpn_plugin.pyramid.topologies.base import (
+    TOPOLOGIES,
+    Edge,
+    Graph,
+    Levels,
+    Maps,
+    Node,
+    Operator,
+    Style,
+    by_level,
+    made,
+    node,
+    op,
+    prescribe,
+)
+
+
+def top_down(
+    inputs: Levels, style: Style, prefix: str = "fpn", up: Operator | None = None
+) -> tuple[list[Node], Maps]:
+    """FPN's nodes and its outputs by level.
+
+    Args:
+        prefix: of the node names.
+        up: the resampler of the top-down path. Default: UPSAMPLE.
+    """
+    nodes: list[Node] = []
+    outputs: Maps = {}
+    above = ""
+    for level, name in reversed(list(by_level(inputs).items())):
+        lateral = f"{prefix}_lateral{level}"
+        nodes.append(node(lateral, level, [name], block=style.lateral))
+        if above:
+            nodes.append(node(f"{prefix}_merge{level}", level, [lateral, Edge(above, resample=up)]))
+        above = nodes[-1].name
+        outputs[level] = f"{prefix}_output{level}"
+        nodes.append(node(outputs[level], level, [above], block=style.block))
+    return nodes, outputs
+
+
+@TOPOLOGIES.register("fpn")
+def fpn(inputs: Levels, style: Style) -> Graph:
+    """Feature Pyramid Network, Lin et al. 2017, arXiv:1612.03144.
+
+    `M_l = fuse(lateral_l, up(M_{l+1}))`, `P_l = block(M_l)`. The names of the convolutions are
+    Detectron2's.
+    """
+    return made(inputs, *top_down(inputs, style))
+
+
+@TOPOLOGIES.register("fapn")
+def fapn(inputs: Levels, style: Style) -> Graph:
+    """Feature-aligned pyramid, Huang et al. 2021, arXiv:2108.07058.
+
+    FPN with feature selection (`fsm`) on each bottom-up map, and feature alignment (`fam`) in place
+    of upsampling.
+    """
+    selecting = Style(op("fsm"), style.block)
+    return made(inputs, *top_down(inputs, selecting, "fapn", op("fam")))
+
+
+@TOPOLOGIES.register("channel_mapper")
+def channel_mapper(inputs: Levels, style: Style) -> Graph:
+    """The baseline without fusion: each map is brought to the common width, nothing passes."""
+    nodes = [
+        node(f"mapper{level}", level, [name], block=style.block)
+        for level, name in by_level(inputs).items()
+    ]
+    return made(inputs, nodes, {item.level: item.name for item in nodes})
+
+
+@TOPOLOGIES.register("simple")
+def simple(inputs: Levels, style: Style) -> Graph:
+    """ViTDet's simple pyramid, Li et al. 2022, arXiv:2203.16527.
+
+    From one map: x4 and x2 by transposed convolutions that halve the channels, x1, and x1/2 by max
+    pooling; each then 1x1 and 3x3, both with a norm (layer norm in the paper: NORM LN).
+
+    Raises:
+        ValueError: if there is not exactly one input, or it is too fine.
+    """
+    if len(inputs) != 1:
+        raise ValueError(
+            "MODEL.FPN.TOPOLOGY: 'simple' reads one map, but MODEL.FPN.IN_FEATURES names"
+            f" {len(inputs)}: {list(inputs)}"
+        )
+    ((name, level),) = inputs.items()
+    if level < 2:
+        raise ValueError(
+            f"MODEL.FPN.TOPOLOGY: 'simple' makes a map four times finer than {name!r}, which has a"
+            f" stride of {2**level} already"
+        )
+    up = op("deconv", shrink=True, activation=style.act("gelu"))
+    resample = {-2: up, -1: up, 0: None, 1: op("maxpool_stride")}
+    nodes = [
+        node(
+            f"simple_output{level + step}",
+            level + step,
+            [Edge(name, resample=resample[step], block=prescribe(style.lateral, activation=""))],
+            block=style.block,
+        )
+        for step in resample
+    ]
+    return made(inputs, nodes, {item.level: item.name for item in nodes})

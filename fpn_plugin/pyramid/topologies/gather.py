@@ -1,0 +1,86 @@
+"""The pyramids that bring all levels together: HRFPN, Libra R-CNN's, ASFF."""
+
+from __future__ import annotations
+
+from fpn_plugin.pyramid.topologies.base import (
+    INNER_LEVELS,
+    TOPOLOGIES,
+    Edge,
+    Graph,
+    Levels,
+    Style,
+    by_level,
+    made,
+    need_levels,
+    node,
+    op,
+)
+
+INNER_LEVELS["hrfpn"] = 5
+
+
+@TOPOLOGIES.register("hrfpn")
+def hrfpn(inputs: Levels, style: Style) -> Graph:
+    """HRNetV2p, Sun et al. 2019, arXiv:1904.04514.
+
+    All maps bilinearly to the finest, concatenated as they are, 1x1; that map average-pooled to
+    each level, and a block.
+    """
+    maps = by_level(inputs)
+    finest = min(maps)
+    keep = op("identity")
+    edges = [
+        Edge(name, project=keep, resample=op("bilinear") if level > finest else None)
+        for level, name in maps.items()
+    ]
+    nodes = [node("hrfpn_reduce", finest, edges, "concat")]
+    levels = [*maps, *range(max(maps) + 1, max(maps) + 1 + style.inner_levels)]
+    outputs = {level: f"hrfpn_output{level}" for level in levels}
+    for level, name in outputs.items():
+        edge = Edge("hrfpn_reduce", resample=op("avgpool") if level > finest else None)
+        nodes.append(node(name, level, [edge], block=style.block))
+    return made(inputs, nodes, outputs)
+
+
+@TOPOLOGIES.register("bfp")
+def bfp(inputs: Levels, style: Style) -> Graph:
+    """Libra R-CNN's balanced pyramid, Pang et al. 2019, arXiv:1904.02701, after another pyramid.
+
+    All levels at P4 (where there is none, at the middle one), averaged, refined by one non-local
+    block, and added back to each level. The paper's is `fpn+bfp`.
+    """
+    need_levels("bfp", inputs, 2)
+    maps = by_level(inputs)
+    middle = 4 if 4 in maps else list(maps)[len(maps) // 2]
+    edges = [_moved(name, level, middle) for level, name in maps.items()]
+    nodes = [node("bfp_refine", middle, edges, "avg", op("non_local"))]
+    outputs = {level: f"bfp_output{level}" for level in maps}
+    nodes += [
+        node(outputs[level], level, [maps[level], _moved("bfp_refine", middle, level)], "sum")
+        for level in maps
+    ]
+    return made(inputs, nodes, outputs)
+
+
+def _moved(name: str, source: int, target: int) -> Edge:
+    """To a finer level by repetition, to a coarser one by the maximum of what falls together."""
+    if source == target:
+        return Edge(name)
+    return Edge(name, resample=op("nearest" if source > target else "maxpool_stride"))
+
+
+@TOPOLOGIES.register("asff")
+def asff(inputs: Levels, style: Style) -> Graph:
+    """Adaptively spatial feature fusion, Liu et al. 2019, arXiv:1911.09516, after another pyramid.
+
+    Every output takes all levels, resampled to it, fused per place by learned weights (`asff`),
+    then a block. The paper's is on an FPN: `fpn+asff`.
+    """
+    need_levels("asff", inputs, 2)
+    maps = by_level(inputs)
+    outputs = {level: f"asff_output{level}" for level in maps}
+    nodes = []
+    for level in maps:
+        others = [name for other, name in maps.items() if other != level]
+        nodes.append(node(outputs[level], level, [maps[level], *others], "asff", style.block))
+    return made(inputs, nodes, outputs)

@@ -1,0 +1,130 @@
+"""Searched and grid-shaped pyramids: NAS-FPN and Feature Pyramid Grids."""
+
+from __future__ import annotations
+
+from fpn_plugin.pyramid.topologies.base import (
+    INNER_LEVELS,
+    TOPOLOGIES,
+    Edge,
+    Graph,
+    Levels,
+    Maps,
+    Node,
+    Style,
+    add_inner_levels,
+    by_level,
+    made,
+    need_levels,
+    node,
+    op,
+    prescribe,
+)
+
+# the merging cells of the best architecture: level (0 is the finest), operation, the two inputs;
+# inputs and cells are numbered together
+_NAS_CELLS = (
+    (1, "gp", 1, 3),
+    (1, "sum", 1, 5),
+    (0, "sum", 0, 6),
+    (1, "sum", 6, 7),
+    (2, "gp", 7, 8),
+    (4, "gp", 6, 9),
+    (3, "gp", 9, 10),
+)
+_PATHWAYS = 9
+
+INNER_LEVELS["nas_fpn"] = INNER_LEVELS["fpg"] = 5
+
+
+def _laterals(prefix: str, inputs: Levels, style: Style) -> tuple[list[Node], Maps]:
+    """A lateral on each bottom-up map; another pyramid's maps have the width already."""
+    maps = by_level(inputs)
+    if not style.first:
+        return [], maps
+    nodes = [
+        node(f"{prefix}_lateral{level}", level, [name], block=style.lateral)
+        for level, name in maps.items()
+    ]
+    return nodes, {item.level: item.name for item in nodes}
+
+
+@TOPOLOGIES.register("nas_fpn")
+def nas_fpn(inputs: Levels, style: Style) -> Graph:
+    """NAS-FPN, Ghiasi et al. 2019, arXiv:1904.07392, one of its (seven) repeats.
+
+    Seven merging cells on five levels. Each: both inputs to the level, `sum` (FUSE_TYPE) or global
+    attention, ReLU, block (3x3 with bias), norm. A level's output is its last node, and every node
+    of that level that nothing read joins its fusion.
+
+    Raises:
+        ValueError: if there are not five levels.
+    """
+    if len(inputs) + style.inner_levels != 5:
+        raise ValueError(
+            "MODEL.FPN.TOPOLOGY: 'nas_fpn' was searched for five levels, but gets"
+            f" {len(inputs)} from MODEL.FPN.IN_FEATURES {list(inputs)} and {style.inner_levels} of"
+            " its own (MODEL.FPN.INNER_LEVELS)"
+        )
+    nodes, maps = _laterals("nas_fpn", inputs, style)
+    nodes += add_inner_levels("nas_fpn", maps, style.inner_levels, op("maxpool_stride"))
+    levels = sorted(maps)
+    block = prescribe(style.block, order="act-conv-norm", activation=style.act("relu"), bias=True)
+    found = [(level, maps[level]) for level in levels]  # level and node by id
+    unread = set(range(len(levels)))
+    outputs: Maps = {}
+    for index, (row, operation, *sources) in enumerate(_NAS_CELLS):
+        level, name = levels[row], f"nas_fpn_cell{index}"
+        unread -= set(sources)
+        edges = [_nas_edge(found[source], level) for source in sources]
+        last = not any(cell[0] == row for cell in _NAS_CELLS[index + 1 :])
+        rest = [Edge(found[i][1]) for i in sorted(unread) if last and found[i][0] == level]
+        fuse = "global_attention" if operation == "gp" else None
+        if fuse and rest:
+            nodes.append(node(f"{name}_attention", level, edges, fuse))
+            edges, fuse = [Edge(nodes[-1].name)], None
+        nodes.append(node(name, level, edges + rest, fuse, block))
+        unread.add(len(found))
+        found.append((level, name))
+        outputs[level] = name
+    return made(inputs, nodes, outputs)
+
+
+def _nas_edge(source: tuple[int, str], level: int) -> Edge:
+    return Edge(source[1], resample=op("maxpool_stride") if source[0] < level else None)
+
+
+@TOPOLOGIES.register("fpg")
+def fpg(inputs: Levels, style: Style) -> Graph:
+    """Feature Pyramid Grids, Chen et al. 2020, arXiv:2004.03580.
+
+    Nine bottom-up pathways side by side. The node of a pathway and a level sums: 3x3 s2 of the
+    finer level in its pathway, 1x1 of its level and up and 3x3 of the coarser level in the pathway
+    before, and 1x1 of its level's lateral; the outputs are blocks on the last pathway. All these
+    convolutions are act-conv-norm. Early nodes of fine levels are left out and pass the pathway
+    before on.
+    """
+    need_levels("fpg", inputs, 2, style.inner_levels)
+    nodes, maps = _laterals("fpg", inputs, style)
+    nodes += add_inner_levels("fpg", maps, style.inner_levels)
+    levels = sorted(maps)
+    pre = {"order": "act-conv-norm", "activation": style.act("relu")}
+    one, three, down = op("conv1x1", **pre), op("conv3x3", **pre), op("conv", **pre)
+    first, before = dict(maps), dict(maps)
+    for pathway in range(_PATHWAYS):
+        now = dict(before)
+        for index, level in enumerate(levels):
+            if pathway < len(levels) - 1 - index:
+                continue
+            edges = [Edge(before[level], block=one)]
+            if index:
+                edges.append(Edge(now[levels[index - 1]], resample=down))
+            if level != levels[-1]:
+                edges.append(Edge(before[levels[index + 1]], block=three))
+            edges.append(Edge(first[level], block=one))
+            now[level] = f"fpg_p{pathway}_{level}"
+            nodes.append(node(now[level], level, edges, "sum"))
+        before = now
+    outputs = {level: f"fpg_output{level}" for level in levels}
+    block = style.pre_activated("relu")
+    nodes += [node(outputs[level], level, [before[level]], block=block) for level in levels]
+    return made(inputs, nodes, outputs)

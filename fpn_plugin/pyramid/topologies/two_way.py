@@ -1,0 +1,132 @@
+"""The pyramids with a bottom-up path after the top-down one: PANet, BiFPN, QuFPN."""
+
+from __future__ import annotations
+
+from fpn_plugin.pyramid.topologies.base import (
+    INNER_LEVELS,
+    TOPOLOGIES,
+    Edge,
+    Graph,
+    Levels,
+    Maps,
+    Node,
+    Operator,
+    Style,
+    add_inner_levels,
+    by_level,
+    made,
+    need_levels,
+    node,
+    op,
+    prescribe,
+)
+from fpn_plugin.pyramid.topologies.fpn import top_down
+
+
+@TOPOLOGIES.register("pafpn")
+def pafpn(inputs: Levels, style: Style) -> Graph:
+    """Path aggregation, Liu et al. 2018, arXiv:1803.01534.
+
+    On FPN's `P_l`: `N_min = P_min`, `N_{l+1} = ReLU(block(fuse(P_{l+1}, ReLU(3x3 s2(N_l)))))`.
+    """
+    nodes, maps = top_down(inputs, style)
+    act = style.act("relu")
+    down = op("conv", activation=act)
+    levels = sorted(maps)
+    for below, level in zip(levels, levels[1:]):
+        sources = [maps[level], Edge(maps[below], resample=down)]
+        block = prescribe(style.block, activation=act)
+        maps[level] = f"pafpn_output{level}"
+        nodes.append(node(maps[level], level, sources, block=block))
+    return made(inputs, nodes, maps)
+
+
+@TOPOLOGIES.register("pafpn_mmdet")
+def pafpn_mmdet(inputs: Levels, style: Style) -> Graph:
+    """Path aggregation as MMDetection has it.
+
+    The bottom-up path sums before the output convolutions, which are outside the recursion:
+    `I_min = P_min`, `I_{l+1} = fuse(P_{l+1}, 3x3 s2(I_l))`, then `N_min = I_min`,
+    `N_l = block(I_l)`; no activation.
+    """
+    nodes, maps = top_down(inputs, style)
+    levels = sorted(maps)
+    outputs: Maps = {levels[0]: maps[levels[0]]}
+    for below, level in zip(levels, levels[1:]):
+        sources = [maps[level], Edge(maps[below], resample=op("conv"))]
+        maps[level] = f"pafpn_merge{level}"
+        nodes.append(node(maps[level], level, sources))
+        outputs[level] = f"pafpn_output{level}"
+        nodes.append(node(outputs[level], level, [maps[level]], block=style.block))
+    return made(inputs, nodes, outputs)
+
+
+def _down_then_up(prefix: str, maps: Maps, block: Operator) -> tuple[list[Node], Maps]:
+    """BiFPN's cell: a top-down path, then a bottom-up path that reads the inputs again."""
+    nodes: list[Node] = []
+    levels = sorted(maps)
+    middle = {levels[-1]: maps[levels[-1]]}
+    for level, above in reversed(list(zip(levels[:-1], levels[1:]))):
+        # the finest level has no second node: its top-down map is its output
+        middle[level] = f"{prefix}_{'out' if level == levels[0] else 'td'}{level}"
+        nodes.append(node(middle[level], level, [maps[level], middle[above]], block=block))
+    outputs = {levels[0]: middle[levels[0]]}
+    for below, level in zip(levels, levels[1:]):
+        sources = list(dict.fromkeys([maps[level], middle[level], outputs[below]]))
+        outputs[level] = f"{prefix}_out{level}"
+        nodes.append(node(outputs[level], level, sources, block=block))
+    return nodes, outputs
+
+
+def _up_then_down(prefix: str, maps: Maps, block: Operator) -> tuple[list[Node], Maps]:
+    """The mirror of BiFPN's cell: a bottom-up path, then a top-down path that reads the inputs."""
+    nodes: list[Node] = []
+    levels = sorted(maps)
+    middle = {levels[0]: maps[levels[0]]}
+    for below, level in zip(levels, levels[1:]):
+        middle[level] = f"{prefix}_{'out' if level == levels[-1] else 'bu'}{level}"
+        nodes.append(node(middle[level], level, [maps[level], middle[below]], block=block))
+    outputs = {levels[-1]: middle[levels[-1]]}
+    for level, above in reversed(list(zip(levels[:-1], levels[1:]))):
+        sources = list(dict.fromkeys([maps[level], middle[level], outputs[above]]))
+        outputs[level] = f"{prefix}_out{level}"
+        nodes.append(node(outputs[level], level, sources, block=block))
+    return nodes, outputs
+
+
+INNER_LEVELS["bifpn"] = INNER_LEVELS["qufpn"] = 5
+
+
+@TOPOLOGIES.register("bifpn")
+def bifpn(inputs: Levels, style: Style) -> Graph:
+    """EfficientDet's weighted bi-directional pyramid, Tan et al. 2020, arXiv:1911.09070, one cell.
+
+    Each node: fuse, swish, block; the paper's fuse is `fast_normalized`, its block `separable`, its
+    norm BN, and it repeats the cell. Where the inputs' channels differ from the width, every edge
+    has a projection of its own.
+    """
+    need_levels("bifpn", inputs, 2, style.inner_levels)
+    maps = by_level(inputs)
+    nodes = add_inner_levels("bifpn", maps, style.inner_levels)
+    cell, outputs = _down_then_up("bifpn", maps, style.pre_activated("swish"))
+    return made(inputs, nodes + cell, outputs)
+
+
+@TOPOLOGIES.register("qufpn")
+def qufpn(inputs: Levels, style: Style) -> Graph:
+    """BiFPN's cell and its mirror from the same inputs, added level by level (google/automl).
+
+    The additions are always fast-normalised; fuse, block and norm otherwise as in `bifpn`.
+    """
+    need_levels("qufpn", inputs, 3, style.inner_levels)
+    maps = by_level(inputs)
+    nodes = add_inner_levels("qufpn", maps, style.inner_levels)
+    block = style.pre_activated("swish")
+    first, down_up = _down_then_up("qufpn_a", maps, block)
+    second, up_down = _up_then_down("qufpn_b", maps, block)
+    outputs = {level: f"qufpn_out{level}" for level in maps}
+    added = [
+        node(outputs[level], level, [down_up[level], up_down[level]], "fast_normalized", block)
+        for level in maps
+    ]
+    return made(inputs, nodes + first + second + added, outputs)

@@ -1,0 +1,145 @@
+"""Training from Python configs: the tool from its command line, resuming, evaluating, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import load_tool
+from omegaconf import DictConfig
+from tiny import TRAIN, VAL
+
+from fpn_plugin.engine import lazy
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
+SMALL = [
+    "model.backbone.bottom_up.weights=''",
+    "model.roi_heads.num_classes=2",
+    "model.roi_heads.box_head.fc_dims=[512]",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    "train.device=cpu",
+    "train.max_iter=2",
+    "train.checkpointer.period=1",
+]
+NAMES = [f"dataloader.train.dataset.names={TRAIN}", f"dataloader.test.dataset.names={VAL}"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> Any:
+    """What the tool does in a process, flags first; its dataset is registered in this one."""
+    tool = load_tool("lazyconfig_train_net")
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    keys = [argument for argument in arguments if not argument.startswith("--")]
+    line = ["tool", "--config-file", str(CONFIG), *flags, *SMALL, *NAMES]
+    monkeypatch.setattr(sys, "argv", [*line, f"train.output_dir={output}", *keys])
+    args = tool.parse_args()
+    return tool.main(lazy.setup(args), args)
+
+
+def test_train_resume_and_evaluate(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    results = run(monkeypatch, output, "train.amp.enabled=True")
+    assert "bbox/AP" in results
+    assert (output / "inference" / "coco_instances_results.json").is_file()
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert lines[0]["iteration"] == 1 and lines[0]["total_loss"] > 0
+    first = torch.load(output / "model_0000000.pth", weights_only=False)
+    assert first["iteration"] == 0 and "optimizer" in first["trainer"]
+
+    with pytest.raises(FileExistsError, match="train.output_dir .* --resume .* --overwrite"):
+        run(monkeypatch, output)
+    run(monkeypatch, output, "--resume", "train.max_iter=3")
+    assert sorted(file.name for file in output.glob("model_*")) == [
+        "model_0000000.pth",
+        "model_0000001.pth",
+        "model_0000002.pth",
+        "model_final.pth",
+    ]
+    final = torch.load(output / "model_final.pth", weights_only=False)
+    assert final["iteration"] == 2
+
+    again = run(monkeypatch, output, "--eval-only", "--resume")
+    assert set(again) == {"bbox"} and (output / "eval-1" / "inference").is_dir()
+    run(monkeypatch, output, "--overwrite", "train.max_iter=1")
+    assert sorted(file.name for file in output.glob("model_*")) == [
+        "model_0000000.pth",
+        "model_final.pth",
+    ]
+
+
+def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path: Path) -> None:
+    """The data is named by its files, as a Python config can."""
+    config = tmp_path / "own.py"
+    config.write_text(f"""
+from detectron2.config import LazyCall as L, LazyConfig
+from detectron2.data.datasets import load_coco_json
+
+_cfg = LazyConfig.load({str(CONFIG)!r})
+model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
+dataloader, train = _cfg.dataloader, _cfg.train
+del dataloader.evaluator
+dataloader.train.dataset = L(load_coco_json)(
+    json_file={str(dataset)!r}, image_root={str(dataset.parent)!r}, dataset_name={TRAIN!r}
+)
+""")
+    tool = ROOT / "tools" / "lazyconfig_train_net.py"
+    line = [sys.executable, str(tool), "--config-file", str(config), "--num-gpus", "2"]
+    port = 20_000 + os.getpid() % 20_000
+    line += ["--dist-url", f"tcp://127.0.0.1:{port}", *SMALL]
+    done = subprocess.run(
+        [*line, f"train.output_dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model_final.pth").is_file()
+    assert (tmp_path / "run" / "log.txt.rank1").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train.init_checkpoint=gone.pth"], "train.init_checkpoint 'gone.pth': there is no such"),
+        (["--eval-only"], "--eval-only: train.init_checkpoint is empty"),
+        (["--resume", "--overwrite"], "choose one"),
+        (["train.amp.enabled=True", "+train.amp.precision=fp16"], "train.amp.precision 'fp16' nee"),
+        (["train.amp.enabled=True", "+train.amp.precision=half"], "train.amp.precision.*'half'"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
+        run(monkeypatch, tmp_path / "run", *arguments)
+
+
+def test_a_config_without_a_part_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text("model = dict()\ntrain = dict(device='cpu')\n")
+    with pytest.raises(ValueError, match="lacks optimizer, lr_multiplier, dataloader"):
+        lazy.load_config(str(tmp_path / "part.py"))
+    with pytest.raises(FileNotFoundError, match="--config-file 'none.py'"):
+        lazy.load_config("none.py")
+
+
+def test_channels_last() -> None:
+    cfg: DictConfig = lazy.load_config(str(CONFIG), SMALL)
+    model = lazy.build_model(cfg)
+    weight = model.backbone.get_submodule("fpn_output2").weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,199 @@
+"""EfficientDet's pyramids against PyPI's `effdet`, with copied weights: outputs, gradients, statistics."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Iterable
+
+import pytest
+import torch
+from effdet import get_efficientdet_config
+from effdet.config import get_fpn_config, set_config_writeable
+from effdet.efficientdet import BiFpn
+from torch import Tensor, nn
+
+from fpn_plugin.pyramid.compose import build_graph
+from fpn_plugin.pyramid.graph import op
+from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.resolve import Defaults
+from fpn_plugin.pyramid.topologies import Style
+
+INPUTS = {"res3": 3, "res4": 4, "res5": 5}
+# Image sizes are multiples of 128, so that effdet's levels divide by two. The last number is the
+# gradients' tolerance: in float32, where a max pool's two largest values differ by rounding alone, the
+# two sides send the gradient to different places, so float64 is the proof.
+PRECISIONS = {
+    "float32": (torch.float32, (256, 384), 1e-5, 1e-2),
+    "float64": (torch.float64, (256, 256), 1e-9, 1e-9),
+}
+NODES = {
+    "bifpn": ["td6", "td5", "td4", "out3", "out4", "out5", "out6", "out7"],
+    "qufpn": ["a_td6", "a_td5", "a_td4", "a_out3", "a_out4", "a_out5", "a_out6", "a_out7"]
+    + ["b_bu4", "b_bu5", "b_bu6", "b_out7", "b_out6", "b_out5", "b_out4", "b_out3"]
+    + ["out3", "out4", "out5", "out6", "out7"],
+}
+"""Our nodes in the order of effdet's `fnode` list."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of effdet's models.
+
+    Attributes:
+        channels: of its network's maps of strides 8, 16 and 32.
+    """
+
+    model: str
+    topology: str
+    width: int
+    repeats: int
+    channels: tuple[int, int, int] = (40, 112, 320)
+    downsample: str = "maxpool"
+
+
+CASES = {
+    "d0": Case("efficientdet_d0", "bifpn", 64, 3),
+    "d1": Case("efficientdet_d1", "bifpn", 88, 4),
+    "d2": Case("efficientdet_d2", "bifpn", 112, 5, (48, 120, 352)),
+    "qufpn": Case("efficientdet_d0", "qufpn", 64, 3),
+    "tf_d0": Case("tf_efficientdet_d0", "bifpn", 64, 3, downsample="maxpool_same"),
+}
+
+
+def theirs(case: Case, size: tuple[int, int]) -> BiFpn:
+    config = copy.deepcopy(get_efficientdet_config(case.model))
+    set_config_writeable(config)
+    assert (config.fpn_channels, config.fpn_cell_repeats) == (case.width, case.repeats)
+    config.image_size = list(size)
+    config.redundant_bias = False  # tf_* has biases before its norms, which the norms take away
+    if case.topology == "qufpn":
+        config.fpn_config = get_fpn_config("qufpn_fa", min_level=3, max_level=7)
+    return BiFpn(config, [{"num_chs": count} for count in case.channels])
+
+
+def ours(case: Case) -> Pyramid:
+    graph = build_graph(case.topology, INPUTS, Style(block=op("separable")), case.repeats)
+    defaults = Defaults(
+        case.width,
+        fuse=op("fast_normalized"),
+        downsample=op(case.downsample),
+        norm="BN",
+        norm_eps=1e-3,
+        norm_momentum=0.01,
+    )
+    return Pyramid(graph, dict(zip(INPUTS, case.channels)), defaults)
+
+
+def our_names(case: Case, model: BiFpn) -> dict[str, str]:
+    """Our name of each of effdet's modules that have parameters, and of its fusion weights."""
+    topology = case.topology
+    names = {
+        "resample.3.conv.conv": f"{topology}_in6_edge0.project",
+        "resample.3.conv.bn": f"{topology}_in6_edge0.project.norm",
+    }
+    for run, cell in enumerate(model.cell):
+        prefix = f"r{run + 1}_" if run else ""
+        for index, (name, fnode) in enumerate(zip(NODES[topology], cell.fnode, strict=True)):
+            theirs, mine = f"cell.{run}.fnode.{index}", f"{prefix}{topology}_{name}"
+            names[f"{theirs}.combine.edge_weights"] = f"{mine}_fuse.weights"
+            for edge, offset in enumerate(fnode.combine.inputs_offsets):
+                projection = f"{theirs}.combine.resample.{offset}.conv"
+                names[f"{projection}.conv"] = f"{mine}_edge{edge}.project"
+                names[f"{projection}.bn"] = f"{mine}_edge{edge}.project.norm"
+            block = f"{theirs}.after_combine.conv"
+            names[f"{block}.conv_dw"] = f"{mine}.depthwise"
+            names[f"{block}.conv_pw"] = f"{mine}.pointwise"
+            names[f"{block}.bn"] = f"{mine}.pointwise.norm"
+    return names
+
+
+def rename(key: str, names: dict[str, str]) -> str:
+    if key in names:
+        return names[key]
+    module, _, kind = key.rpartition(".")
+    return f"{names[module]}.{kind}"
+
+
+def pair(case: Case, size: tuple[int, int]) -> tuple[BiFpn, Pyramid, dict[str, str]]:
+    """Effdet's pyramid with random weights and statistics, ours with the same, and our name of each
+    of its keys."""
+    their, mine = theirs(case, size), ours(case)
+    for name, x in their.named_parameters():
+        if x.dim() == 4:
+            nn.init.normal_(x, std=x[0].numel() ** -0.5)
+        elif x.dim() == 1:
+            nn.init.uniform_(x, 0.5, 1)
+    for layer in their.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.bias.data.normal_(std=0.2)
+            layer.running_mean.normal_(std=0.5)
+            layer.running_var.uniform_(0.5, 2)
+    names = our_names(case, their)
+    keys = {key: rename(key, names) for key in their.state_dict()}
+    assert len(set(keys.values())) == len(keys)
+    assert set(keys.values()) == set(mine.state_dict())
+    mine.load_state_dict({keys[key]: x for key, x in their.state_dict().items()})
+    return their, mine, keys
+
+
+def maps_of(case: Case, size: tuple[int, int]) -> list[Tensor]:
+    return [
+        torch.randn(2, count, size[0] >> level, size[1] >> level)
+        for count, level in zip(case.channels, INPUTS.values())
+    ]
+
+
+def differ(pairs: Iterable[tuple[Tensor | None, Tensor | None]], tolerance: float) -> float:
+    """Assert that the tensors of each pair are close, and give the largest absolute difference."""
+    worst = 0.0
+    for one, two in pairs:
+        assert one is not None and two is not None and one.shape == two.shape
+        worst = max(worst, (one - two).abs().max().item())
+        assert torch.allclose(one, two, rtol=tolerance, atol=tolerance), worst
+    return worst
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_effdet(name: str, precision: str, training: bool) -> None:
+    dtype, size, tolerance, of_gradients = PRECISIONS[precision]
+    their, mine, keys = pair(CASES[name], size)
+    their.to(dtype).train(training), mine.to(dtype).train(training)
+    inputs = [x.to(dtype).requires_grad_() for x in maps_of(CASES[name], size)]
+    copies = [x.detach().clone().requires_grad_() for x in inputs]
+    expected = their(list(inputs))  # it changes the list that it is given
+    outputs = list(mine(dict(zip(INPUTS, copies))).values())
+    assert len(expected) == len(outputs) == 5
+    assert all(x.std() > 0.1 for x in expected)
+    worst = {"outputs": differ(zip(expected, outputs), tolerance)}
+
+    weights = [torch.randn_like(x) / x[0].numel() ** 0.5 for x in expected]
+    for maps in (expected, outputs):
+        torch.stack([(x * weight).sum() for x, weight in zip(maps, weights)]).sum().backward()
+    worst["input gradients"] = differ(
+        [(x.grad, y.grad) for x, y in zip(inputs, copies)], of_gradients
+    )
+    parameters = dict(mine.named_parameters())
+    gradients = [(x.grad, parameters.pop(keys[key]).grad) for key, x in their.named_parameters()]
+    assert not parameters and all(x is not None and x.abs().sum() > 0 for x, _ in gradients)
+    worst["parameter gradients"] = differ(gradients, of_gradients)
+
+    state = mine.state_dict()  # with the statistics that the pass in training has moved
+    worst["state"] = differ(
+        [(x, state[keys[key]]) for key, x in their.state_dict().items()], tolerance
+    )
+    print(name, precision, {kind: f"{difference:.1e}" for kind, difference in worst.items()})
+
+
+@torch.no_grad()
+def test_padding_matters() -> None:
+    """The two max poolings differ, or the case tf_d0 would prove nothing."""
+    case = CASES["tf_d0"]
+    their, _, keys = pair(case, (256, 256))
+    other = ours(CASES["d0"])
+    other.load_state_dict({keys[key]: x for key, x in their.state_dict().items()})
+    inputs = maps_of(case, (256, 256))
+    one, two = their.eval()(list(inputs)), other.eval()(dict(zip(INPUTS, inputs)))
+    assert not torch.allclose(one[-1], two["p7"], atol=0.1)

@@ -1,0 +1,151 @@
+"""The files in configs/: every one builds, and every quick start trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from fpn_plugin import PyramidBackbone, add_fpn_config
+from fpn_plugin.pyramid.topologies import TOPOLOGIES
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+YAML = sorted(path for path in CONFIGS.rglob("*.yaml"))
+QUICK = [path for path in YAML if path.parent.name == "quickstart" and path.stem[:4] != "Base"]
+LAZY = sorted(path for path in CONFIGS.glob("lazy/*.py") if path.stem != "common")
+NO_WEIGHTS = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BOTTOM_UP.WEIGHTS", "")
+SMALL_HEADS = ("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32)
+STACKS = {"bfp": "fpn+bfp", "asff": "fpn+asff"}  # what their papers run after an FPN
+# the folder of each lazy config's YAML twin
+TWINS = {
+    "faster_rcnn_trees_FPN": "quickstart",
+    "mask_rcnn_R_50_BiFPN_1x": "COCO-InstanceSegmentation",
+    "mask_rcnn_R_50_FPN_1x": "COCO-InstanceSegmentation",
+    "retinanet_R_50_BiFPN_D0_1x": "COCO-Detection",
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def load(path: Path, *overrides: object) -> CfgNode:
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list([*NO_WEIGHTS, *overrides])
+    return cfg
+
+
+def lazy_model(path: Path) -> nn.Module:
+    model = LazyConfig.load(str(path)).model
+    if "weights" in model.backbone.bottom_up:
+        model.backbone.bottom_up.weights = ""
+    return instantiate(model)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("path", YAML, ids=name)
+def test_every_config_file_builds(path: Path) -> None:
+    """The builder also checks that the heads' maps exist and the anchors agree with them."""
+    model = build_model(load(path, *SMALL_HEADS))
+    assert isinstance(model.backbone, PyramidBackbone)
+
+
+@pytest.mark.parametrize("folder", ["COCO-InstanceSegmentation", "quickstart"])
+def test_every_topology_has_a_config(folder: str) -> None:
+    found = {load(path).MODEL.FPN.TOPOLOGY for path in YAML if path.parent.name == folder}
+    wanted = {STACKS.get(topology, topology) for topology in TOPOLOGIES.names()}
+    assert wanted - found == set()
+
+
+@pytest.mark.parametrize("path", QUICK, ids=name)
+def test_quick_starts_write_to_a_folder_of_their_name(path: Path) -> None:
+    assert load(path).OUTPUT_DIR == f"output/quickstart/{path.stem}"
+
+
+def batch(cfg: CfgNode, side: int = 128) -> list[dict[str, object]]:
+    """Two random images with a box, and its mask, each."""
+    samples = []
+    for low, high in ((10, 60), (40, 120)):
+        masks = torch.zeros(1, side, side, dtype=torch.bool)
+        masks[:, low:high, low:high] = True
+        box = Boxes(torch.tensor([[low, low, high, high]], dtype=torch.float32))
+        instances = Instances((side, side), gt_boxes=box, gt_classes=torch.zeros(1).long())
+        if cfg.MODEL.MASK_ON:
+            instances.gt_masks = BitMasks(masks)
+        image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+        samples.append({"image": image, "instances": instances})
+    return samples
+
+
+@pytest.mark.parametrize("path", QUICK, ids=name)
+def test_every_quick_start_trains(path: Path) -> None:
+    # every anchor counts, so that every map of the pyramid gets a gradient
+    cfg = load(
+        path,
+        *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000, "MODEL.ROI_BOX_HEAD.FC_DIM", 32),
+    )
+    if cfg.MODEL.MASK_ON:
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+    model = build_model(cfg).train()
+    for parameter in model.backbone.parameters():
+        if not parameter.any():  # nothing goes back through what starts at zero in the first step
+            nn.init.normal_(parameter, std=0.01)
+    with EventStorage():
+        losses: dict[str, Tensor] = model(batch(cfg))
+    assert len(losses) >= 4
+    assert [key for key, loss in losses.items() if not torch.isfinite(loss)] == []
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    pyramid = {
+        key: parameter.grad
+        for key, parameter in model.backbone.named_parameters()
+        if parameter.requires_grad and not key.startswith("bottom_up.")
+    }
+    assert [key for key, grad in pyramid.items() if grad is None] == []
+    assert [key for key, grad in pyramid.items() if not torch.isfinite(grad).all()] == []
+    assert [key for key, grad in pyramid.items() if not grad.any()] == []
+
+
+def test_lazy_configs_have_yaml_twins() -> None:
+    assert [path.stem for path in LAZY] == sorted(TWINS)
+
+
+@pytest.mark.parametrize("path", LAZY, ids=name)
+def test_lazy_configs_build_what_their_yaml_twins_build(path: Path) -> None:
+    twin = build_model(load(CONFIGS / TWINS[path.stem] / f"{path.stem}.yaml"))
+    model = lazy_model(path)
+    assert shapes(model) == shapes(twin)
+    frozen = [
+        [k for k, p in each.named_parameters() if not p.requires_grad] for each in (model, twin)
+    ]
+    assert frozen[0] == frozen[1]
+    assert settings(model.backbone) == settings(twin.backbone)
+
+
+def settings(backbone: nn.Module) -> list[str]:
+    """Every module with its settings, as torch prints them."""
+    return [re.sub(r"\s+", " ", repr(module)) for module in backbone.children()]
+
+
+@pytest.mark.parametrize("path", LAZY, ids=name)
+def test_lazy_configs_are_whole(path: Path, tmp_path: Path) -> None:
+    cfg = LazyConfig.load(str(path))
+    assert {"model", "optimizer", "lr_multiplier", "dataloader", "train"} <= set(cfg)
+    cfg.optimizer.params.model = nn.Conv2d(1, 1, 1)
+    assert instantiate(cfg.optimizer).param_groups
+    multiplier = instantiate(cfg.lr_multiplier)
+    assert multiplier(0.0) < 0.01 and multiplier(0.5) == 1.0
+    LazyConfig.save(LazyConfig.load(str(path)), str(tmp_path / "config.yaml"))
+    again = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert again.model.backbone.topology == cfg.model.backbone.topology

@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Train or evaluate from one of Detectron2's Python configs (LazyConfig), on GPUs or on the CPU.
+
+lazyconfig_train_net.py --config-file FILE.py [--num-gpus N] [--resume | --overwrite] [KEY=VALUE …]
+lazyconfig_train_net.py --config-file FILE.py --eval-only train.init_checkpoint=model.pth
+lazyconfig_train_net.py --config-file FILE.py --num-gpus 2 train.device=cpu   two processes, no GPU
+"""
+
+import os
+
+# Before torch is imported: its OpenMP workers otherwise spin and starve a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse  # noqa: E402
+from typing import Any  # noqa: E402
+
+from detectron2.engine import default_argument_parser, launch  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+import fpn_plugin  # noqa: E402, F401  (registers the datasets)
+from fpn_plugin.engine import lazy  # noqa: E402
+from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that train.output_dir holds"
+    )
+    return parser.parse_args()
+
+
+def main(cfg: DictConfig, args: argparse.Namespace) -> Any:
+    """Train or evaluate, in one of the launched processes."""
+    lazy.begin(cfg, args)
+    if args.eval_only:
+        model = lazy.build_model(cfg)
+        Checkpointer(model).load(cfg.train.init_checkpoint)
+        return lazy.evaluate(cfg, model)
+    return lazy.train(cfg, args.resume, args.overwrite)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    config = lazy.setup(arguments)
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(config, arguments),
+    )
