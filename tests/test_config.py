@@ -41,7 +41,7 @@ def config(path: str, *overrides: Any) -> Any:
         (
             MASK,
             ["MODEL.FPN.TOPOLOGY", "fpnn"],
-            "MODEL.FPN.TOPOLOGY: unknown name 'fpnn'.*channel_mapper, fpn",
+            "MODEL.FPN.TOPOLOGY: unknown name 'fpnn'.*channel_mapper, fapn",
         ),
         (
             MASK,

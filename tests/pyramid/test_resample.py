@@ -387,7 +387,8 @@ def test_fam_is_shown_the_lateral_after_its_projection() -> None:
     ],
 )
 def test_fam_needs_a_guide(inputs: list, message: str) -> None:
-    graph = Graph({"res4": 4, "res5": 5}, (node("a", 4, inputs, block="conv3x3"),), ("a",))
+    sources = {"res5": 5} if inputs == ["res5"] else {"res4": 4, "res5": 5}
+    graph = Graph(sources, (node("a", 4, inputs, block="conv3x3"),), ("a",))
     with pytest.raises(ValueError, match=message):
         Pyramid(graph, CHANNELS, Defaults(WIDTH, upsample=op("fam")))
 

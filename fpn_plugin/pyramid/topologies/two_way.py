@@ -34,7 +34,7 @@ def pafpn(inputs: Levels, style: Style) -> Graph:
     down = op("conv", activation=act)
     levels = sorted(maps)
     for below, level in zip(levels, levels[1:]):
-        sources = [maps[level], Edge(maps[below], resample=down)]
+        sources: list[str | Edge] = [maps[level], Edge(maps[below], resample=down)]
         block = prescribe(style.block, activation=act)
         maps[level] = f"pafpn_output{level}"
         nodes.append(node(maps[level], level, sources, block=block))
@@ -53,7 +53,7 @@ def pafpn_mmdet(inputs: Levels, style: Style) -> Graph:
     levels = sorted(maps)
     outputs: Maps = {levels[0]: maps[levels[0]]}
     for below, level in zip(levels, levels[1:]):
-        sources = [maps[level], Edge(maps[below], resample=op("conv"))]
+        sources: list[str | Edge] = [maps[level], Edge(maps[below], resample=op("conv"))]
         maps[level] = f"pafpn_merge{level}"
         nodes.append(node(maps[level], level, sources))
         outputs[level] = f"pafpn_output{level}"
