@@ -17,6 +17,8 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["timm"],
     "pytest>=8",
+    "hypothesis>=6",
+    "effdet>=0.4.1",  # the reference for bifpn and qufpn
     "black>=25,<27",
     "isort>=6",
     "flake8>=7",
