@@ -35,7 +35,12 @@ class Operator:
     def stride(self) -> int:
         """By how much a block makes its map smaller; 1 if it does not."""
         stride = dict(self.args).get("stride", 1)
-        if not isinstance(stride, int) or stride < 1 or stride & (stride - 1):
+        if (
+            isinstance(stride, bool)
+            or not isinstance(stride, int)
+            or stride < 1
+            or stride & (stride - 1)
+        ):
             raise ValueError(f"{self.name}: stride {stride!r} is not a power of two (1, 2, 4, ...)")
         return stride
 
@@ -106,8 +111,7 @@ class Node:
 
     @property
     def input_level(self) -> int:
-        """The level that the inputs are brought to: finer than `level` if the block has a
-        stride."""
+        """The level that inputs are brought to: finer than `level` if the block has a stride."""
         return self.level - (self.block.stride.bit_length() - 1)
 
 
@@ -233,6 +237,7 @@ def _check_node(item: Node, defined: Mapping[str, int]) -> None:
     if item.name in defined:
         raise ValueError(f"{where}: the name is used twice; every input and node needs its own")
     check_level(where, item.level)
+    _check_strides(item)
     if item.input_level < 0:
         raise ValueError(
             f"{where}: the stride {item.block.stride} of its block is too large for level"
@@ -247,6 +252,24 @@ def _check_node(item: Node, defined: Mapping[str, int]) -> None:
             )
 
 
+def _check_strides(item: Node) -> None:
+    """A node's block may have a stride; what is on its inputs may not."""
+    parts = [("block", item.block)]
+    for edge in item.inputs:
+        for part, operator in (("project", edge.project), ("block", edge.block)):
+            parts.append((f"input {edge.source!r}, {part}", operator or Operator("identity")))
+    for place, operator in parts:
+        try:
+            stride = operator.stride
+        except ValueError as error:
+            raise ValueError(f"node {item.name!r}, {place}: {error}") from None
+        if stride != 1 and place != "block":
+            raise ValueError(
+                f"node {item.name!r}, {place}: {operator} changes the level; an input changes its"
+                " level by resample (conv is a 3x3 convolution with stride 2)"
+            )
+
+
 def _check_operators(
     item: Node, defined: Mapping[str, int], operators: Mapping[str, Collection[str]]
 ) -> None:
@@ -257,11 +280,6 @@ def _check_operators(
         place = f"{where}, input {edge.source!r}"
         for part, operator in (("project", edge.project), ("block", edge.block)):
             _check_operator(f"{place}, {part}", operator, operators["block"])
-            if operator is not None and operator.stride != 1:
-                raise ValueError(
-                    f"{place}, {part}: {operator} changes the level; an input changes its level by"
-                    " resample (conv is a 3x3 convolution with stride 2)"
-                )
         gap = defined[edge.source] - item.input_level
         if gap == 0 and edge.resample is not None:
             raise ValueError(
