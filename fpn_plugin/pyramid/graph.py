@@ -35,12 +35,7 @@ class Operator:
     def stride(self) -> int:
         """By how much a block makes its map smaller; 1 if it does not."""
         stride = dict(self.args).get("stride", 1)
-        if (
-            isinstance(stride, bool)
-            or not isinstance(stride, int)
-            or stride < 1
-            or stride & (stride - 1)
-        ):
+        if type(stride) is not int or stride < 1 or stride & (stride - 1):
             raise ValueError(f"{self.name}: stride {stride!r} is not a power of two (1, 2, 4, ...)")
         return stride
 
@@ -231,9 +226,7 @@ def _check_node(item: Node, defined: Mapping[str, int]) -> None:
             f"{where}: a name is letters, digits and underscores, not beginning with a digit"
         )
     if _RESERVED.fullmatch(item.name):
-        raise ValueError(
-            f"{where}: names that end in _fuse or _edge<number>, and bottom_up, are taken"
-        )
+        raise ValueError(f"{where}: names that end in _fuse or _edge<n>, and bottom_up, are taken")
     if item.name in defined:
         raise ValueError(f"{where}: the name is used twice; every input and node needs its own")
     check_level(where, item.level)
@@ -265,8 +258,7 @@ def _check_strides(item: Node) -> None:
             raise ValueError(f"node {item.name!r}, {place}: {error}") from None
         if stride != 1 and place != "block":
             raise ValueError(
-                f"node {item.name!r}, {place}: {operator} changes the level; an input changes its"
-                " level by resample (conv is a 3x3 convolution with stride 2)"
+                f"node {item.name!r}, {place}: {operator} changes the level; use resample: conv"
             )
 
 
