@@ -157,6 +157,20 @@ def test_every_fusion_and_norm_in_a_topology(fuse: str, norm: str) -> None:
     assert any(".norm." in key for key in pyramid.state_dict()) is bool(norm)
 
 
+@pytest.mark.parametrize("fuse", FUSIONS.names())
+@pytest.mark.parametrize("topology", ["fpn", "pafpn", "bifpn", "nas_fpn"])
+def test_every_fusion_in_any_topology(fuse: str, topology: str) -> None:
+    pairs_only = getattr(FUSIONS.get(fuse), "arity", 0) == 2
+    if pairs_only and topology == "bifpn":  # it has nodes with three inputs
+        with pytest.raises(
+            ValueError, match=f"node .*, fuse: {fuse} fuses 2 maps, but .* 3 inputs"
+        ):
+            small_pyramid(topology, fuse=op(fuse))
+        return
+    outputs = small_pyramid(topology, fuse=op(fuse))(small_maps(97, 131, batch=2))
+    assert all(x.isfinite().all() for x in outputs.values())
+
+
 @pytest.mark.parametrize("up", UPSAMPLE.names())
 @pytest.mark.parametrize("down", DOWNSAMPLE.names())
 def test_every_resampler_in_a_graph(up: str, down: str) -> None:
