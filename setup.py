@@ -39,8 +39,8 @@ setup(
     # Detectron2 is not listed: it is not on PyPI under its own name, and the build that is
     # already installed must be kept. Without it, `import fpn_plugin` says what to install.
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.7",  # torch.compiler.is_exporting
+        "torchvision>=0.22",
         "fvcore>=0.1.5",
         "opencv-python>=4.8",
         "pycocotools>=2.0.7",
