@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Callable
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from torch import nn
 
-from fpn_plugin.bottom_up.weights import load_weights
+from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.weights import KEY, load_weights
+from fpn_plugin.heads.inputs import head_features, validate_heads
 from fpn_plugin.registry import unknown_name
 
-TIMM = "timm/"
+NAME = "MODEL.BOTTOM_UP.NAME"
+# Libraries whose networks are named <library>/<model>, with the adapter for them. Their names are
+# also values of MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
+ADAPTERS = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}
+# They hold a bottom-up network, so they are none
+HOLDERS = ("build_pyramid_backbone", "build_bottom_up_backbone")
 
 
 def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -18,33 +27,90 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
     Raises:
         KeyError: if there is no network of that name.
-        ImportError: if the name is a timm model and timm is not installed.
-        ValueError: if the weights do not fit.
+        ImportError: if the network's library is not installed.
+        ValueError: if the weights, the norm or the arguments do not fit.
     """
-    key, name = "MODEL.BOTTOM_UP.NAME", cfg.MODEL.BOTTOM_UP.NAME
-    if name.startswith(TIMM):
-        from fpn_plugin.bottom_up.timm import TimmBackbone
-
-        timm_backbone = TimmBackbone(
-            name[len(TIMM) :],
-            out_features=cfg.MODEL.FPN.IN_FEATURES,
-            freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-            norm=cfg.MODEL.BOTTOM_UP.NORM,
-            in_channels=input_shape.channels,
+    library, slash, _ = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
+    weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
+    if weights in ADAPTERS and not (slash and weights == library):
+        raise ValueError(
+            f"{KEY}: {weights!r} are the weights that {weights} publishes for its own networks, but"
+            f" {NAME} is {cfg.MODEL.BOTTOM_UP.NAME!r}: give a file, or take {weights}/<model>"
         )
-        bottom_up: Backbone = timm_backbone
-        network: nn.Module = timm_backbone.model  # its weight files name tensors as timm does
-    elif name in BACKBONE_REGISTRY:
-        if cfg.MODEL.BOTTOM_UP.NORM:
-            raise ValueError(
-                f"MODEL.BOTTOM_UP.NORM: {cfg.MODEL.BOTTOM_UP.NORM!r} is for timm networks;"
-                f" {name} takes its norm"
-                " from its own keys (MODEL.RESNETS.NORM)"
-            )
-        bottom_up = network = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
-    else:
-        known = [builder for builder, _ in BACKBONE_REGISTRY if builder != "build_pyramid_backbone"]
-        raise unknown_name(key, name, [*known, "timm/<model>"])
-    if cfg.MODEL.BOTTOM_UP.WEIGHTS:
-        load_weights(network, cfg.MODEL.BOTTOM_UP.WEIGHTS)
+    build = _adapted if slash and library in ADAPTERS else _registered
+    bottom_up = build(cfg, input_shape)
+    if weights and weights not in ADAPTERS:
+        load_weights(bottom_up, weights)
+    return bottom_up
+
+
+def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """A network of another library, which is imported only now."""
+    library, _, model = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
+    adapter = getattr(import_module(f"fpn_plugin.bottom_up.{library}"), ADAPTERS[library])
+    return adapter(
+        model,
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        norm=cfg.MODEL.BOTTOM_UP.NORM,
+        in_channels=input_shape.channels,
+        args=dict(cfg.MODEL.BOTTOM_UP.ARGS),
+        pretrained=cfg.MODEL.BOTTOM_UP.WEIGHTS == library,
+    )
+
+
+def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """A network of Detectron2's registry, built from its own keys."""
+    name, norm, args = (cfg.MODEL.BOTTOM_UP[key] for key in ("NAME", "NORM", "ARGS"))
+    builder = _builder(name)
+    if args and builder.__module__.startswith("detectron2."):
+        raise ValueError(
+            f"MODEL.BOTTOM_UP.ARGS: {dict(args)}: {name} is Detectron2's own and takes none; its"
+            f" keys are MODEL.RESNETS' ({', '.join(sorted(cfg.MODEL.RESNETS))})"
+        )
+    bottom_up = builder(cfg, input_shape)
+    if norm:
+        convert_norms(bottom_up, norm, name)
+        freeze_norm_statistics(bottom_up)
+    return bottom_up
+
+
+def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
+    import_module("fpn_plugin.bottom_up.detectron2")  # registers its builders
+    if name in HOLDERS:
+        raise ValueError(
+            f"{NAME}: {name!r} is a value of MODEL.BACKBONE.NAME: it holds the network that"
+            f" {NAME} names (build_resnet_backbone, timm/<model>, ...)"
+        )
+    known = [builder for builder, _ in BACKBONE_REGISTRY if builder not in HOLDERS]
+    if name not in known:
+        raise unknown_name(NAME, name, [*known, *(f"{library}/<model>" for library in ADAPTERS)])
+    return BACKBONE_REGISTRY.get(name)
+
+
+@BACKBONE_REGISTRY.register()
+def build_bottom_up_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The bottom-up network alone, for heads without a pyramid: `MODEL.BACKBONE.NAME:
+    build_bottom_up_backbone` with IN_FEATURES such as `[res4]`.
+
+    It gives the maps that the heads read; `MODEL.FPN` and `MODEL.RESNETS.OUT_FEATURES` do not
+    count.
+
+    Args:
+        input_shape: of the image; its channels are the first convolution's.
+
+    Raises:
+        ValueError: also if a head wants maps that the network does not give.
+    """
+    from fpn_plugin.heads.auto import require_resolved  # it imports the pyramid, which imports this
+
+    require_resolved(cfg)
+    read = {name for features in head_features(cfg).values() for name in features}
+    names = sorted(name for name in read if name.startswith("res"))  # validate_heads has the others
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FPN.IN_FEATURES = names
+    cfg.MODEL.RESNETS.OUT_FEATURES = names or cfg.MODEL.RESNETS.OUT_FEATURES
+    bottom_up = build_bottom_up(cfg, input_shape)
+    validate_heads(cfg, bottom_up.output_shape())
     return bottom_up

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Sequence
+import re
+from typing import Any, Dict, Mapping, Sequence
 
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, wanted_maps
+from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.trial import frozen_names, gives_nhwc, try_sizes, unread_names
 from fpn_plugin.registry import unknown_name
 
-NORMS = ("", "FrozenBN")
+NAME, ARGS = "MODEL.BOTTOM_UP.NAME", "MODEL.BOTTOM_UP.ARGS"
+# What lets a network of a fixed image size take any: the names that timm's families have for it
+ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
+# Arguments of timm.create_model that other keys or this adapter decide
+TAKEN = ("features_only", "out_indices", "in_chans", "pretrained", "feature_cls", "model_name")
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(AdaptedBackbone):
     """A timm network (`features_only=True`) whose maps are named `res<level>`, with level =
     log2(stride).
 
+    Of several maps of one stride the last counts, so a plain ViT gives one. What lies behind the
+    last wanted map is left out; parameters that no wanted map depends on are frozen.
+
     Args:
-        model: timm's name for it, e.g. "tf_efficientnet_lite0".
+        model: timm's name for it, e.g. "tf_efficientnet_lite0" or "resnet50.a1_in1k".
         out_features: the maps to give, e.g. `["res3", "res4", "res5"]`; empty for all.
-        freeze_at: 0: train everything; 1: freeze the stem, that is all before and including the
-            first map (`res1`); 2: and up to `res2`; and so on, as Detectron2 counts.
-        norm: "FrozenBN" freezes the statistics and the affine parameters of every batch norm; ""
-            keeps them.
+        freeze_at: 0: train everything; 1: freeze the stem, that is all that runs before the first
+            stage of stride 4 or more; 2: and all that `res2` depends on; and so on, as Detectron2
+            counts. HRNet, whose `res2` depends on nearly everything, counts its stages instead.
+        norm: what its batch norms become: a name of `norms.NORMS`; "" keeps them.
         in_channels: of the image.
+        args: more arguments for `timm.create_model`, and `grad_checkpointing: True`.
+        pretrained: start from the weights that timm publishes for it.
 
     Raises:
         ImportError: if timm is not installed.
@@ -38,97 +49,118 @@ class TimmBackbone(Backbone):
         freeze_at: int = 0,
         norm: str = "",
         in_channels: int = 3,
+        args: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
     ) -> None:
-        super().__init__()
-        self.model = _create(model, in_channels)
-        info: Any = self.model.feature_info
-        names = [f"res{stride.bit_length() - 1}" for stride in info.reduction()]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"MODEL.BOTTOM_UP.NAME: timm/{model} gives several maps of one stride"
-                f" ({info.reduction()} pixels); a pyramid needs one map per stride"
-            )
-        for name in out_features:
-            if name not in names:
-                raise unknown_name(
-                    "MODEL.FPN.IN_FEATURES (maps of timm/" + model + ")", name, names
-                )
-        self._names = names
-        # Swin and others give (N, H, W, C)
-        self._channels_come_last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
-        self._out_features = [name for name in names if name in out_features or not out_features]
-        self._out_feature_channels = dict(zip(names, info.channels()))
-        self._out_feature_strides = dict(zip(names, info.reduction()))
-        self._freeze(freeze_at, info.module_name())
-        if norm not in NORMS:
-            raise unknown_name("MODEL.BOTTOM_UP.NORM", norm, NORMS)
-        self._freeze_batch_norms(everywhere=norm == "FrozenBN")
+        source = f"timm/{model}"
+        options = {key: value for key, value in (args or {}).items() if key != "grad_checkpointing"}
+        whole, options = _create(model, in_channels, options)
+        info: Any = whole.feature_info
+        made = [index % len(info.info) for index in info.out_indices]
+        positions = name_maps(source, info.reduction())
+        wanted = wanted_maps(source, list(positions), out_features)
+        run = try_sizes(whole, source, in_channels, options.get("img_size"))
+        stopped = frozen_names(source, whole, run, positions, freeze_at)
+        stopped |= unread_names(whole, [run.maps[positions[name]] for name in wanted])
 
-    def _freeze(self, freeze_at: int, ends: Sequence[str]) -> None:
-        """Stop the gradients of all parameters up to the module that gives level `freeze_at`."""
-        levels = [int(name[3:]) for name in self._names]
-        frozen = [end for end, level in zip(ends, levels) if level <= freeze_at]
-        if not frozen:
-            return
-        parameters = list(self.model.named_parameters())
-        last = max(i for i, (name, _) in enumerate(parameters) if name.startswith(f"{frozen[-1]}."))
-        for _, parameter in parameters[: last + 1]:
-            parameter.requires_grad = False
-
-    def _freeze_batch_norms(self, everywhere: bool) -> None:
-        """Fix statistics and affine parameters, in the frozen layers or everywhere.
-
-        By timm's own function: its batch norms carry the activation, which Detectron2's
-        conversion to FrozenBatchNorm2d would lose.
-        """
-        from timm.layers import freeze_batch_norm_2d
-
-        norms = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.BatchNorm2d)
-            and (everywhere or not any(p.requires_grad for p in module.parameters()))
-        ]
-        for name, module in norms:
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, freeze_batch_norm_2d(module))
+        indices = [made[positions[name]] for name in wanted]
+        network = whole
+        if pretrained:
+            network = _pretrained(model, in_channels, options, indices)
+        elif indices != made:
+            network = _shorten(_create(model, in_channels, options, out_indices=indices)[0])
+        nhwc = gives_nhwc(whole)
+        maps = {
+            name: MapInfo(info.channels(index), info.reduction(index), nhwc)
+            for name, index in zip(wanted, indices)
+        }
+        super().__init__(network, maps, run.divisor if run.divisor > 1 else 0)
+        convert_norms(network, norm, source)
+        freeze(p for name, p in network.named_parameters() if name in stopped)
+        freeze_norm_statistics(network)
+        if (args or {}).get("grad_checkpointing"):
+            _checkpoint_gradients(source, network)
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
-        """Run the network.
+        """As in the base class; timm's networks give a list."""
+        return self._named(self.model(x))
 
-        Args:
-            x: images, `(N, 3, H, W)`.
 
-        Returns:
-            `{"res2": (N, C2, H/4, W/4), ...}`, the maps of `out_features` from high to low
-            resolution.
-        """
-        maps: Dict[str, Tensor] = {}
-        for name, y in zip(self._names, self.model(x)):
-            if name in self._out_features:
-                maps[name] = y.permute(0, 3, 1, 2) if self._channels_come_last else y
-        return maps
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride in pixels of each map."""
-        return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
+def _create(
+    model: str, in_channels: int, args: Mapping[str, Any], **settings: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that gives maps, and the arguments that it took."""
+    timm = _timm(model)
+    if clash := sorted(set(args) & set(TAKEN)):
+        raise ValueError(f"{ARGS}: {clash} are decided by other keys; they cannot be given here")
+    options = {**_any_size(timm, model), **args}
+    while True:
+        try:
+            network = timm.create_model(
+                model, features_only=True, in_chans=in_channels, **options, **settings
             )
-            for name in self._out_features
-        }
+            return network, options
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused and refused[1] in ANY_SIZE and refused[1] not in args:
+                del options[refused[1]]
+                continue
+            if not args:
+                raise
+            raise ValueError(f"{ARGS}: {dict(args)} do not fit timm/{model}: {error}") from error
+        except (RuntimeError, AttributeError) as error:
+            if settings:
+                raise
+            raise ValueError(
+                f"{NAME}: timm/{model} gives no maps for a pyramid (timm: {error})"
+            ) from error
 
 
-def _create(model: str, in_channels: int) -> nn.Module:
+def _any_size(timm: Any, model: str) -> dict[str, bool]:
+    try:
+        published = timm.models.get_pretrained_cfg(model)
+    except RuntimeError as error:  # what follows the dot in the name
+        raise ValueError(f"{NAME}: timm/{model}: {error}") from error
+    return dict(ANY_SIZE) if getattr(published, "fixed_input_size", False) else {}
+
+
+def _timm(model: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(
-            "MODEL.BOTTOM_UP.NAME: timm/... needs timm: pip install 'fpn_plugin[timm]'"
-        ) from error
+        raise ImportError(f"{NAME}: timm/... needs timm: pip install 'fpn_plugin[timm]'") from error
     if not timm.is_model(model):
         close = timm.list_models(f"*{model.split('_')[0]}*")[:20]
-        raise unknown_name(
-            "MODEL.BOTTOM_UP.NAME", f"timm/{model}", close or timm.list_models()[:20]
-        )
-    return timm.create_model(model, pretrained=False, features_only=True, in_chans=in_channels)
+        raise unknown_name(NAME, f"timm/{model}", close or timm.list_models()[:20])
+    return timm
+
+
+def _pretrained(
+    model: str, in_channels: int, args: Mapping[str, Any], indices: list[int]
+) -> nn.Module:
+    where = f"MODEL.BOTTOM_UP.WEIGHTS: 'timm': the weights of timm/{model}"
+    if not getattr(_timm(model).models.get_pretrained_cfg(model), "has_weights", False):
+        raise ValueError(f"{where} do not exist: timm publishes none; give a file")
+    try:
+        network, _ = _create(model, in_channels, args, out_indices=indices, pretrained=True)
+    except Exception as error:  # whatever the hub's client, its cache or the network raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where} could not be had ({reason}); give a file") from error
+    return _shorten(network)
+
+
+def _shorten(network: Any) -> nn.Module:
+    """Leave out what lies behind the last map, where timm does not (EfficientNet, MobileNetV3)."""
+    last = network.feature_info.get_dicts()[-1]
+    if isinstance(getattr(network, "blocks", None), nn.Sequential) and "stage" in last:
+        network.blocks = network.blocks[: last["stage"]]
+    return network
+
+
+def _checkpoint_gradients(source: str, network: Any) -> None:
+    inner = getattr(network, "model", network)  # timm's wrapper of a ViT lacks the method
+    try:
+        inner.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        reason = f"{source} has no gradient checkpointing"
+        raise ValueError(f"{ARGS}.grad_checkpointing: {reason}") from error

@@ -1,96 +1,146 @@
-"""Loading a local weight file into a bottom-up network."""
+"""Loading a weight file into a bottom-up network, and saying what of it fitted."""
 
 from __future__ import annotations
 
 import logging
+import re
+from typing import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpn_plugin.paths import find_file
+from fpn_plugin.bottom_up.names import Matching, match_names
+from fpn_plugin.bottom_up.weight_files import KEY, read_state_dict
 
-KEY = "MODEL.BOTTOM_UP.WEIGHTS"
+__all__ = ["KEY", "load_weights", "read_state_dict"]
 logger = logging.getLogger(__name__)
+
+_STATISTICS = ("running_mean", "running_var")
+# How libraries call the classifier, which a feature network does not have
+_CLASSIFIER = re.compile(
+    r"^(fc\d*|heads?|head_dist|classif(ier)?|aux_classifier|linear|last_linear|logits)\."
+)
 
 
 def load_weights(module: nn.Module, path: str, key: str = KEY, prefix: str = "") -> list[str]:
-    """Load a state dict into `module` by name, and log what matched, was missing, or was left over.
+    """Load a weight file into `module` by name, and log what matched, was missing or left over.
 
-    A checkpoint that wraps its weights in `model` or `state_dict` is unwrapped. The file is read
-    without running code from it.
+    The names may be those of another library for the same network, with the names of modules that
+    hold it before them: see :func:`fpn_plugin.bottom_up.names.match_names`. No code of the file is
+    run. What only counts batches is neither asked for nor reported.
 
     Args:
+        path: see :func:`fpn_plugin.bottom_up.weight_files.read_state_dict`.
         key: the config key or option that named the file, for messages.
-        prefix: what the names in the file may have before the network's own.
+        prefix: what the names in the file may have before the network's own, beside the usual.
 
     Returns:
         the names of the network's tensors that the file does not have.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if nothing in it matches, or a tensor has another shape than the network's.
+        FileNotFoundError: if there is no such file, or it cannot be fetched.
+        ImportError: if it is a safetensors file and safetensors is not installed.
+        ValueError: if it cannot be read, nothing in it matches, or a tensor has another shape than
+            the network's.
     """
-    tensors = read_state_dict(path, key)
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    wanted = module.state_dict()
-    wrong = [
-        f"{name} is {tuple(given[name].shape)} in the file, {tuple(wanted[name].shape)} in"
-        " the network"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{key}: {path} does not fit: {'; '.join(wrong[:5])}")
-    matched = [name for name in wanted if name in given]
-    if not matched:
+    given, wanted = read_state_dict(path, key), module.state_dict()
+    matching = match_names(wanted, given, prefix)
+    if not matching.pairs:
         raise ValueError(
-            f"{key}: nothing in {path} matches the network: it has {_few(given)}, the"
-            f" network has {_few(wanted)}"
+            f"{key}: nothing in {path} matches the network: it has {_few(list(given))}, the"
+            f" network has {_few(list(wanted))}"
         )
-    module.load_state_dict({name: given[name] for name in matched}, strict=False)
-    missing = [
-        name for name in wanted if name not in given and not name.endswith("num_batches_tracked")
-    ]
-    unused = [
-        name for name in given if name not in wanted and not name.endswith("num_batches_tracked")
-    ]
-    logger.info("%s: %s: %d tensors matched", key, path, len(matched))
-    if missing:
-        logger.warning(
-            "%s: %d tensors of the network are not in the file: %s",
-            key,
-            len(missing),
-            _few(missing),
-        )
-    if unused:
-        logger.info("%s: %d tensors of the file are not used: %s", key, len(unused), _few(unused))
+    _check_shapes(f"{key}: {path}", matching, given, wanted)
+    module.load_state_dict({n: given[source] for n, source in matching.pairs.items()}, strict=False)
+    missing = [n for n in _counted(wanted) if n not in matching.pairs]
+    _report(f"{key}: {path}", module, matching, given, missing)
     return missing
 
 
-def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:
-    """The tensors of a weight file by name; runs no code from it.
+def _check_shapes(
+    title: str, matching: Matching, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
+    wrong = [
+        f"{_named(name, source)} is {tuple(given[source].shape)} in the file,"
+        f" {tuple(wanted[name].shape)} in the network"
+        for name, source in matching.pairs.items()
+        if given[source].shape != wanted[name].shape
+    ]
+    if wrong:
+        fit = f"{len(matching.pairs) - len(wrong)} of the network's {len(wanted)} tensors fit"
+        more = f"; {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{title} does not fit: {'; '.join(wrong[:5])}{more}; {fit}")
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a state dict.
+
+def _report(
+    title: str,
+    module: nn.Module,
+    matching: Matching,
+    given: Mapping[str, Tensor],
+    missing: Sequence[str],
+) -> None:
+    """One line for what the file fills of the network, and a table of names below it."""
+    wanted = module.state_dict()
+    matched = _counted(matching.pairs)
+    affine = _affine(module, missing, given)
+    lost = [name for name in missing if name not in affine]
+    rows = [("matched", matched, ""), ("missing", lost, "")]
+    rows.append(
+        ("missing", affine, "statistics of frozen norms: the file has them in their affine")
+    )
+    rows += _left_over(given, matching)
+    table = "".join(
+        f"\n  {kind:<9} {len(names):>5}  {_few(names)}{f' ({remark})' if remark else ''}"
+        for kind, names, remark in rows
+        if names
+    )
+    if not lost:
+        what = f"all {len(_counted(wanted))} tensors of the network are in the file"
+        logger.info("%s: %s%s", title, what, table)
+        return
+    share = sum(wanted[n].numel() for n in matched) / sum(
+        wanted[n].numel() for n in [*matched, *lost]
+    )
+    logger.warning(
+        "%s: only %d of the network's %d tensors are in the file (%.1f%% of its numbers);"
+        " the others keep their initial values%s",
+        *(title, len(matched), len(_counted(wanted)), 100 * share, table),
+    )
+
+
+def _affine(module: nn.Module, missing: Sequence[str], given: Iterable[str]) -> list[str]:
+    """Statistics that a file from Caffe2 lacks because its norms are only scale and shift.
+
+    A frozen norm computes the same with its initial mean 0 and variance 1; one that trains
+    does not.
     """
-    file = find_file(path, key)
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds here, all meaning "not a plain weight file"
-        raise ValueError(f"{key}: {path} cannot be read as plain weights: {error}") from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(value, Tensor) for value in loaded.values()
-    ):
-        raise ValueError(f"{key}: {path} holds no state dict (names with tensors)")
-    return loaded
+    if any(name.endswith(_STATISTICS) for name in given):
+        return []
+    statistics = [name for name in missing if name.endswith(_STATISTICS)]
+    owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in statistics}
+    return [name for name, owner in owners.items() if not isinstance(owner, _BatchNorm)]
 
 
-def _few(names: object, count: int = 4) -> str:
-    listed = list(names)  # type: ignore[call-overload]
-    return ", ".join(listed[:count]) + (", ..." if len(listed) > count else "")
+def _left_over(given: Iterable[str], matching: Matching) -> list[tuple[str, list[str], str]]:
+    """Rows of the table for what the network has no place for."""
+    used, prefix = set(matching.pairs.values()), matching.prefix
+    unused = [name for name in _counted(given) if name not in used]
+    inside = [name for name in unused if name.startswith(prefix)]
+    classifier = [name for name in inside if _CLASSIFIER.match(name[len(prefix) :])]
+    return [
+        ("left over", [name for name in inside if name not in classifier], ""),
+        ("left over", classifier, "the classifier, which a pyramid does not use"),
+        ("left over", [n for n in unused if n not in inside], f"not below {prefix!r}"),
+    ]
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _named(name: str, source: str) -> str:
+    return name if name == source else f"{name} ({source})"
+
+
+def _few(names: Sequence[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,47 +1,76 @@
-"""MODEL.BOTTOM_UP.WEIGHTS: what loads, what is refused, and that no code of a file runs."""
+"""MODEL.BOTTOM_UP.WEIGHTS: what of a file goes into a network, and what the log says of it."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from helpers import zoo_config
-from torch import nn
+from torch import Tensor, nn
 
 from fpn_plugin.bottom_up import build_bottom_up
-from fpn_plugin.bottom_up.weights import load_weights, read_state_dict
+from fpn_plugin.bottom_up.weights import load_weights
 
 
 def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
-def test_a_state_dict_loads_wrapped_or_not(wrapper: str, tmp_path: Path) -> None:
-    source, target = network(), network()
-    state = source.state_dict()
-    torch.save({wrapper: state} if wrapper else state, tmp_path / "w.pth")
-    load_weights(target, str(tmp_path / "w.pth"))
+def test_a_state_dict_loads(tmp_path: Path) -> None:
+    state, target = network().state_dict(), network()
+    torch.save(
+        {"state_dict": {f"module.{name}": state[name] for name in state}}, tmp_path / "w.pth"
+    )
+    assert load_weights(target, str(tmp_path / "w.pth")) == []
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in state.items())
 
 
-def test_what_is_missing_and_left_over_is_logged(
+def log_of(state: dict[str, Tensor], target: nn.Module, file: Path, caplog: Any) -> str:
+    torch.save(state, file)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        load_weights(target, str(file))
+    (record,) = caplog.records
+    return f"{record.levelname} {record.getMessage().replace(str(file.parent), '')}"
+
+
+def test_the_log_of_a_file_that_matches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = {**network().state_dict(), "fc.weight": torch.zeros(1)}
+    assert log_of(state, network(), tmp_path / "w.pth", caplog).splitlines() == [
+        "INFO MODEL.BOTTOM_UP.WEIGHTS: /w.pth: all 6 tensors of the network are in the file",
+        "  matched       6  0.weight, 0.bias, 1.weight, 1.bias, ...",
+        "  left over     1  fc.weight (the classifier, which a pyramid does not use)",
+    ]
+
+
+def test_the_log_of_a_file_that_half_matches(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = network().state_dict()
     del state["1.weight"]
-    state["head.weight"] = torch.zeros(1)
-    torch.save(state, tmp_path / "w.pth")
-    with caplog.at_level(logging.INFO):
-        load_weights(network(), str(tmp_path / "w.pth"))
-    text = caplog.text
-    assert "6 tensors matched" in text
-    assert "1 tensors of the network are not in the file: 1.weight" in text
-    assert "1 tensors of the file are not used: head.weight" in text
+    state = {f"backbone.{name}": value for name, value in state.items()}
+    state |= {"backbone.extra.weight": torch.zeros(1), "roi_heads.x": torch.zeros(1)}
+    assert log_of(state, network(), tmp_path / "w.pth", caplog).splitlines() == [
+        "WARNING MODEL.BOTTOM_UP.WEIGHTS: /w.pth: only 5 of the network's 6 tensors are in the file"
+        " (87.5% of its numbers); the others keep their initial values",
+        "  matched       5  0.weight, 0.bias, 1.bias, 1.running_mean, ...",
+        "  missing       1  1.weight",
+        "  left over     1  backbone.extra.weight",
+        "  left over     1  roi_heads.x (not below 'backbone.')",
+    ]
+
+
+def test_norms_without_statistics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = {n: v for n, v in network().state_dict().items() if not n.startswith("1.running")}
+    frozen = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
+    text = log_of(state, frozen, tmp_path / "w.pth", caplog)
+    assert text.startswith("INFO") and "1.running_mean, 1.running_var (statistics of" in text
+    assert torch.equal(frozen[1].running_var, torch.ones(4))
+    assert log_of(state, network(), tmp_path / "w.pth", caplog).startswith("WARNING")
 
 
 def test_nothing_matching_is_an_error(tmp_path: Path) -> None:
@@ -55,63 +84,34 @@ def test_another_shape_is_an_error(tmp_path: Path) -> None:
     state["0.weight"] = torch.zeros(4, 3, 3, 3)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(
-        ValueError, match=r"0.weight is \(4, 3, 3, 3\) in the file, \(4, 3, 1, 1\) in"
+        ValueError,
+        match=r"does not fit: 0.weight is \(4, 3, 3, 3\) in the file, \(4, 3, 1, 1\) in the"
+        " network; 6 of the network's 7 tensors fit",
     ):
+        load_weights(network(), str(tmp_path / "w.pth"))
+    torch.save({f"model.{name}": value for name, value in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"0.weight \(model.0.weight\) is"):
         load_weights(network(), str(tmp_path / "w.pth"))
 
 
-class Payload:
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.marker,)
-
-
-def test_a_file_with_code_runs_none_of_it(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-    torch.save({"0.weight": Payload(str(marker))}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="cannot be read as plain weights"):
-        read_state_dict(str(tmp_path / "w.pth"))
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(2)])
-def test_other_contents_are_an_error(content: object, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="holds no state dict"):
-        read_state_dict(str(tmp_path / "w.pth"))
-
-
-def test_a_missing_file_names_the_key_and_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DETECTRON2_DATASETS", "/somewhere")
-    with pytest.raises(
-        FileNotFoundError, match="MODEL.BOTTOM_UP.WEIGHTS.*'w.pth'.*/somewhere/w.pth"
-    ):
-        read_state_dict("w.pth")
-
-
-def test_a_file_below_the_datasets_folder_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save(network().state_dict(), tmp_path / "w.pth")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert "0.weight" in read_state_dict("w.pth")
-
-
 @pytest.mark.parametrize(
-    "keys, message",
-    [
-        (
-            ["NAME", "build_resnet_backbon"],
-            "MODEL.BOTTOM_UP.NAME.*did you mean 'build_resnet_backbone'",
-        ),
-        (["NORM", "FrozenBN"], "MODEL.BOTTOM_UP.NORM: 'FrozenBN' is for timm networks"),
-    ],
+    "model, tag", [("convnext_atto", "stages_0"), ("swin_tiny_patch4_window7_224", "layers_0")]
 )
-def test_builder_mistakes_are_named(keys: list[str], message: str) -> None:
-    cfg = zoo_config(
-        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", f"MODEL.BOTTOM_UP.{keys[0]}", keys[1]
-    )
-    with pytest.raises((KeyError, ValueError), match=message):
+def test_timms_whole_model_loads_into_its_feature_network(
+    model: str, tag: str, tmp_path: Path
+) -> None:
+    timm = pytest.importorskip("timm")
+    whole = timm.create_model(model)
+    features = timm.create_model(model, features_only=True)
+    assert any(name.startswith(tag) for name in features.state_dict())
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    assert load_weights(features, str(tmp_path / "w.pth")) == []
+
+
+def test_an_unknown_network_is_named() -> None:
+    cfg = zoo_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.MODEL.BOTTOM_UP.NAME = "build_resnet_backbon"
+    with pytest.raises(
+        KeyError, match="MODEL.BOTTOM_UP.NAME.*did you mean 'build_resnet_backbone'"
+    ):
         build_bottom_up(cfg, ShapeSpec(channels=3))

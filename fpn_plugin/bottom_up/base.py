@@ -1,0 +1,136 @@
+"""What the adapters for other libraries' networks share. Shapes are `(N, C, H, W)`."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+from fpn_plugin.registry import unknown_name
+
+
+class MapInfo(NamedTuple):
+    """A map that a network gives: its channels, its stride in pixels, whether it is `(N, H, W,
+    C)`."""
+
+    channels: int
+    stride: int
+    channels_last: bool = False
+
+
+def name_maps(source: str, strides: Sequence[int]) -> dict[str, int]:
+    """Names for maps by their strides: `res<log2(stride)>`.
+
+    Of several maps of one stride the last counts: the deepest of its stage, as in arXiv:1612.03144.
+
+    Args:
+        source: the network's name, for messages.
+        strides: in pixels, in the order in which the network makes the maps.
+
+    Returns:
+        the position of each map in `strides` by its name, from high to low resolution.
+
+    Raises:
+        ValueError: if a stride is not a power of two, or there is no map at all.
+    """
+    where = f"MODEL.BOTTOM_UP.NAME: {source}"
+    if not strides:
+        raise ValueError(f"{where} gives no maps that a pyramid could read")
+    last: dict[int, int] = {}
+    for position, stride in enumerate(strides):
+        if stride < 1 or stride & (stride - 1):
+            raise ValueError(
+                f"{where} gives a map of stride {stride} pixels, not a power of two"
+                f" (its strides: {list(strides)})"
+            )
+        last[stride] = position
+    return {f"res{stride.bit_length() - 1}": last[stride] for stride in sorted(last)}
+
+
+def wanted_maps(source: str, names: Sequence[str], out_features: Sequence[str]) -> list[str]:
+    """The maps to give, in the network's order: `out_features`, or all if that is empty.
+
+    Raises:
+        KeyError: naming a map that the network lacks, and those that it has.
+    """
+    for name in out_features:
+        if name not in names:
+            raise unknown_name(f"MODEL.FPN.IN_FEATURES (maps of {source})", name, names)
+    return [name for name in names if name in out_features or not out_features]
+
+
+class AdaptedBackbone(Backbone):
+    """A network of another library, as a Detectron2 backbone.
+
+    Args:
+        model: images `(N, 3, H, W)` -> a dict whose values are the maps.
+        maps: what they are, by name and in that order, from high to low resolution.
+        size_divisibility: what the image's sides must be divisible by, in pixels; 0 for any.
+    """
+
+    def __init__(
+        self, model: nn.Module, maps: Mapping[str, MapInfo], size_divisibility: int = 0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.maps = dict(maps)
+        # what forward reads, in types that TorchScript has
+        self._names = list(maps)
+        self._channels_last = [info.channels_last for info in maps.values()]
+        self._size_divisibility = size_divisibility
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the image's height and width must be divisible by, in pixels; 0 for no such need."""
+        return self._size_divisibility
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Run the network.
+
+        Args:
+            x: images, `(N, 3, H, W)`.
+
+        Returns:
+            `{"res2": (N, C2, H/4, W/4), ...}` from high to low resolution.
+        """
+        return self._named(list(self.model(x).values()))
+
+    def _named(self, values: List[Tensor]) -> Dict[str, Tensor]:
+        """The maps as `(N, C, H, W)` by name."""
+        maps: Dict[str, Tensor] = {}
+        for name, channels_last, y in zip(self._names, self._channels_last, values):
+            maps[name] = y.permute(0, 3, 1, 2) if channels_last else y
+        return maps
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride in pixels of each map."""
+        return {
+            name: ShapeSpec(channels=info.channels, stride=info.stride)
+            for name, info in self.maps.items()
+        }
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Stop the gradients of these parameters."""
+    for parameter in parameters:
+        parameter.requires_grad = False
+
+
+def parameters_behind(values: Iterable[Tensor]) -> set[nn.Parameter]:
+    """The parameters that these values were computed from, by autograd's record of it.
+
+    So it is exact where the order in which layers are registered is not: for parallel branches.
+    """
+    found: set[nn.Parameter] = set()
+    seen: set[Any] = {None}
+    todo: list[Any] = [value.grad_fn for value in values]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(before for before, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                found.add(node.variable)
+    return found

@@ -1,0 +1,150 @@
+"""Builders for Detectron2's classes that its own config files do not know: RegNet, Swin, MViT and
+ViT.
+
+Each takes the class as it is, with the defaults of a size that Detectron2 or the paper has, and
+`MODEL.BOTTOM_UP.ARGS` for any other. Shapes are `(N, C, H, W)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Dict, Mapping
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from torch import Tensor, nn
+
+from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, wanted_maps
+from fpn_plugin.bottom_up.families import (
+    ARGS,
+    Family,
+    MViTFamily,
+    RegNetFamily,
+    SwinFamily,
+    ViTFamily,
+)
+from fpn_plugin.bottom_up.norms import freeze_norm_statistics
+from fpn_plugin.registry import unknown_name
+
+_INSTALL = {"timm": "pip install 'fpn_plugin[timm]'", "fairscale": "pip install fairscale"}
+
+
+class Detectron2Backbone(AdaptedBackbone):
+    """One of Detectron2's classes with its maps named `res<level>`, with level = log2(stride).
+
+    Args:
+        model: images -> its maps by its own names, from high to low resolution.
+        maps: what they are, in that order, by their new names.
+        pad_to: the image's sides are padded with zeros to multiples of this, in pixels.
+    """
+
+    def __init__(self, model: nn.Module, maps: Mapping[str, MapInfo], pad_to: int = 1) -> None:
+        super().__init__(model, maps)
+        self.pad_to = pad_to
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Run the network.
+
+        Args:
+            x: images, `(N, 3, H, W)`.
+
+        Returns:
+            `{"res2": (N, C2, H/4, W/4), ...}` from high to low resolution.
+        """
+        if self.pad_to > 1:
+            x = F.pad(x, [0, -x.shape[3] % self.pad_to, 0, -x.shape[2] % self.pad_to])
+        return super().forward(x)
+
+
+@BACKBONE_REGISTRY.register()
+def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
+    """RegNet (arXiv:2003.13678); RegNetX-4GF if `MODEL.BOTTOM_UP.ARGS` says nothing.
+
+    `stem_class` and `block_class` are names of `detectron2.modeling.backbone.regnet`.
+
+    Raises:
+        ValueError: (KeyError for an unknown argument or map) naming the config key.
+    """
+    return _build("build_regnet_backbone", RegNetFamily(), cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
+    """Swin Transformer (arXiv:2103.14030); Swin-T if `MODEL.BOTTOM_UP.ARGS` says nothing.
+
+    Raises:
+        ImportError: if it drops paths and timm is not installed.
+        ValueError: (KeyError for an unknown argument or map) naming the config key.
+    """
+    return _build("build_swin_backbone", SwinFamily(), cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
+    """MViTv2 (arXiv:2112.01526); MViTv2-T if `MODEL.BOTTOM_UP.ARGS` says nothing.
+
+    Raises:
+        ImportError: if timm is not installed, or fairscale for `use_act_checkpoint`.
+        ValueError: (KeyError for an unknown argument or map) naming the config key.
+    """
+    return _build("build_mvit_backbone", MViTFamily(), cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
+    """ViT as in ViTDet (arXiv:2203.16527); ViT-B if `MODEL.BOTTOM_UP.ARGS` says nothing.
+
+    It gives one map, `res4` with patches of 16 pixels, for `MODEL.FPN.TOPOLOGY: simple`.
+
+    Raises:
+        ImportError: if timm is not installed, or fairscale for `use_act_checkpoint`.
+        ValueError: (KeyError for an unknown argument or map) naming the config key.
+    """
+    return _build("build_vit_backbone", ViTFamily(), cfg, input_shape)
+
+
+def _build(name: str, family: Family, cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
+    model = _construct(name, family, cfg.MODEL.BOTTOM_UP.ARGS, input_shape.channels or 3)
+    strides = family.strides(model)
+    stages = list(strides)
+    positions = name_maps(name, list(strides.values()))
+    names = wanted_maps(name, list(positions), cfg.MODEL.FPN.IN_FEATURES)
+    numbers = [positions[map_name] for map_name in names]
+    maps = {
+        map_name: MapInfo(model._out_feature_channels[stages[number]], strides[stages[number]])
+        for map_name, number in zip(names, numbers)
+    }
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if freeze_at >= 1:
+        freeze(family.stem(model))
+    for number, stride in enumerate(strides.values()):
+        if stride <= 2**freeze_at:
+            freeze(family.stage(model, number))
+    family.keep(model, [stages[number] for number in numbers], numbers[-1])
+    freeze_norm_statistics(model)
+    return Detectron2Backbone(model, maps, family.pad_to(model))
+
+
+def _construct(name: str, family: Family, given: Mapping[str, Any], channels: int) -> Any:
+    known = [
+        argument
+        for argument in inspect.signature(family.kind.__init__).parameters
+        if argument not in ("self", *family.taken)
+    ]
+    for argument in given:
+        if argument not in known:
+            raise unknown_name(f"{ARGS} of {name}", argument, known)
+    arguments = family.arguments(given, channels)
+    try:
+        return family.construct(arguments)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        raise ImportError(
+            f"MODEL.BOTTOM_UP.NAME: {name} with {ARGS} {dict(given)} needs {package}:"
+            f" {_INSTALL.get(package, f'pip install {package}')}"
+        ) from error
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = str(e) or type(e).__name__
+        raise ValueError(f"{ARGS}: {dict(given)} does not build {name}: {reason}") from e

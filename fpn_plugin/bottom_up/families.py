@@ -1,0 +1,217 @@
+"""What differs between Detectron2's RegNet, Swin, MViT and ViT where a pyramid is put on them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Iterable, Mapping, Sequence
+
+import torch
+from detectron2.modeling.backbone import MViT, RegNet, SwinTransformer, ViT, regnet
+from torch import Tensor, nn
+
+from fpn_plugin.registry import unknown_name
+
+ARGS = "MODEL.BOTTOM_UP.ARGS"
+
+
+class Family:
+    """What differs between the classes.
+
+    A stage is what makes the maps of one stride. Its name is the class's own, `s1` or `p0`.
+
+    Attributes:
+        kind: the class.
+        defaults: its arguments, those of a well-known size.
+        taken: arguments that other keys decide, or that no config file can hold.
+    """
+
+    kind: Any
+    defaults: Mapping[str, Any]
+    taken: Sequence[str]
+
+    def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
+        """All arguments of the class.
+
+        Args:
+            given: `MODEL.BOTTOM_UP.ARGS`.
+            channels: of the image.
+        """
+        return {**self.defaults, **given, "in_chans": channels}
+
+    def construct(self, arguments: Mapping[str, Any]) -> Any:
+        """The network, with all its maps."""
+        return self.kind(**arguments)
+
+    def strides(self, model: Any) -> dict[str, int]:
+        """The stride of each stage, in pixels, from high to low resolution."""
+        return dict(model._out_feature_strides)
+
+    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+        """Give the wanted maps alone, and drop all stages behind number `last`."""
+        raise NotImplementedError
+
+    def stem(self, model: Any) -> Iterable[nn.Parameter]:
+        """What runs before the first stage."""
+        position = [] if model.pos_embed is None else [model.pos_embed]
+        return [*model.patch_embed.parameters(), *position]
+
+    def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
+        """What runs in a stage. The norm on its map alone is not of it: no pretrained network has
+        that."""
+        raise NotImplementedError
+
+    def pad_to(self, model: Any) -> int:
+        """The multiple of pixels that images are padded to."""
+        return 1
+
+
+class RegNetFamily(Family):
+    kind = RegNet
+    # RegNetX-4GF, of Detectron2's new_baselines
+    defaults = {
+        "stem_class": "SimpleStem",
+        "stem_width": 32,
+        "block_class": "ResBottleneckBlock",
+        "depth": 23,
+        "w_a": 38.65,
+        "w_0": 96,
+        "w_m": 2.43,
+        "group_width": 40,
+    }
+    taken = ("activation_class", "freeze_at", "norm", "out_features")
+    CLASSES = {
+        "stem_class": ("SimpleStem", "ResStem"),
+        "block_class": ("ResBottleneckBlock", "ResBasicBlock", "VanillaBlock"),
+    }
+
+    def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
+        if channels != 3:
+            raise ValueError(
+                f"MODEL.BOTTOM_UP.NAME: build_regnet_backbone takes images of 3 channels, not"
+                f" {channels} (MODEL.PIXEL_MEAN has one value per channel)"
+            )
+        made = {**self.defaults, **given}
+        for key, choices in self.CLASSES.items():
+            if made[key] not in choices:
+                raise unknown_name(f"{ARGS}.{key}", made[key], choices)
+            made[key] = getattr(regnet, made[key])
+        return made
+
+    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+        model._out_features = list(wanted)
+        for _, name in model.stages_and_names[last:]:
+            delattr(model, name)
+        model.stages_and_names = model.stages_and_names[:last]
+
+    def stem(self, model: Any) -> Iterable[nn.Parameter]:
+        return model.stem.parameters()
+
+    def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
+        # the stem is number 0
+        return model.stages_and_names[number - 1][0].parameters() if number else self.stem(model)
+
+
+class SwinFamily(Family):
+    kind = SwinTransformer
+    defaults: Mapping[str, Any] = {}  # the class's own are Swin-T's
+    taken = ("frozen_stages", "in_chans", "norm_layer", "out_indices")
+
+    def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
+        made = super().arguments(given, channels)
+        stages = len(made["depths"]) if "depths" in made else 4
+        return {**made, "out_indices": tuple(range(stages))}
+
+    def construct(self, arguments: Mapping[str, Any]) -> Any:
+        model = super().construct(arguments)
+        if arguments.get("use_checkpoint"):
+            # recomputing gives no gradients to a block whose input wants none: behind a frozen stem
+            model.patch_embed.register_forward_hook(_want_gradient)
+        return model
+
+    def strides(self, model: Any) -> dict[str, int]:
+        # the class says 4 for the first, whatever its patches are
+        patch = model.patch_embed.patch_size[0]
+        return {f"p{i}": patch * 2**i for i in range(model.num_layers)}
+
+    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+        for i in model.out_indices:
+            if f"p{i}" not in wanted:
+                delattr(model, f"norm{i}")
+        model.out_indices = tuple(i for i in model.out_indices if f"p{i}" in wanted)
+        model.layers = model.layers[: last + 1]
+        model.layers[-1].downsample = None
+        model.num_layers = last + 1
+
+    def stem(self, model: Any) -> Iterable[nn.Parameter]:
+        position = [model.absolute_pos_embed] if model.ape else []
+        return [*model.patch_embed.parameters(), *position]
+
+    def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
+        """Unlike the class's `frozen_stages`, which counts the merging of patches to the stage
+        before it."""
+        merging = model.layers[number - 1].downsample.parameters() if number else []
+        return [*merging, *model.layers[number].blocks.parameters()]
+
+
+class MViTFamily(Family):
+    kind = MViT
+    # MViTv2-T, of Detectron2's projects/MViTv2
+    defaults = {
+        "embed_dim": 96,
+        "depth": 10,
+        "num_heads": 1,
+        "last_block_indexes": (0, 2, 7, 9),
+        "residual_pooling": True,
+        "drop_path_rate": 0.2,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+    }
+    taken = ("act_layer", "in_chans", "norm_layer", "out_features")
+
+    def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
+        made = super().arguments(given, channels)
+        stages = len(made["last_block_indexes"])
+        return {**made, "out_features": tuple(f"scale{i + 2}" for i in range(stages))}
+
+    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+        for name in model._out_features:
+            if name not in wanted:
+                delattr(model, f"{name}_norm")
+        model._out_features = tuple(wanted)
+        model.blocks = model.blocks[: model._last_block_indexes[last] + 1]
+
+    def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
+        ends = (-1, *model._last_block_indexes)
+        return model.blocks[ends[number] + 1 : ends[number + 1] + 1].parameters()
+
+
+class ViTFamily(Family):
+    kind = ViT
+    # ViT-B, of Detectron2's common/models/mask_rcnn_vitdet.py: blocks 2, 5, 8 and 11 see the whole
+    # image
+    defaults = {
+        "img_size": 1024,
+        "patch_size": 16,
+        "embed_dim": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "drop_path_rate": 0.1,
+        "window_size": 14,
+        "window_block_indexes": (0, 1, 3, 4, 6, 7, 9, 10),
+        "use_rel_pos": True,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+    }
+    taken = ("act_layer", "in_chans", "norm_layer", "out_feature")
+
+    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+        pass  # there is one map
+
+    def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
+        return model.blocks.parameters()
+
+    def pad_to(self, model: Any) -> int:
+        return model.patch_embed.proj.stride[0]
+
+
+def _want_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()

@@ -1,0 +1,146 @@
+"""MODEL.BOTTOM_UP: every source by config, its weights and norms, and a network without a pyramid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import build_backbone
+from networks import Case
+from torch import nn
+
+RGB = ShapeSpec(channels=3)
+R18 = Case("build_resnet_backbone", keys={"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64})
+TIMM = Case("timm/test_resnet")
+
+
+def kinds(module: nn.Module) -> set[str]:
+    return {type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__}
+
+
+@pytest.mark.parametrize(
+    "norm, frozen, trained",
+    [
+        ("FrozenBN", "FrozenBatchNorm2d", "FrozenBatchNorm2d"),
+        ("BN", "FrozenBatchNorm2d", "BatchNorm2d"),
+        ("SyncBN", "FrozenBatchNorm2d", "SyncBatchNorm"),
+        ("GN", "GroupNorm", "GroupNorm"),
+    ],
+)
+def test_norms_of_detectron2_s_networks(norm: str, frozen: str, trained: str) -> None:
+    network: Any = R18.build(BACKBONE__FREEZE_AT=2, BOTTOM_UP__NORM=norm)
+    assert kinds(network.stem) == kinds(network.res2) == {frozen}
+    assert kinds(network.res3) == kinds(network.res5) == {trained}
+    assert not any(p.requires_grad for p in [*network.stem.parameters()])
+
+
+def test_a_norm_of_resnets_own_key_stays() -> None:
+    network: Any = R18.build(BACKBONE__FREEZE_AT=1, RESNETS__NORM="BN")
+    assert kinds(network.stem) == {"FrozenBatchNorm2d"} and kinds(network.res2) == {"BatchNorm2d"}
+
+
+@pytest.mark.parametrize("source", [R18, TIMM, Case("torchvision/resnet18")], ids=str)
+def test_weights_load_into_every_source(source: Case, tmp_path: Any) -> None:
+    saved = source.build()
+    torch.save(saved.state_dict(), tmp_path / "w.pth")
+    loaded = source.build(BOTTOM_UP__WEIGHTS=str(tmp_path / "w.pth")).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.state_dict().items())
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_published_weights_are_asked_for(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def adapter(model: str, **settings: Any) -> nn.Module:
+        given.update(settings, model=model)
+        return nn.Identity()
+
+    kind = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}[library]
+    monkeypatch.setattr(f"fpn_plugin.bottom_up.{library}.{kind}", adapter)
+    Case(f"{library}/resnet18", args={"a": 1}).build(BOTTOM_UP__WEIGHTS=library)
+    assert given == {
+        "model": "resnet18",
+        "out_features": ["res2", "res3", "res4", "res5"],
+        "freeze_at": 2,
+        "norm": "",
+        "in_channels": 3,
+        "args": {"a": 1},
+        "pretrained": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "source, keys, message",
+    [
+        (
+            R18,
+            {"BOTTOM_UP__WEIGHTS": "timm"},
+            "WEIGHTS: 'timm' are the weights that timm publishes.*'build_resnet_backbone'.*a file",
+        ),
+        (TIMM, {"BOTTOM_UP__WEIGHTS": "torchvision"}, "'torchvision' are.*'timm/test_resnet'"),
+        (Case("timm"), {"BOTTOM_UP__WEIGHTS": "timm"}, "take timm/<model>"),
+        (Case("timm"), {}, "MODEL.BOTTOM_UP.NAME: unknown name 'timm'.*timm/<model>, torchvision/"),
+        (Case("tim/test_resnet"), {}, "unknown name 'tim/test_resnet'.*build_swin_backbone"),
+        (Case("build_resnet_backbon"), {}, "did you mean 'build_resnet_backbone'"),
+        (Case("build_pyramid_backbone"), {}, "'build_pyramid_backbone' is a value of MODEL.BACKB"),
+        (Case("build_bottom_up_backbone"), {}, "'build_bottom_up_backbone' is a value of MODEL.B"),
+        (
+            Case("build_resnet_backbone", args={"depth": 18}),
+            {},
+            r"MODEL.BOTTOM_UP.ARGS: {'depth': 18}: build_resnet_backbone.*MODEL.RESNETS' \(DEFORM",
+        ),
+        (R18, {"BOTTOM_UP__NORM": "XN"}, "MODEL.BOTTOM_UP.NORM: unknown name 'XN'"),
+        (R18, {"BOTTOM_UP__NORM": "BN", "RESNETS__NORM": "GN"}, "no batch norms.*GroupNorm"),
+    ],
+)
+def test_mistakes_are_named(source: Case, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises((KeyError, ValueError), match=message):
+        source.build(**keys)
+
+
+def alone(source: Case, rpn: list[str], roi_heads: list[str]) -> CfgNode:
+    cfg = source.config(BACKBONE__NAME="build_bottom_up_backbone")
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32, 64]]
+    cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.ROI_HEADS.IN_FEATURES = rpn, roi_heads
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "source", [R18, TIMM, Case("torchvision/resnet18"), Case("timm/test_vit")], ids=str
+)
+def test_a_network_without_a_pyramid_gives_what_the_heads_read(source: Case) -> None:
+    cfg = alone(source, ["res4"], ["res4"])
+    in_features = list(cfg.MODEL.FPN.IN_FEATURES)
+    network = build_backbone(cfg, RGB)
+    assert list(network.output_shape()) == list(network(torch.randn(1, 3, 64, 64))) == ["res4"]
+    assert cfg.MODEL.FPN.IN_FEATURES == in_features
+
+
+def test_the_heads_together_say_which_maps_are_given() -> None:
+    network = build_backbone(alone(TIMM, ["res5"], ["res3", "res4"]), RGB)
+    assert list(network.output_shape()) == ["res3", "res4", "res5"]
+
+
+@pytest.mark.parametrize(
+    "rpn, roi_heads, message",
+    [
+        (["p4"], ["res4"], r"MODEL.RPN.IN_FEATURES: \['p4'\] are not among the backbone's maps"),
+        (["p4"], ["p4"], r"MODEL.RPN.IN_FEATURES: \['p4'\] are not among"),
+        (["res6"], ["res4"], "maps of timm/test_resnet.*'res6'.*res1, res2"),
+        (["auto"], ["res4"], "MODEL.RPN.IN_FEATURES: 'auto' is not worked out"),
+    ],
+)
+def test_maps_that_the_heads_cannot_read(
+    rpn: list[str], roi_heads: list[str], message: str
+) -> None:
+    with pytest.raises((KeyError, ValueError), match=message):
+        build_backbone(alone(TIMM, rpn, roi_heads), RGB)
+
+
+def test_a_frozen_norm_of_detectron2_can_learn() -> None:
+    network = R18.build(BACKBONE__FREEZE_AT=0, BOTTOM_UP__NORM="BN")
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in network.modules())
+    assert all(p.requires_grad for p in network.parameters())

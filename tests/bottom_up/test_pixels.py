@@ -1,0 +1,252 @@
+"""Pixel statistics follow the weights unless the config sets them, and the log says which."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_plugin import add_fpn_config
+from fpn_plugin.bottom_up.pixels import resolve_pixels
+
+DEFAULT = ([103.53, 116.28, 123.675], [1.0, 1.0, 1.0], "BGR")
+FAIR = ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395], "BGR")
+RGB = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "RGB")
+HALF = ([127.5] * 3, [127.5] * 3, "RGB")
+QUICKSTART = ([127.0] * 3, [128.0] * 3, "RGB")
+MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+
+
+def config(name: str = "build_resnet_backbone", weights: str = "", *others: Any) -> CfgNode:
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_pyramid_backbone"
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.BOTTOM_UP.NAME, cfg.MODEL.BOTTOM_UP.WEIGHTS = name, weights
+    cfg.merge_from_list(list(others))
+    return cfg
+
+
+def pixels(cfg: CfgNode) -> tuple[list[float], list[float], str]:
+    return list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), cfg.INPUT.FORMAT
+
+
+def stating(values: tuple[list[float], list[float], str]) -> list[Any]:
+    keys = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT")
+    return [item for pair in zip(keys, values) for item in pair]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, "fpn_plugin"):
+        yield caplog
+
+
+def resolved(cfg: CfgNode, log: pytest.LogCaptureFixture) -> str:
+    """Resolve, and give the one line of the log with its level."""
+    log.clear()
+    resolve_pixels(cfg)
+    (record,) = log.records
+    return f"{record.levelname} {record.getMessage()}"
+
+
+def weight_file(folder: Path, *names: str) -> str:
+    torch.save({name: torch.zeros(1) for name in names}, folder / "w.pth")
+    return str(folder / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "name, weights, expected",
+    [
+        ("timm/resnet50", "timm", RGB),
+        ("timm/resnet50.a1_in1k", "https://x/y.safetensors", RGB),
+        ("timm/tf_efficientnet_lite0", "no/such/file.pth", HALF),
+        ("timm/resnet50", MSRA, DEFAULT),
+        ("torchvision/resnet50", "torchvision", RGB),
+        ("torchvision/swin_t", "https://x/y.pth", RGB),
+        ("build_resnet_backbone", MSRA, DEFAULT),
+        ("build_resnet_backbone", "detectron2://ImageNetPretrained/MSRA/R-101.pkl", DEFAULT),
+        ("build_resnet_backbone", "weights/MSRA/R-50.pkl", DEFAULT),
+        ("build_resnet_backbone", "catalog://ImageNetPretrained/FAIR/X-101-32x8d", DEFAULT),
+        ("build_resnet_backbone", "detectron2://ImageNetPretrained/FAIR/X-101-32x8d.pkl", FAIR),
+        ("build_regnet_backbone", "https://dl.fbaipublicfiles.com/pycls/dds/RegNetX.pyth", FAIR),
+        ("build_resnet_backbone", "detectron2://ImageNetPretrained/torchvision/R-50.pkl", RGB),
+        ("build_resnet_backbone", "https://download.pytorch.org/models/resnet50-1.pth", RGB),
+        ("build_swin_backbone", "detectron2://ImageNetPretrained/swin/swin_tiny.pth", RGB),
+        ("build_swin_backbone", "https://x/SwinTransformer/storage/v1/swin_tiny.pth", RGB),
+    ],
+)
+def test_known_weights(
+    name: str, weights: str, expected: tuple, log: pytest.LogCaptureFixture
+) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    cfg = config(name, weights)
+    line = resolved(cfg, log)
+    assert pixels(cfg) == expected
+    assert line.startswith(f"INFO PIXEL_MEAN {expected[0]}, PIXEL_STD {expected[1]}, INPUT.FORMAT")
+    assert ": taken from " in line
+    # once more: the config now has them
+    assert resolved(cfg, log).startswith("INFO")
+    assert pixels(cfg) == expected
+
+
+@pytest.mark.parametrize(
+    "name, weights, final, because",
+    [
+        ("timm/resnet50", "", "", "MODEL.BOTTOM_UP.WEIGHTS is empty"),
+        ("build_resnet_backbone", "", "output/model_final.pth", "WEIGHTS is empty"),
+        ("build_resnet_backbone", "https://x/y.pth", "", "https://x/y.pth was trained with is not"),
+        ("timm/no_such_model", "timm", "", "was trained with is not known"),
+        ("timm/resnet50.no_such_tag", "timm", "", "was trained with is not known"),
+        ("torchvision/no_such_model", "torchvision", "", "was trained with is not known"),
+        # its names are those of Detectron2's networks: nothing of it is loaded into another
+        ("timm/resnet50", "", "detectron2://ImageNetPretrained/torchvision/R-50.pkl", "is empty"),
+    ],
+)
+def test_unknown_weights_leave_the_config(
+    name: str, weights: str, final: str, because: str, log: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(name, weights, "MODEL.WEIGHTS", final)
+    line = resolved(cfg, log)
+    assert pixels(cfg) == DEFAULT
+    assert line.startswith("INFO") and ": the config's; " in line and because in line
+
+
+def test_model_weights_count_too_and_come_last(log: pytest.LogCaptureFixture) -> None:
+    final = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    cfg = config("build_resnet_backbone", "", "MODEL.WEIGHTS", final)
+    assert f"taken from MODEL.WEIGHTS {final}" in resolved(cfg, log)
+    assert pixels(cfg) == RGB
+    cfg = config("build_resnet_backbone", "w.pth", "MODEL.WEIGHTS", MSRA)
+    resolve_pixels(cfg)
+    assert pixels(cfg) == DEFAULT
+    assert f"MODEL.WEIGHTS {MSRA} is loaded after MODEL.BOTTOM_UP.WEIGHTS w.pth" in log.text
+
+
+def test_a_file_with_torchvisions_names(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    file = weight_file(tmp_path, "module.layer1.0.conv1.weight")
+    cfg = config("build_resnet_backbone", file)
+    assert "taken from torchvision, whose names" in resolved(cfg, log)
+    assert pixels(cfg) == RGB
+
+
+def test_timms_weights_of_one_network_may_differ(log: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("timm")
+    cfg = config("timm/resnet50d", "no_such.pth")
+    resolve_pixels(cfg)
+    assert pixels(cfg) == RGB
+    assert "name it so in MODEL.BOTTOM_UP.NAME (timm/resnet50d.ra4_e3600_r224_in1k)" in log.text
+    for name, weights, expected in (
+        ("timm/resnet50d.ra4_e3600_r224_in1k", "no_such.pth", HALF),
+        ("timm/resnet50d", "timm", RGB),  # its default
+    ):
+        cfg = config(name, weights)
+        assert "pretrained_cfg of resnet50d.ra" in resolved(cfg, log)
+        assert pixels(cfg) == expected
+
+
+@pytest.mark.parametrize("strides, warnings", [(True, 1), (False, 0)])
+def test_torchvisions_stride_placement(
+    strides: bool, warnings: int, log: pytest.LogCaptureFixture
+) -> None:
+    weights = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    resolve_pixels(config("build_resnet_backbone", weights, "MODEL.RESNETS.STRIDE_IN_1X1", strides))
+    assert log.text.count("MODEL.RESNETS.STRIDE_IN_1X1 is True, but according to") == warnings
+
+
+@pytest.mark.parametrize("name", ["build_resnet_backbone", "timm/resnet50", "torchvision/resnet50"])
+def test_a_file_with_detectron2s_names_does_not_say(
+    name: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(name, weight_file(tmp_path, "backbone.bottom_up.res2.0.conv1.weight"))
+    assert resolved(cfg, log).startswith("INFO") and pixels(cfg) == DEFAULT
+
+
+def test_a_file_that_is_not_there_is_a_warning(log: pytest.LogCaptureFixture) -> None:
+    cfg = config("build_resnet_backbone", "no_such.pth")  # an error where it is loaded
+    resolve_pixels(cfg)
+    assert pixels(cfg) == DEFAULT
+    assert [record.levelname for record in log.records] == ["WARNING", "INFO"]
+    assert "MODEL.BOTTOM_UP.WEIGHTS no_such.pth is not there" in log.text
+
+
+@pytest.mark.parametrize("key", ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"])
+def test_one_value_that_the_config_sets_keeps_all(key: str, log: pytest.LogCaptureFixture) -> None:
+    value = "RGB" if key == "INPUT.FORMAT" else [1.0, 2.0, 3.0]
+    cfg = config("torchvision/resnet50", "torchvision", key, value)
+    before = pixels(cfg)
+    line = resolved(cfg, log)
+    assert pixels(cfg) == before
+    assert line.startswith("WARNING") and str(before[0]) in line
+    assert f"transforms of resnet50 the weights were trained with PIXEL_MEAN {RGB[0]}" in line
+    assert "PIXELS: config" in line
+
+
+def test_values_within_a_grey_level_are_the_same(log: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("timm")
+    cfg = config("timm/tf_efficientnet_lite0", "timm", *stating(QUICKSTART))
+    line = resolved(cfg, log)
+    assert line.startswith("INFO") and "which agree with timm's pretrained_cfg" in line
+    assert pixels(cfg) == QUICKSTART
+
+
+def test_a_config_with_other_channels_is_kept(log: pytest.LogCaptureFixture) -> None:
+    cfg = config("torchvision/resnet50", "torchvision", *stating(([1.0] * 4, [1.0] * 4, "RGB")))
+    assert resolved(cfg, log).startswith("WARNING") and pixels(cfg)[0] == [1.0] * 4
+
+
+def test_config_takes_the_config(log: pytest.LogCaptureFixture) -> None:
+    cfg = config("torchvision/resnet50", "torchvision", "MODEL.BOTTOM_UP.PIXELS", "config")
+    assert resolved(cfg, log).endswith("the config's (MODEL.BOTTOM_UP.PIXELS: config)")
+    assert pixels(cfg) == DEFAULT
+
+
+def test_another_choice_is_an_error() -> None:
+    with pytest.raises(KeyError, match="MODEL.BOTTOM_UP.PIXELS: unknown name 'rgb'.*auto, config"):
+        resolve_pixels(config("timm/resnet50", "timm", "MODEL.BOTTOM_UP.PIXELS", "rgb"))
+
+
+def test_other_backbones_are_left_alone(log: pytest.LogCaptureFixture) -> None:
+    cfg = config("torchvision/resnet50", "torchvision")
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    resolve_pixels(cfg)
+    assert pixels(cfg) == DEFAULT and not log.records
+    cfg.MODEL.BACKBONE.NAME = "build_bottom_up_backbone"
+    resolve_pixels(cfg)
+    assert pixels(cfg) == RGB
+
+
+def test_without_timm(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    cfg = config("torchvision/resnet50", "torchvision")
+    resolve_pixels(cfg)
+    assert pixels(cfg) == RGB
+    assert "not known" in resolved(config("timm/resnet50", "timm"), log)  # its adapter says why
+
+
+ZOO = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
+
+
+@pytest.mark.parametrize("folder", ["COCO-*", "Misc", "Cityscapes", "LVIS*", "Detectron1-*"])
+def test_detectron2s_zoo_stays_as_it_is(folder: str, log: pytest.LogCaptureFixture) -> None:
+    files = sorted(ZOO.glob(f"{folder}/*.yaml"))
+    assert files
+    for file in files:
+        cfg = config("build_resnet_backbone", "", "MODEL.RESNETS.STRIDE_IN_1X1", True)
+        cfg.merge_from_file(str(file))
+        if not cfg.MODEL.BACKBONE.NAME.endswith("_fpn_backbone"):
+            continue
+        cfg.MODEL.BACKBONE.NAME = "build_pyramid_backbone"
+        before = cfg.dump()
+        resolve_pixels(cfg)
+        assert cfg.dump() == before, file
+    ours = [record for record in log.records if record.name.startswith("fpn_plugin")]
+    assert ours and all(record.levelno == logging.INFO for record in ours)

@@ -1,0 +1,242 @@
+"""Reading weight files: every kind, what is refused, and that no code of a file runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fpn_plugin.bottom_up.weight_files import read_state_dict
+
+
+def arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def a_state() -> dict[str, Tensor]:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
+
+
+def assert_read(file: Path, state: dict[str, Tensor]) -> None:
+    found = read_state_dict(str(file))
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["", "model", "state_dict", "module", "model_state", "model_ema", "state_dict_ema"],
+)
+def test_a_state_dict_is_read_wrapped_or_not(wrapper: str, tmp_path: Path) -> None:
+    state = a_state()
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.pth")
+    assert_read(tmp_path / "w.pth", state)
+
+
+def test_averaged_weights_go_before_the_raw_ones_as_the_libraries_save_them(
+    tmp_path: Path,
+) -> None:
+    raw, averaged = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
+    for checkpoint in (
+        {"state_dict": raw, "state_dict_ema": averaged},  # timm
+        {"model": raw, "model_ema": {"module.a": averaged["a"]}},  # torchvision
+        {"state_dict": averaged, "ema_state_dict": raw},  # MMEngine swaps them
+    ):
+        torch.save(checkpoint, tmp_path / "w.pth")
+        assert list(read_state_dict(str(tmp_path / "w.pth")).values()) == [torch.ones(1)]
+
+
+def test_plain_data_beside_the_weights_is_fine(tmp_path: Path) -> None:
+    beside = {
+        "args": argparse.Namespace(lr=0.1),
+        "best": np.float64(0.5),
+        "history": np.arange(3.0),
+        "meta": {"epoch": 1, "CLASSES": ("cat",)},
+    }
+    torch.save({**beside, "state_dict": {"a": torch.ones(1)}}, tmp_path / "w.pth")
+    assert list(read_state_dict(str(tmp_path / "w.pth"))) == ["a"]
+
+
+def test_the_legacy_torch_format_loads(tmp_path: Path) -> None:
+    state = a_state()
+    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert_read(tmp_path / "w.pth", state)
+
+
+def test_a_torch_file_may_be_called_pkl(tmp_path: Path) -> None:
+    state = a_state()
+    torch.save(state, tmp_path / "w.pkl")
+    assert_read(tmp_path / "w.pkl", state)
+
+
+def test_safetensors_load(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    state = a_state()
+    save_file(state, tmp_path / "w.safetensors")
+    assert_read(tmp_path / "w.safetensors", state)
+    (tmp_path / "w.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="MODEL.BOTTOM_UP.WEIGHTS.*cannot be read as safetensors"):
+        read_state_dict(str(tmp_path / "w.safetensors"))
+
+
+def test_safetensors_that_are_not_installed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "w.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="MODEL.BOTTOM_UP.WEIGHTS.*pip install safetensors"):
+        read_state_dict(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_detectron2s_pickles_load(protocol: int, tmp_path: Path) -> None:
+    state = a_state()
+    content = {"model": arrays(state), "__author__": "me", "matching_heuristics": True}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content, protocol))
+    assert_read(tmp_path / "w.pkl", state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda blobs: {"blobs": blobs},
+        lambda blobs: blobs,
+        lambda blobs: {"model": blobs, "__author__": "Caffe2"},
+    ],
+)
+def test_caffe2s_names_become_detectron2s(wrap: Any, tmp_path: Path) -> None:
+    names = ["conv1_w", "res_conv1_bn_s", "res_conv1_bn_rm", "res2_0_branch2a_w"]
+    names += ["res2_0_branch2a_bn_b", "res2_0_branch1_w", "pred_w", "conv1_w_momentum"]
+    blobs = {name: np.full(2, i, np.float32) for i, name in enumerate(names)}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(wrap(blobs), 2))
+    found = read_state_dict(str(tmp_path / "w.pkl"))
+    assert {name: int(value[0]) for name, value in found.items()} == {
+        "stem.conv1.weight": 0,
+        "stem.conv1.norm.weight": 1,
+        "stem.conv1.norm.running_mean": 2,
+        "res2.0.conv1.weight": 3,
+        "res2.0.conv1.norm.bias": 4,
+        "res2.0.shortcut.weight": 5,
+        "linear.weight": 6,
+    }
+
+
+class Payload:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.marker,)
+
+
+def test_a_file_with_code_runs_none_of_it(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    content = {"0.weight": Payload(str(marker))}
+    torch.save(content, tmp_path / "w.pth")
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    for name in ("w.pth", "w.pkl"):
+        with pytest.raises(
+            ValueError, match="cannot be read as plain weights: it calls posix.mkdir"
+        ):
+            read_state_dict(str(tmp_path / name))
+        assert not marker.exists()
+    pickle.loads((tmp_path / "w.pkl").read_bytes())
+    assert marker.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    "reference", ["builtins.eval", "builtins.getattr", "os.system", "numpy.load"]
+)
+def test_a_pickle_may_name_only_arrays_and_containers(reference: str, tmp_path: Path) -> None:
+    module, _, name = reference.rpartition(".")
+    (tmp_path / "w.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(ValueError, match=f"it calls {reference}"):
+        read_state_dict(str(tmp_path / "w.pkl"))
+
+
+def test_no_other_text_encoding_in_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "w.pkl").write_bytes(b"c_codecs\nencode\n(Vx\nVutf-8\ntR.")
+    with pytest.raises(ValueError, match="it calls encode with 'utf-8'"):
+        read_state_dict(str(tmp_path / "w.pkl"))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pkl"])
+def test_a_broken_file_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("<!DOCTYPE html><html>Not found</html>")
+    with pytest.raises(ValueError, match=f"{name} cannot be read as plain weights: .") as error:
+        read_state_dict(str(tmp_path / name))
+    assert "trust" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, {"model": {"a": 1}}, torch.zeros(2)])
+def test_other_contents_are_an_error(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_state_dict(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": np.array([None])}])
+def test_other_contents_of_a_pickle_are_an_error(content: object, tmp_path: Path) -> None:
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_state_dict(str(tmp_path / "w.pkl"))
+
+
+def test_a_missing_file_names_the_key_and_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/somewhere")
+    with pytest.raises(
+        FileNotFoundError, match="MODEL.BOTTOM_UP.WEIGHTS.*'w.pth'.*/somewhere/w.pth"
+    ):
+        read_state_dict("w.pth")
+
+
+def test_a_file_below_the_datasets_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(a_state(), tmp_path / "w.pth")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert "0.weight" in read_state_dict("w.pth")
+
+
+def test_an_address_goes_through_detectron2s_path_manager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from detectron2.utils.file_io import PathManager
+
+    torch.save(a_state(), tmp_path / "w.pth")
+    asked: list[str] = []
+
+    def local_path(path: str) -> str:
+        asked.append(path)
+        return str(tmp_path / "w.pth")
+
+    monkeypatch.setattr(PathManager, "get_local_path", local_path)
+    assert "0.weight" in read_state_dict("detectron2://X/R.pkl?matching_heuristics=True")
+    assert asked == ["detectron2://X/R.pkl"]
+
+
+@pytest.mark.parametrize("path", ["foo://x.pth", "catalog://ImageNetPretrained/no/such"])
+def test_an_address_that_cannot_be_fetched_names_the_key(path: str) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=f"MODEL.BOTTOM_UP.WEIGHTS: '{path}' cannot be fetched"
+    ):
+        read_state_dict(path)
+
+
+def test_a_download_that_fails_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detectron2.utils.file_io import PathManager
+
+    def refuse(path: str) -> str:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(PathManager, "get_local_path", refuse)
+    with pytest.raises(FileNotFoundError, match="KEY: 'https://x/w.pth'.*Name or service not"):
+        read_state_dict("https://x/w.pth", "KEY")
