@@ -9,18 +9,19 @@ Detectron2's own `MODEL.FPN.IN_FEATURES`, `OUT_CHANNELS`, `NORM` and `FUSE_TYPE`
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
-
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
 
 from fpn_plugin.registry import unknown_name
+
+# Detectron2's own choices: build_retinanet_resnet_fpn_backbone, and its FCOS config
+_EXTRA_LEVELS = {"RetinaNet": "conv_c5", "FCOS": "conv_p5"}
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
     """Add the keys of this plugin to `cfg`, in place."""
     _add_pyramid_keys(cfg)
     _add_bottom_up_keys(cfg)
+    _add_head_keys(cfg)
     _add_training_keys(cfg)
     _add_data_keys(cfg)
 
@@ -38,7 +39,7 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
     # Levels coarser than the last of these, made at the end: none; maxpool (one: the top output,
     # subsampled); conv_c5 or conv_p5 (two: 3x3 stride 2 from the top bottom-up or output map).
     # auto: none for an inline GRAPH and for the topologies that make levels of their own, else as
-    # Detectron2's builders do it, conv_c5 for RetinaNet and maxpool for everything else
+    # Detectron2 does it, conv_c5 for RetinaNet, conv_p5 for FCOS and maxpool for everything else
     fpn.EXTRA_LEVELS = "auto"
     # How a coarser map is brought to a finer level: a name of the UPSAMPLE registry
     fpn.UPSAMPLE = "nearest"
@@ -59,14 +60,42 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
 
 def _add_bottom_up_keys(cfg: CfgNode) -> None:
     cfg.MODEL.BOTTOM_UP = CfgNode()
-    # The network underneath: a builder of Detectron2's BACKBONE_REGISTRY, or timm/<model>
+    # The network underneath: a builder of Detectron2's BACKBONE_REGISTRY (build_resnet_backbone,
+    # build_regnet_backbone, build_swin_backbone, build_mvit_backbone, build_vit_backbone, ...),
+    # timm/<model> or torchvision/<model>
     cfg.MODEL.BOTTOM_UP.NAME = "build_resnet_backbone"
-    # A file with weights for that network alone; "" starts from its initialisation (or
-    # MODEL.WEIGHTS)
+    # Weights for that network alone: a file, a URL or detectron2://, or "timm" or "torchvision" for
+    # the ones that those libraries publish; "" starts from its initialisation (or MODEL.WEIGHTS)
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
-    # timm networks: "FrozenBN" freezes their batch norms (statistics and affine), "" leaves them as
-    # they are
+    # What the network's norms become, where that is possible: FrozenBN, BN, SyncBN, GN; "" leaves
+    # them as they are
     cfg.MODEL.BOTTOM_UP.NORM = ""
+    # More arguments for the network, by its library's names: {drop_path_rate: 0.1}. For timm also
+    # {grad_checkpointing: True}
+    cfg.MODEL.BOTTOM_UP.ARGS = CfgNode(new_allowed=True)
+    # auto: where MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT stand at Detectron2's defaults, they
+    # become what the weights were trained with; config: they are always taken as they stand
+    cfg.MODEL.BOTTOM_UP.PIXELS = "auto"
+
+
+def _add_head_keys(cfg: CfgNode) -> None:
+    # FCOS (arXiv:1904.01355), which Detectron2 has for its Python configs alone; the values are its
+    # own. META_ARCHITECTURE: FCOS. As in all of the heads' IN_FEATURES, and ANCHOR_GENERATOR.SIZES,
+    # [auto] stands for what follows from the pyramid
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions of the head, and their norm
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    # A place is positive within this many strides of a box's centre
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
 
 def _add_training_keys(cfg: CfgNode) -> None:
@@ -98,16 +127,18 @@ def _add_data_keys(cfg: CfgNode) -> None:
 
 
 def extra_levels_for(cfg: CfgNode) -> str:
-    """`MODEL.FPN.EXTRA_LEVELS` with "auto" worked out as Detectron2's builders would."""
+    """`MODEL.FPN.EXTRA_LEVELS` with "auto" worked out as Detectron2 would."""
     from fpn_plugin.pyramid.compose import stages
     from fpn_plugin.pyramid.topologies import INNER_LEVELS
 
     if cfg.MODEL.FPN.EXTRA_LEVELS != "auto":
         return cfg.MODEL.FPN.EXTRA_LEVELS
-    own_levels = stages(cfg.MODEL.FPN.TOPOLOGY)[0] in INNER_LEVELS
-    if cfg.MODEL.FPN.GRAPH or own_levels:
+    first = stages(cfg.MODEL.FPN.TOPOLOGY)[0]
+    if cfg.MODEL.FPN.GRAPH or first in INNER_LEVELS:
         return "none"
-    return "conv_c5" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "maxpool"
+    extra = _EXTRA_LEVELS.get(cfg.MODEL.META_ARCHITECTURE, "maxpool")
+    # the simple pyramid's own levels go beyond the one map that it reads
+    return "conv_p5" if extra == "conv_c5" and first == "simple" else extra
 
 
 def size_divisibility_for(cfg: CfgNode) -> int:
@@ -158,61 +189,3 @@ def validate_config(cfg: CfgNode) -> None:
             f"MODEL.FPN.REPEATS: {fpn.REPEATS} repeats a TOPOLOGY, but MODEL.FPN.GRAPH is given:"
             " write its nodes as often as they shall run"
         )
-
-
-def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
-    """Check that the heads of the config read maps that the pyramid gives, with as many anchors as
-    maps.
-
-    Args:
-        shapes: what the pyramid gives, by name ("p2", ...).
-
-    Raises:
-        ValueError: naming the key, the value and the maps that exist.
-    """
-    for key, features in head_features(cfg).items():
-        missing = [name for name in features if name not in shapes]
-        if missing:
-            raise ValueError(
-                f"{key}: {missing} are not among the pyramid's maps: {', '.join(shapes)}"
-            )
-        if len(features) == 0:
-            raise ValueError(f"{key}: it is empty; choose from {', '.join(shapes)}")
-        if key in ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES"):
-            _validate_anchors(cfg, key, len(features))
-
-
-def head_features(cfg: CfgNode) -> dict[str, Sequence[str]]:
-    """The maps that the heads of this meta-architecture read, by the key that names them."""
-    model = cfg.MODEL
-    architecture = model.META_ARCHITECTURE
-    features: dict[str, Sequence[str]] = {}
-    if architecture == "RetinaNet":
-        features["MODEL.RETINANET.IN_FEATURES"] = model.RETINANET.IN_FEATURES
-    if architecture in ("GeneralizedRCNN", "ProposalNetwork", "PanopticFPN"):
-        if model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
-            features["MODEL.RPN.IN_FEATURES"] = model.RPN.IN_FEATURES
-    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
-        features["MODEL.ROI_HEADS.IN_FEATURES"] = model.ROI_HEADS.IN_FEATURES
-    if architecture in ("PanopticFPN", "SemanticSegmentor"):
-        features["MODEL.SEM_SEG_HEAD.IN_FEATURES"] = model.SEM_SEG_HEAD.IN_FEATURES
-    return features
-
-
-def _validate_anchors(cfg: CfgNode, where: str, count: int) -> None:
-    """Anchor sizes and ratios are given once for all maps, or once for each."""
-    for key in ("SIZES", "ASPECT_RATIOS"):
-        values = cfg.MODEL.ANCHOR_GENERATOR[key]
-        lists = [value for value in values if isinstance(value, (list, tuple))]
-        if lists and len(lists) not in (1, count):
-            raise ValueError(
-                f"MODEL.ANCHOR_GENERATOR.{key}: {len(lists)} lists for the {count} maps of {where}"
-                f" {list(cfg_get(cfg, where))}: give one list for all, or {count}"
-            )
-
-
-def cfg_get(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

@@ -148,11 +148,18 @@ def test_one_list_of_anchors_serves_all_maps() -> None:
 
 
 @pytest.mark.parametrize(
-    "path, graph, expected",
-    [(MASK, [], "maxpool"), (RETINANET, [], "conv_c5"), (MASK, [{}], "none")],
+    "path, key, value, expected",
+    [
+        (MASK, "GRAPH", [], "maxpool"),
+        (RETINANET, "GRAPH", [], "conv_c5"),
+        (MASK, "GRAPH", [{}], "none"),
+        (RETINANET, "TOPOLOGY", "simple", "conv_p5"),
+        (MASK, "TOPOLOGY", "simple", "maxpool"),
+        (RETINANET, "TOPOLOGY", "bifpn", "none"),
+    ],
 )
-def test_automatic_extra_levels(path: str, graph: list, expected: str) -> None:
-    assert extra_levels_for(config(path, "MODEL.FPN.GRAPH", graph)) == expected
+def test_automatic_extra_levels(path: str, key: str, value: Any, expected: str) -> None:
+    assert extra_levels_for(config(path, f"MODEL.FPN.{key}", value)) == expected
 
 
 def test_repeats_norm_activation_and_blocks_from_a_config() -> None:

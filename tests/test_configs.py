@@ -11,9 +11,10 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from helpers import zoo_config
 from torch import Tensor, nn
 
-from fpn_plugin import PyramidBackbone, add_fpn_config
+from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -22,6 +23,19 @@ QUICK = [path for path in YAML if path.parent.name == "quickstart" and path.stem
 LAZY = sorted(path for path in CONFIGS.glob("lazy/*.py") if path.stem != "common")
 NO_WEIGHTS = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BOTTOM_UP.WEIGHTS", "")
 SMALL_HEADS = ("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32)
+# what a pyramid is measured against
+SINGLE_LEVEL = {"faster_rcnn_R_50_C4_1x", "faster_rcnn_R_50_DC5_1x"}
+SINGLE_LEVEL |= {"faster_rcnn_trees_C4", "faster_rcnn_trees_C5"}
+# each config of ours that is one of Detectron2's, where its path is another
+ZOO = {
+    "COCO-Detection": ("faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x", "rpn_R_50_FPN_1x")
+    + ("faster_rcnn_R_50_C4_1x", "faster_rcnn_R_50_DC5_1x"),
+    "COCO-InstanceSegmentation": ("mask_rcnn_R_50_FPN_1x", "cascade_mask_rcnn_R_50_FPN_1x"),
+    "COCO-Keypoints": ("keypoint_rcnn_R_50_FPN_1x",),
+    "COCO-PanopticSegmentation": ("panoptic_fpn_R_50_1x",),
+}
+ZOO_PATHS = [f"{folder}/{stem}.yaml" for folder, stems in ZOO.items() for stem in stems]
+MOVED = {"COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_1x.yaml": "Misc"}
 STACKS = {"bfp": "fpn+bfp", "asff": "fpn+asff"}  # what their papers run after an FPN
 # the folder of each lazy config's YAML twin
 TWINS = {
@@ -41,7 +55,7 @@ def load(path: Path, *overrides: object) -> CfgNode:
     add_fpn_config(cfg)
     cfg.merge_from_file(str(path))
     cfg.merge_from_list([*NO_WEIGHTS, *overrides])
-    return cfg
+    return resolve_config(cfg)
 
 
 def lazy_model(path: Path) -> nn.Module:
@@ -59,7 +73,30 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_every_config_file_builds(path: Path) -> None:
     """The builder also checks that the heads' maps exist and the anchors agree with them."""
     model = build_model(load(path, *SMALL_HEADS))
-    assert isinstance(model.backbone, PyramidBackbone)
+    assert isinstance(model.backbone, PyramidBackbone) is (path.stem not in SINGLE_LEVEL)
+    if path.stem in SINGLE_LEVEL:
+        assert len(model.backbone.output_shape()) == 1
+
+
+def flat(cfg: CfgNode, prefix: str = "") -> dict[str, object]:
+    """All values by key, tuples as lists."""
+    values: dict[str, object] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+@pytest.mark.parametrize("path", ZOO_PATHS)
+def test_detectron2s_configs_differ_in_the_backbone_alone(path: str) -> None:
+    mine = flat(load(CONFIGS / path))
+    zoo = path if path not in MOVED else f"{MOVED[path]}/{Path(path).name}"
+    theirs = flat(zoo_config(zoo))
+    assert mine.keys() == theirs.keys()
+    differing = {key for key in theirs if mine[key] != theirs[key]}
+    assert differing == (set() if Path(path).stem in SINGLE_LEVEL else {"MODEL.BACKBONE.NAME"})
 
 
 @pytest.mark.parametrize("folder", ["COCO-InstanceSegmentation", "quickstart"])

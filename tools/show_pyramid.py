@@ -23,8 +23,9 @@ from fpn_plugin.analysis.complexity import measure  # noqa: E402
 from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
 from fpn_plugin.analysis.fusion_weights import fusion_table, load_backbone  # noqa: E402
 from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
-from fpn_plugin.config import extra_levels_for, head_features  # noqa: E402
+from fpn_plugin.config import extra_levels_for  # noqa: E402
 from fpn_plugin.engine.setup import load_config  # noqa: E402
+from fpn_plugin.heads.inputs import head_features  # noqa: E402
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
 

@@ -30,6 +30,7 @@ _CLASS_KEYS = {
     "GeneralizedRCNN": "ROI_HEADS",
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
+    "FCOS": "FCOS",
 }
 _CLASS_AGNOSTIC = ("ProposalNetwork", "SemanticSegmentor")
 # What pycocotools and the lvis package read from every annotation, by `evaluator_type`.

@@ -15,7 +15,7 @@ from .findings import Findings
 
 __all__ = ["register_coco_format", "register_own"]
 
-_CLASS_SECTIONS = ("ROI_HEADS", "RETINANET")
+_CLASS_SECTIONS = ("ROI_HEADS", "RETINANET", "FCOS")
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _fit_num_classes(cfg: CfgNode, json_file: str) -> None:
     findings = Findings(json_file)
     count = len(check_categories(read_json(json_file), findings))
     findings.raise_errors()
-    for section in _CLASS_SECTIONS:
+    for section in filter(cfg.MODEL.__contains__, _CLASS_SECTIONS):  # FCOS is a key of ours
         node = cfg.MODEL[section]
         if node.NUM_CLASSES != count:
             change = (section, node.NUM_CLASSES, count, json_file)

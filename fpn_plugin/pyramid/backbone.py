@@ -15,8 +15,9 @@ from fpn_plugin.config import (
     extra_levels_for,
     size_divisibility_for,
     validate_config,
-    validate_heads,
 )
+from fpn_plugin.heads.auto import require_resolved
+from fpn_plugin.heads.inputs import validate_heads
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
 from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
@@ -211,8 +212,10 @@ def build_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackb
         input_shape: of the image; its channels are the first convolution's.
 
     Raises:
-        ValueError: also if a head wants maps that the pyramid does not produce.
+        ValueError: also if a head wants maps that the pyramid does not produce, or `[auto]` was not
+            worked out.
     """
+    require_resolved(cfg)
     backbone = PyramidBackbone(cfg, input_shape)
     validate_heads(cfg, backbone.output_shape())
     return backbone

@@ -1,0 +1,25 @@
+"""What a config leaves open, worked out before anything is built."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from fpn_plugin.bottom_up.pixels import resolve_pixels
+from fpn_plugin.heads.auto import resolve_heads
+
+
+def resolve_config(cfg: CfgNode) -> CfgNode:
+    """Replace what a config leaves to the plugin: `auto` in the heads' keys, pixel statistics.
+
+    Call it when the config is complete and not frozen, before the model and the data are built;
+    the tools do. A config without such values stays as it is; a second call changes nothing.
+
+    Returns:
+        the config that was given, changed in place.
+
+    Raises:
+        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
+    """
+    resolve_heads(cfg)
+    resolve_pixels(cfg)
+    return cfg
