@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Callable
+from typing import Any, Callable, Sequence
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -19,6 +20,8 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from fpn_plugin.registry import Registry
 
@@ -35,14 +38,37 @@ _PACKAGES = {
 }
 
 
+class InstanceEvaluator(COCOEvaluator):
+    """Detectron2's, also for proposals that were scored in bfloat16, which numpy does not have."""
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Take in the outputs for a batch of images."""
+        super().process(inputs, outputs)
+        for prediction in self._predictions[-len(inputs) :]:
+            if "proposals" in prediction:
+                proposals = prediction["proposals"]
+                proposals.objectness_logits = proposals.objectness_logits.float()
+
+
 @EVALUATORS.register("coco")
 def _coco(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
-    return [COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)]
+    return [InstanceEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)]
 
 
 @EVALUATORS.register("sem_seg")
 def _sem_seg(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
-    return [SemSegEvaluator(name, distributed=True, output_dir=folder)]
+    return [
+        SemSegEvaluator(name, distributed=True, output_dir=folder, sem_seg_loading_fn=_read_labels)
+    ]
+
+
+def _read_labels(path: str, dtype: Any = None) -> np.ndarray:
+    """A picture of class labels, `(H, W)`, as an array of its own: the evaluator writes into it.
+
+    In place of Detectron2's, whose `np.array(..., copy=False)` is an error in numpy 2.
+    """
+    with PathManager.open(path, "rb") as file:
+        return np.array(Image.open(file), dtype=dtype)
 
 
 @EVALUATORS.register("coco_panoptic_seg")

@@ -33,6 +33,7 @@ from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.engine.amp import Autocast, choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
+from fpn_plugin.engine.dense import LossNormalizerHook
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ def _hooks(
     settings, main = cfg.train, comm.is_main_process()
     chosen = [
         hooks.IterationTimer(),
+        LossNormalizerHook(model),
         hooks.LRScheduler(optimizer, scheduler=instantiate(cfg.lr_multiplier)),
     ]
     if main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -12,12 +13,15 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from fpn_plugin.auto import resolve_config
+from fpn_plugin.bottom_up.pixels import resolve_pixels
 from fpn_plugin.config import add_fpn_config, validate_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
 from fpn_plugin.engine.evaluation import check_evaluators
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
+from fpn_plugin.heads.auto import spell_auto
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -72,12 +76,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The config of the file, then the `KEY VALUE` pairs, then the data flags; not frozen.
+    """The config of the file, the `KEY VALUE` pairs, the data flags; resolved, not frozen.
 
     Raises:
         FileNotFoundError: if the config file does not exist.
         KeyError: for a key that does not exist.
-        ValueError: for a key without a value, or a value of another type than the key's.
+        ValueError: for a key without a value, a value of another type than the key's, or what
+            :func:`resolve_config` raises.
     """
     cfg = get_cfg()
     add_fpn_config(cfg)
@@ -92,15 +97,26 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         raise ValueError(
             f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner"
         )
+    _enter_arguments(cfg, opts[::2])
     known = _keys(cfg)
     for key in opts[::2]:
         if key not in known:
             raise _unknown_key(key, known)
-    cfg.merge_from_list(opts)
+    cfg.merge_from_list(spell_auto(opts))
     for flag in _OWN_FLAGS:
         if path := getattr(args, flag, ""):
             cfg.DATASETS.OWN[flag.upper()] = path
-    return cfg
+    return resolve_config(cfg)
+
+
+def _enter_arguments(cfg: CfgNode, keys: Sequence[str]) -> None:
+    """Make room for arguments of the bottom-up network, whose names and types its library knows:
+    merging a list refuses new keys, also where a file may have them, and other types."""
+    section = "MODEL.BOTTOM_UP.ARGS."
+    for key in keys:
+        name = key.removeprefix(section)
+        if key.startswith(section) and name and "." not in name:
+            cfg.MODEL.BOTTOM_UP.ARGS[name] = None
 
 
 def choose_device(cfg: CfgNode) -> None:
@@ -142,12 +158,13 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     register_own(cfg)  # again, for a process that was launched
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # neither read nor checked
-    cfg.freeze()
     _share_cores(cfg)
     # In a launched process there is no handler yet; in the one that ran setup() stdout has its own
     # already.
     fresh = not logging.getLogger("fpn_plugin").handlers
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
+    resolve_pixels(cfg)  # again, so that the log file says which were taken
+    cfg.freeze()
     # Before default_setup, which puts this run's config in the place of the last one's.
     if comm.is_main_process():
         check_config_datasets(cfg)

@@ -16,6 +16,7 @@ from torch import nn
 from fpn_plugin.engine.amp import Autocast, amp_dtype, build_step_trainer, device_type
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
+from fpn_plugin.engine.dense import LossNormalizerHook
 from fpn_plugin.engine.evaluation import build_evaluator
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
@@ -54,7 +55,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._seed_hook = SeedHook(cfg.SEED)
-        self.register_hooks([self._seed_hook, *self.build_hooks()])
+        self.register_hooks([self._seed_hook, LossNormalizerHook(model), *self.build_hooks()])
 
     @property
     def model(self) -> nn.Module:
@@ -78,6 +79,15 @@ class Trainer(DefaultTrainer):
         if self._seed_hook.seed != self.cfg.SEED:
             self._adopt_seed(self._seed_hook.seed)
         start_at(self.data_loader, self.start_iter)
+
+    def run_step(self) -> None:
+        """One iteration.
+
+        On the CPU TorchScript does not optimise: it would do so from some call of a function on
+        (Detectron2's focal loss), and then the numbers depend on how long the process has run.
+        """
+        with torch.jit.optimized_execution(device_type(self.cfg) != "cpu"):
+            super().run_step()
 
     def _adopt_seed(self, seed: int) -> None:
         logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)

@@ -31,6 +31,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "DATALOADER__NUM_WORKERS": 2,
         "SEED": -1,
     },
+    # its focal loss is TorchScript, and its loss has a running normaliser
+    "retinanet": {
+        "MODEL__META_ARCHITECTURE": "RetinaNet",
+        "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",
+        "MODEL__RESNETS__OUT_FEATURES": ["res3", "res4", "res5"],
+        "MODEL__FPN__IN_FEATURES": ["res3", "res4", "res5"],
+        "MODEL__RETINANET__NUM_CLASSES": 2,
+        "SOLVER__BASE_LR": 1e-3,
+    },
 }
 
 

@@ -18,6 +18,8 @@ from fpn_plugin.engine.run_folder import claim_output_dir, recorded_config
 from fpn_plugin.engine.setup import argument_parser, begin, load_config, prepare_launch, setup
 from fpn_plugin.engine.trainer import Trainer
 
+ARGS = "MODEL.BOTTOM_UP.ARGS"
+
 
 def test_resume(
     make_config: Callable[..., CfgNode], tmp_path: Path, log: pytest.LogCaptureFixture
@@ -128,6 +130,23 @@ def test_a_missing_package_is_found_before_training(
     with pytest.raises(ImportError, match="engine_lvis.*pip install"):
         begin(cfg, argument_parser().parse_args([]))
     assert not Path(cfg.OUTPUT_DIR, "config.yaml").exists()
+
+
+def test_arguments_of_the_bottom_up_network_need_not_be_known(tmp_path: Path, log: Any) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("MODEL: {BOTTOM_UP: {ARGS: {drop_path_rate: 0.1, kept: 7}}}")
+    arguments = {"drop_path_rate": "0", "grad_checkpointing": "True", "img_size": "[64,96]"}
+    opts = [item for name, value in arguments.items() for item in (f"{ARGS}.{name}", value)]
+    cfg = run_setup("--config-file", str(file), "OUTPUT_DIR", str(tmp_path / "run"), *opts, *DATA)
+    assert dict(cfg.MODEL.BOTTOM_UP.ARGS) == {
+        "drop_path_rate": 0,  # of another type than the file's
+        "kept": 7,
+        "grad_checkpointing": True,
+        "img_size": [64, 96],
+    }
+    for key in (f"{ARGS}.a.b", f"{ARGS}.", "MODEL.BOTTOM_UP.ARG.a"):
+        with pytest.raises(KeyError, match=key):
+            run_setup(key, "1", *DATA)
 
 
 @pytest.mark.parametrize("gpu", [True, False])

@@ -149,9 +149,9 @@ def test_gradient_clipping(name: str, make_config: MakeConfig) -> None:
 
 
 EXPECTED = {
-    "coco": ["COCOEvaluator"],
+    "coco": ["InstanceEvaluator"],
     "sem_seg": ["SemSegEvaluator"],
-    "coco_panoptic_seg": ["SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"],
+    "coco_panoptic_seg": ["SemSegEvaluator", "InstanceEvaluator", "COCOPanopticEvaluator"],
     "lvis": ["LVISEvaluator"],
     "cityscapes_instance": ["CityscapesInstanceEvaluator"],
     "cityscapes_sem_seg": ["CityscapesSemSegEvaluator"],
@@ -207,7 +207,7 @@ def test_missing_package(
 
 def test_coco_evaluator_of_several_datasets(make_config: MakeConfig, tmp_path: Path) -> None:
     evaluator = build_evaluator(make_config(DATASETS__TEST=(VAL, "other")), VAL)
-    assert type(evaluator).__name__ == "COCOEvaluator" and not isinstance(
+    assert type(evaluator).__name__ == "InstanceEvaluator" and not isinstance(
         evaluator, DatasetEvaluators
     )
     assert evaluator._output_dir == str(tmp_path / "run" / "inference" / VAL)
