@@ -5,6 +5,7 @@ VENV ?= .venv
 # which Detectron2: pinned (the republication) or git (upstream main); else the one in VENV, or pinned
 DETECTRON2 ?=
 DEMO ?= output/demo
+TEST_JOBS ?= 2
 MASKS ?= output/demo-masks
 
 # torch's OpenMP workers spin while they wait, which makes a busy machine ten to thirty times slower
@@ -36,8 +37,8 @@ demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw
 demo-masks: setup ## the same for instance masks, on drawn scenes (10 minutes)
 	@$(PY) tools/demo.py scenes --output $(MASKS)
 
-test: setup ## run all tests
-	@$(PY) -m pytest tests --basetemp=.cache/pytest
+test: setup ## run all tests, in TEST_JOBS processes of one thread each
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal
 
 lint: setup ## black, isort, flake8 and mypy
 	@$(PY) -m black --check --quiet $(SOURCES) || { echo "black: run 'make format'"; exit 1; }

@@ -17,6 +17,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["timm"],
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6",
     "effdet>=0.4.1",  # the reference for bifpn and qufpn
     "black>=25,<27",
