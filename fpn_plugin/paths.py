@@ -20,7 +20,8 @@ def find_file(path: str, key: str) -> Path:
     Raises:
         FileNotFoundError: naming the key and the places that were looked at.
     """
-    places = [Path(os.path.expanduser(path)), dataset_root() / path]
+    expanded = Path(os.path.expanduser(path))
+    places = dict.fromkeys([expanded, dataset_root() / expanded])  # one if it is absolute
     for place in places:
         if place.is_file():
             return place

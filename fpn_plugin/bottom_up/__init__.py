@@ -19,7 +19,12 @@ NAME = "MODEL.BOTTOM_UP.NAME"
 # also values of MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
 ADAPTERS = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}
 # They hold a bottom-up network, so they are none
-HOLDERS = ("build_pyramid_backbone", "build_bottom_up_backbone")
+HOLDERS = (
+    "build_pyramid_backbone",
+    "build_bottom_up_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+)
 
 
 def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -26,6 +26,9 @@ _SPELLINGS = (
 )
 
 
+_DIGITS = re.compile(r"\d+")
+
+
 @dataclass(frozen=True)
 class Matching:
     """How the names of a file and of a network belong together.
@@ -78,6 +81,30 @@ def prefixes(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda item: (len(item), item))
 
 
+def lost_blocks(given: Iterable[str], matched: Iterable[str]) -> list[str]:
+    """Modules of a file that are numbered like matched ones beside them in one stage.
+
+    What the network lacks of them is missing from its middle: `layer1.2` beside a matched
+    `layer1.1`. A stage is a module with a number in its name, so that whole stages after the last
+    that the network has (`layer4`, `blocks.6`, `features.7`) do not count.
+
+    Args:
+        given: names of tensors that nothing matches.
+        matched: names of tensors that match, as the file has them.
+    """
+    beside: set[str] = set()
+    for name in matched:
+        beside.update(_numbered(module) for module in _modules(name))
+    own = {module for name in matched for module in _modules(name)}
+    found: dict[str, None] = {}
+    for name in given:
+        new = next((module for module in _modules(name) if module not in own), "")
+        stage, _, last = new.rpartition(".")
+        if _DIGITS.search(stage) and _DIGITS.search(last) and _numbered(new) in beside:
+            found[new] = None
+    return list(found)
+
+
 def canonical(name: str) -> str:
     """One spelling for the names that libraries give one tensor.
 
@@ -87,6 +114,18 @@ def canonical(name: str) -> str:
     for pattern, spelling in _SPELLINGS:
         name = pattern.sub(spelling, name)
     return name.replace("_", ".")
+
+
+def _modules(name: str) -> list[str]:
+    """The modules that hold a tensor, from the outermost: "a", "a.0", "a.0.conv"."""
+    words = name.split(".")[:-1]
+    return [".".join(words[: i + 1]) for i in range(len(words))]
+
+
+def _numbered(module: str) -> str:
+    """A module's name with # for the numbers in its last word: its siblings have the same."""
+    stage, dot, last = module.rpartition(".")
+    return stage + dot + _DIGITS.sub("#", last)
 
 
 def _without(prefix: str, names: Iterable[str]) -> dict[str, str]:

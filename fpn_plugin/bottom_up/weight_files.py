@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO, Mapping
+from typing import Any, BinaryIO, Mapping, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,26 @@ _WRAPPERS = (
 _ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 
 
+class WeightFile(NamedTuple):
+    """What of a weight file counts.
+
+    Attributes:
+        tensors: by name.
+        author: where the weights come from, in files of Detectron2's format ("torchvision",
+            "Caffe2", ...); "" where nothing says so.
+    """
+
+    tensors: dict[str, Tensor]
+    author: str
+
+
 def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:
-    """The tensors of a weight file by name.
+    """The tensors of a weight file by name: see :func:`read_weights`."""
+    return read_weights(path, key).tensors
+
+
+def read_weights(path: str, key: str = KEY) -> WeightFile:
+    """The tensors of a weight file by name, and their author.
 
     It takes what `torch.save` wrote, `.safetensors`, and Detectron2's and Caffe2's pickles of
     arrays. What a checkpoint holds beside its weights is left out.
@@ -51,14 +69,15 @@ def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:
     """
     file = _fetch(path, key)
     if file.suffix == ".safetensors":
-        return _read_safetensors(file, path, key)
+        return WeightFile(_read_safetensors(file, path, key), "")
     with file.open("rb") as stream:
         is_zip = stream.read(len(_ZIP)) == _ZIP
     loaded = (_read_torch if is_zip or file.suffix != ".pkl" else _read_pickle)(file, path, key)
     tensors = _tensors(loaded)
     if not tensors:
         raise ValueError(f"{key}: {path} holds no state dict (names with tensors)")
-    return tensors
+    author = loaded.get("__author__", "") if isinstance(loaded, Mapping) else ""
+    return WeightFile(tensors, str(author))
 
 
 def is_remote(path: str) -> bool:
@@ -126,7 +145,9 @@ def _read_pickle(file: Path, path: str, key: str) -> Any:
     if not isinstance(loaded, Mapping):
         return loaded
     if "model" in loaded and "__author__" in loaded:
-        return _caffe2_renamed(loaded) if loaded["__author__"] == "Caffe2" else loaded
+        if loaded["__author__"] != "Caffe2":
+            return loaded
+        return {"model": _caffe2_renamed(loaded), "__author__": "Caffe2"}
     return _caffe2_renamed({"model": loaded.get("blobs", loaded)})
 
 

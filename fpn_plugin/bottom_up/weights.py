@@ -9,7 +9,7 @@ from typing import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpn_plugin.bottom_up.names import Matching, match_names
+from fpn_plugin.bottom_up.names import Matching, lost_blocks, match_names
 from fpn_plugin.bottom_up.weight_files import KEY, read_state_dict
 
 __all__ = ["KEY", "load_weights", "read_state_dict"]
@@ -94,17 +94,24 @@ def _report(
         for kind, names, remark in rows
         if names
     )
+    blocks = _lost_blocks(given, matching)
+    more = (
+        f"; it has {len(blocks)} more blocks in the stages that matched ({_few(blocks)}): is it of"
+        " a deeper network?"
+        if blocks
+        else ""
+    )
     if not lost:
-        what = f"all {len(_counted(wanted))} tensors of the network are in the file"
-        logger.info("%s: %s%s", title, what, table)
+        what = f"all {len(_counted(wanted))} tensors of the network are in the file{more}"
+        logger.log(logging.WARNING if blocks else logging.INFO, "%s: %s%s", title, what, table)
         return
     share = sum(wanted[n].numel() for n in matched) / sum(
         wanted[n].numel() for n in [*matched, *lost]
     )
     logger.warning(
         "%s: only %d of the network's %d tensors are in the file (%.1f%% of its numbers);"
-        " the others keep their initial values%s",
-        *(title, len(matched), len(_counted(wanted)), 100 * share, table),
+        " the others keep their initial values%s%s",
+        *(title, len(matched), len(_counted(wanted)), 100 * share, more, table),
     )
 
 
@@ -119,6 +126,15 @@ def _affine(module: nn.Module, missing: Sequence[str], given: Iterable[str]) -> 
     statistics = [name for name in missing if name.endswith(_STATISTICS)]
     owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in statistics}
     return [name for name, owner in owners.items() if not isinstance(owner, _BatchNorm)]
+
+
+def _lost_blocks(given: Iterable[str], matching: Matching) -> list[str]:
+    """See :func:`lost_blocks`; the classifier may be as deep as it wants."""
+    used, prefix = set(matching.pairs.values()), matching.prefix
+    inside = [name for name in _counted(given) if name.startswith(prefix)]
+    rest = [name[len(prefix) :] for name in inside if name not in used]
+    matched = [name[len(prefix) :] for name in inside if name in used]
+    return lost_blocks([name for name in rest if not _CLASSIFIER.match(name)], matched)
 
 
 def _left_over(given: Iterable[str], matching: Matching) -> list[tuple[str, list[str], str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -13,16 +12,15 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.auto import resolve_config
-from fpn_plugin.bottom_up.pixels import resolve_pixels
+from fpn_plugin.bottom_up.pixels import log_lines, read_pixels, resolve_pixels, write_pixels
 from fpn_plugin.config import add_fpn_config, validate_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
 from fpn_plugin.engine.evaluation import check_evaluators
+from fpn_plugin.engine.overrides import merge_overrides
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
-from fpn_plugin.heads.auto import spell_auto
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.heads.auto import resolve_heads
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +76,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def load_config(args: argparse.Namespace) -> CfgNode:
     """The config of the file, the `KEY VALUE` pairs, the data flags; resolved, not frozen.
 
+    Args:
+        args: of :func:`argument_parser`; it gets `pixels`, what the log says of the pixels.
+
     Raises:
         FileNotFoundError: if the config file does not exist.
         KeyError: for a key that does not exist.
         ValueError: for a key without a value, a value of another type than the key's, or what
-            :func:`resolve_config` raises.
+            :func:`fpn_plugin.resolve_config` raises.
     """
     cfg = get_cfg()
     add_fpn_config(cfg)
@@ -90,33 +91,14 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
         cfg.merge_from_file(args.config_file)
-    opts = list(args.opts or [])
-    if flags := [opt for opt in opts if opt.startswith("--")]:
-        raise ValueError(f"{flags[0]} stands after a KEY VALUE override: flags go first")
-    if len(opts) % 2:
-        raise ValueError(
-            f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner"
-        )
-    _enter_arguments(cfg, opts[::2])
-    known = _keys(cfg)
-    for key in opts[::2]:
-        if key not in known:
-            raise _unknown_key(key, known)
-    cfg.merge_from_list(spell_auto(opts))
+    merge_overrides(cfg, list(args.opts or []))
     for flag in _OWN_FLAGS:
         if path := getattr(args, flag, ""):
             cfg.DATASETS.OWN[flag.upper()] = path
-    return resolve_config(cfg)
-
-
-def _enter_arguments(cfg: CfgNode, keys: Sequence[str]) -> None:
-    """Make room for arguments of the bottom-up network, whose names and types its library knows:
-    merging a list refuses new keys, also where a file may have them, and other types."""
-    section = "MODEL.BOTTOM_UP.ARGS."
-    for key in keys:
-        name = key.removeprefix(section)
-        if key.startswith(section) and name and "." not in name:
-            cfg.MODEL.BOTTOM_UP.ARGS[name] = None
+    resolve_heads(cfg)
+    goes_on = getattr(args, "resume", False) and not args.overwrite  # with both: an error, later
+    args.pixels = resolve_pixels(cfg, find_checkpoint(cfg.OUTPUT_DIR) if goes_on else "")
+    return cfg
 
 
 def choose_device(cfg: CfgNode) -> None:
@@ -140,7 +122,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
 
     Args:
         cfg: of :func:`setup`.
-        args: of :func:`argument_parser`.
+        args: those that it was given.
 
     Returns:
         the config with the run's seed in `SEED`, and without what a checkpoint makes needless; the
@@ -152,8 +134,10 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    # Machine 0 decided where results go; the others' folders must agree with it.
-    cfg.OUTPUT_DIR = comm.all_gather(cfg.OUTPUT_DIR)[0]
+    # Machine 0 decided where results go, and may alone have a run's folder; the others must agree.
+    decided = (cfg.OUTPUT_DIR, read_pixels(cfg), getattr(args, "pixels", None))
+    cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(decided)[0]
+    write_pixels(cfg, pixels)
     cfg.SEED = _run_seed(cfg, args.resume)
     register_own(cfg)  # again, for a process that was launched
     if args.eval_only:
@@ -163,7 +147,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     # already.
     fresh = not logging.getLogger("fpn_plugin").handlers
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
-    resolve_pixels(cfg)  # again, so that the log file says which were taken
+    log_lines(lines or [])  # again, so that the log file says which were taken
     cfg.freeze()
     # Before default_setup, which puts this run's config in the place of the last one's.
     if comm.is_main_process():
@@ -172,7 +156,22 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     check_evaluators(cfg)
     default_setup(cfg, args)
     logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
-    return _without_bottom_up_weights(cfg, args)
+    if not args.eval_only and not args.resume:
+        _warn_of_frozen_noise(cfg)
+    return _without_first_weights(cfg, args)
+
+
+def _warn_of_frozen_noise(cfg: CfgNode) -> None:
+    """Tell of layers that keep their initial weights, and norms that then do nothing."""
+    model = cfg.MODEL
+    freezes = model.BACKBONE.FREEZE_AT > 0 or model.BOTTOM_UP.NORM == "FrozenBN"
+    if freezes and not (model.WEIGHTS or model.BOTTOM_UP.WEIGHTS):
+        logger.warning(
+            "MODEL.BACKBONE.FREEZE_AT %d and MODEL.BOTTOM_UP.NORM %r keep layers as they are, but"
+            " there are no weights to keep (MODEL.BOTTOM_UP.WEIGHTS, MODEL.WEIGHTS): to train from"
+            " scratch take 0 and a norm that learns, such as GN",
+            *(model.BACKBONE.FREEZE_AT, model.BOTTOM_UP.NORM),
+        )
 
 
 def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
@@ -216,21 +215,21 @@ def _require_weights(cfg: CfgNode) -> None:
         )
 
 
-def _without_bottom_up_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """The config to build the model from: a checkpoint of all of it has the bottom-up's weights."""
-    if not cfg.MODEL.BOTTOM_UP.WEIGHTS:
-        return cfg
+def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """The config to build the model from: a checkpoint of all of it has the bottom-up's weights.
+
+    It also says what the pixels are, and did so already.
+    """
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     checkpoint = cfg.MODEL.WEIGHTS if args.eval_only else checkpoint
     if not checkpoint:
         return cfg
-    logger.info(
-        "MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s has them",
-        *(cfg.MODEL.BOTTOM_UP.WEIGHTS, checkpoint),
-    )
+    weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
+    if weights:
+        logger.info("MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s has them", weights, checkpoint)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
     cfg.freeze()
     return cfg
 
@@ -251,22 +250,3 @@ def _share_cores(cfg: CfgNode) -> None:
         and "OMP_NUM_THREADS" not in os.environ
     ):
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
-
-
-def _keys(node: CfgNode, prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for key, value in node.items():
-        keys.add(prefix + key)
-        if isinstance(value, CfgNode):
-            keys |= _keys(value, f"{prefix}{key}.")
-    return keys
-
-
-def _unknown_key(key: str, known: set[str]) -> KeyError:
-    """An error that lists the keys beside the wrong one: the nearest section of it that exists."""
-    section = key.rpartition(".")[0]
-    while section and section not in known:
-        section = section.rpartition(".")[0]
-    prefix = section + "." if section else ""
-    beside = [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]
-    return unknown_name("config key", key, beside)

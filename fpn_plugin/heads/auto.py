@@ -10,6 +10,7 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode
 
+from fpn_plugin.bottom_up.pixels import require_pixels
 from fpn_plugin.config import extra_levels_for, validate_config
 from fpn_plugin.heads.inputs import ANCHORED, SIZES, cfg_get, head_features
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
@@ -54,7 +55,7 @@ def resolve_heads(cfg: CfgNode) -> None:
 
 
 def require_resolved(cfg: CfgNode) -> None:
-    """Refuse to build a model from a config that says `auto`.
+    """Refuse to build a model from a config that :func:`fpn_plugin.resolve_config` would change.
 
     Raises:
         ValueError: naming the key and what to call.
@@ -65,6 +66,7 @@ def require_resolved(cfg: CfgNode) -> None:
                 f"{key}: {AUTO!r} is not worked out yet: call fpn_plugin.resolve_config(cfg) when"
                 " the config is complete, before the model is built"
             )
+    require_pixels(cfg)
 
 
 def spell_auto(opts: Sequence[Any]) -> list[Any]:
@@ -74,7 +76,8 @@ def spell_auto(opts: Sequence[Any]) -> list[Any]:
     """
     values = list(opts)
     for i in range(1, len(values), 2):
-        if values[i - 1] in AUTO_KEYS and values[i] in (AUTO, f"[{AUTO}]"):
+        word = "".join(values[i].split()) if isinstance(values[i], str) else ""
+        if values[i - 1] in AUTO_KEYS and word in (AUTO, f"[{AUTO}]"):
             values[i] = [AUTO]
     return values
 

@@ -22,6 +22,7 @@ def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
     Raises:
         ValueError: naming the key, the value and the maps that exist.
     """
+    _validate_cascade(cfg)
     for key, features in head_features(cfg).items():
         missing = [name for name in features if name not in shapes]
         if missing:
@@ -64,6 +65,16 @@ def _validate_anchors(cfg: CfgNode, where: str, count: int) -> None:
             raise ValueError(
                 f"MODEL.ANCHOR_GENERATOR.{key}: {len(lists)} lists for the {count} maps of {where}"
                 f" {list(cfg_get(cfg, where))}: give one list for all, or {count}"
+            )
+
+
+def _validate_cascade(cfg: CfgNode) -> None:
+    """Each stage refines the boxes of the one before, which have no class yet."""
+    if cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
+        if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise ValueError(
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG: False, but MODEL.ROI_HEADS.NAME:"
+                " CascadeROIHeads needs True"
             )
 
 

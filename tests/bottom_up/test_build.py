@@ -86,6 +86,7 @@ def test_published_weights_are_asked_for(library: str, monkeypatch: pytest.Monke
         (Case("tim/test_resnet"), {}, "unknown name 'tim/test_resnet'.*build_swin_backbone"),
         (Case("build_resnet_backbon"), {}, "did you mean 'build_resnet_backbone'"),
         (Case("build_pyramid_backbone"), {}, "'build_pyramid_backbone' is a value of MODEL.BACKB"),
+        (Case("build_resnet_fpn_backbone"), {}, "'build_resnet_fpn_backbone' is a value of MODEL"),
         (Case("build_bottom_up_backbone"), {}, "'build_bottom_up_backbone' is a value of MODEL.B"),
         (
             Case("build_resnet_backbone", args={"depth": 18}),

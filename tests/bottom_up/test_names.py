@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fpn_plugin.bottom_up.names import canonical, match_names, prefixes
+from fpn_plugin.bottom_up.names import canonical, lost_blocks, match_names, prefixes
 
 OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 
@@ -78,3 +78,33 @@ def test_an_ambiguous_spelling_matches_only_itself() -> None:
 
 def test_nothing_matches() -> None:
     assert match_names(OWN, ["x.weight"]).pairs == {}
+
+
+@pytest.mark.parametrize(
+    "matched, given, lost",
+    [
+        ("layer1.1.conv1.weight", "layer1.2.conv1.weight", ["layer1.2"]),
+        ("res4.5.conv1.norm.bias", "res4.6.conv1.norm.bias", ["res4.6"]),
+        ("blocks.2.1.conv_pw.weight", "blocks.2.2.conv_pw.weight", ["blocks.2.2"]),
+        ("stages.1.blocks.0.x.bias", "stages.1.blocks.1.x.bias", ["stages.1.blocks.1"]),
+        ("stages_1.blocks.0.x.bias", "stages_1.blocks.1.x.bias", ["stages_1.blocks.1"]),
+        ("features.3.0.block.0.bias", "features.3.4.block.0.bias", ["features.3.4"]),
+        (
+            "features.denseblock1.denselayer2.conv1.weight",
+            "features.denseblock1.denselayer3.conv1.weight",
+            ["features.denseblock1.denselayer3"],
+        ),
+        ("s1.b1.conv1.conv.weight", "s1.b2.conv1.conv.weight", ["s1.b2"]),
+        ("trunk_output.block1.block1-0.f.a", "trunk_output.block1.block1-1.f.a", None),
+        # whole later stages, heads, and what a module of the network has more
+        ("layer3.0.conv1.weight", "layer4.0.conv1.weight", []),
+        ("features.5.3.block.0.weight", "features.7.0.block.0.weight", []),
+        ("blocks.5.0.conv.weight", "blocks.6.0.conv.weight", []),
+        ("bn1.weight", "bn2.weight", []),
+        ("conv_stem.weight", "conv_head.weight", []),
+        ("layers.0.blocks.0.attn.q.weight", "layers.0.blocks.0.attn.relative_index", []),
+    ],
+)
+def test_blocks_that_the_network_lacks(matched: str, given: str, lost: list[str] | None) -> None:
+    expected = ["trunk_output.block1.block1-1"] if lost is None else lost
+    assert lost_blocks([given, given], [matched]) == expected

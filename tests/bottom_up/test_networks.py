@@ -6,11 +6,12 @@ from typing import Iterator
 
 import pytest
 import torch
-from detectron2.modeling import Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from networks import CASES, Case
 from torch import Tensor, nn
 
 from fpn_plugin import PyramidBackbone
+from fpn_plugin.bottom_up import HOLDERS
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -27,6 +28,11 @@ def network(case: Case) -> Iterator[Backbone]:
         if not parameter.any():  # timm starts the last norm of some blocks at 0: no gradient passes
             nn.init.normal_(parameter, std=0.1)
     yield built
+
+
+def test_every_builder_of_detectron2s_registry_is_here() -> None:
+    registered = {name for name, _ in BACKBONE_REGISTRY} - set(HOLDERS)
+    assert {case.name for case in CASES if "/" not in case.name} == registered
 
 
 def image(case: Case, batch: int = 1) -> Tensor:

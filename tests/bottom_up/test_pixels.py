@@ -3,62 +3,36 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
+import numpy as np
 import pytest
-import torch
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
+from pixel_configs import (
+    DEFAULT,
+    FAIR,
+    HALF,
+    MSRA,
+    QUICKSTART,
+    RGB,
+    config,
+    pixels,
+    resolved,
+    stating,
+    weight_file,
+)
 
-from fpn_plugin import add_fpn_config
 from fpn_plugin.bottom_up.pixels import resolve_pixels
-
-DEFAULT = ([103.53, 116.28, 123.675], [1.0, 1.0, 1.0], "BGR")
-FAIR = ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395], "BGR")
-RGB = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "RGB")
-HALF = ([127.5] * 3, [127.5] * 3, "RGB")
-QUICKSTART = ([127.0] * 3, [128.0] * 3, "RGB")
-MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
-
-
-def config(name: str = "build_resnet_backbone", weights: str = "", *others: Any) -> CfgNode:
-    cfg = get_cfg()
-    add_fpn_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_pyramid_backbone"
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    cfg.MODEL.BOTTOM_UP.NAME, cfg.MODEL.BOTTOM_UP.WEIGHTS = name, weights
-    cfg.merge_from_list(list(others))
-    return cfg
-
-
-def pixels(cfg: CfgNode) -> tuple[list[float], list[float], str]:
-    return list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), cfg.INPUT.FORMAT
-
-
-def stating(values: tuple[list[float], list[float], str]) -> list[Any]:
-    keys = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT")
-    return [item for pair in zip(keys, values) for item in pair]
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     with caplog.at_level(logging.INFO, "fpn_plugin"):
         yield caplog
-
-
-def resolved(cfg: CfgNode, log: pytest.LogCaptureFixture) -> str:
-    """Resolve, and give the one line of the log with its level."""
-    log.clear()
-    resolve_pixels(cfg)
-    (record,) = log.records
-    return f"{record.levelname} {record.getMessage()}"
-
-
-def weight_file(folder: Path, *names: str) -> str:
-    torch.save({name: torch.zeros(1) for name in names}, folder / "w.pth")
-    return str(folder / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -97,26 +71,39 @@ def test_known_weights(
     assert pixels(cfg) == expected
 
 
+@pytest.mark.parametrize("name", ["timm/resnet50", "build_resnet_backbone"])
+def test_without_weights_the_config_stays(name: str, log: pytest.LogCaptureFixture) -> None:
+    cfg = config(name)
+    assert "MODEL.BOTTOM_UP.WEIGHTS is empty" in (line := resolved(cfg, log))
+    assert line.startswith("INFO") and pixels(cfg) == DEFAULT
+
+
 @pytest.mark.parametrize(
     "name, weights, final, because",
     [
-        ("timm/resnet50", "", "", "MODEL.BOTTOM_UP.WEIGHTS is empty"),
-        ("build_resnet_backbone", "", "output/model_final.pth", "WEIGHTS is empty"),
+        (
+            "build_resnet_backbone",
+            "",
+            "no/model_final.pth",
+            "what MODEL.WEIGHTS no/model_final.pth was trained with is not known",
+        ),
+        ("timm/resnet50", "", "https://x/y.pth", "what MODEL.WEIGHTS https://x/y.pth was trained"),
         ("build_resnet_backbone", "https://x/y.pth", "", "https://x/y.pth was trained with is not"),
         ("timm/no_such_model", "timm", "", "was trained with is not known"),
         ("timm/resnet50.no_such_tag", "timm", "", "was trained with is not known"),
         ("torchvision/no_such_model", "torchvision", "", "was trained with is not known"),
-        # its names are those of Detectron2's networks: nothing of it is loaded into another
-        ("timm/resnet50", "", "detectron2://ImageNetPretrained/torchvision/R-50.pkl", "is empty"),
     ],
 )
-def test_unknown_weights_leave_the_config(
+def test_unknown_weights_leave_the_config_with_a_warning(
     name: str, weights: str, final: str, because: str, log: pytest.LogCaptureFixture
 ) -> None:
     cfg = config(name, weights, "MODEL.WEIGHTS", final)
     line = resolved(cfg, log)
     assert pixels(cfg) == DEFAULT
-    assert line.startswith("INFO") and ": the config's; " in line and because in line
+    assert line.startswith("WARNING") and ": the config's; " in line and because in line
+    assert "Set MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT, or say" in line
+    cfg.MODEL.PIXEL_STD = [2.0, 2.0, 2.0]  # it was decided
+    assert resolved(cfg, log).startswith("INFO")
 
 
 def test_model_weights_count_too_and_come_last(log: pytest.LogCaptureFixture) -> None:
@@ -166,14 +153,48 @@ def test_a_file_with_detectron2s_names_does_not_say(
     name: str, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     cfg = config(name, weight_file(tmp_path, "backbone.bottom_up.res2.0.conv1.weight"))
-    assert resolved(cfg, log).startswith("INFO") and pixels(cfg) == DEFAULT
+    assert resolved(cfg, log).startswith("WARNING") and pixels(cfg) == DEFAULT
+
+
+@pytest.mark.parametrize("name", ["build_resnet_backbone", "timm/resnet50", "torchvision/resnet50"])
+@pytest.mark.parametrize("key", ["MODEL.BOTTOM_UP.WEIGHTS", "MODEL.WEIGHTS"])
+@pytest.mark.parametrize("author, expected", [("torchvision", RGB), ("Caffe2", DEFAULT)])
+def test_the_author_of_a_pickle(
+    author: str,
+    expected: tuple,
+    key: str,
+    name: str,
+    tmp_path: Path,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "w.pkl"
+    array = np.zeros(1, np.float32)
+    model = {"res2_0_branch2a_w" if author == "Caffe2" else "res2.0.conv1.weight": array}
+    file.write_bytes(pickle.dumps({"model": model, "__author__": author}))
+    cfg = config(name, "", key, str(file), "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
+    line = resolved(cfg, log) if key != "MODEL.WEIGHTS" or name[:5] == "build" else ""
+    if line:
+        assert pixels(cfg) == expected and line.startswith("INFO") and "taken from" in line
+        return
+    resolve_pixels(cfg)  # Detectron2 loads it by the names of its own ResNet
+    assert pixels(cfg) == DEFAULT and "has no tensor of the network" in log.text
+
+
+def test_caffe2s_resnexts_have_either_deviation(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "w.pkl"
+    model = {"res2_0_branch2a_w": np.zeros(1, np.float32)}
+    file.write_bytes(pickle.dumps({"model": model, "__author__": "Caffe2"}))
+    cfg = config("build_resnet_backbone", str(file), "MODEL.RESNETS.NUM_GROUPS", 32)
+    assert resolved(cfg, log).startswith("WARNING") and "not known" in log.text
 
 
 def test_a_file_that_is_not_there_is_a_warning(log: pytest.LogCaptureFixture) -> None:
     cfg = config("build_resnet_backbone", "no_such.pth")  # an error where it is loaded
     resolve_pixels(cfg)
     assert pixels(cfg) == DEFAULT
-    assert [record.levelname for record in log.records] == ["WARNING", "INFO"]
+    assert [record.levelname for record in log.records] == ["WARNING"]
     assert "MODEL.BOTTOM_UP.WEIGHTS no_such.pth is not there" in log.text
 
 
@@ -250,3 +271,22 @@ def test_detectron2s_zoo_stays_as_it_is(folder: str, log: pytest.LogCaptureFixtu
         assert cfg.dump() == before, file
     ours = [record for record in log.records if record.name.startswith("fpn_plugin")]
     assert ours and all(record.levelno == logging.INFO for record in ours)
+
+
+def test_the_zoos_models_have_the_pixels_of_their_configs(log: pytest.LogCaptureFixture) -> None:
+    urls = model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
+    checked = 0
+    for path in urls:
+        if path.startswith(("new_baselines", "Misc")):  # of other kinds: not known
+            continue
+        zoo = get_cfg()
+        zoo.merge_from_file(model_zoo.get_config_file(f"{path}.yaml"))
+        for url in (
+            f"detectron2://{path}/{urls[path]}",
+            model_zoo.get_checkpoint_url(f"{path}.yaml"),
+        ):
+            cfg = config("build_resnet_backbone", "", "MODEL.WEIGHTS", url)
+            assert "taken from MODEL.WEIGHTS" in resolved(cfg, log)
+            assert pixels(cfg) == pixels(zoo), path
+            checked += 1
+    assert checked > 50

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.bottom_up.weight_files import read_state_dict, read_weights
 
 
 def arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -240,3 +240,20 @@ def test_a_download_that_fails_names_the_key(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(PathManager, "get_local_path", refuse)
     with pytest.raises(FileNotFoundError, match="KEY: 'https://x/w.pth'.*Name or service not"):
         read_state_dict("https://x/w.pth", "KEY")
+
+
+def test_a_file_that_is_not_there_is_looked_for_once_if_its_path_is_absolute(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        read_state_dict(str(tmp_path / "w.pth"))
+    assert f"looked at {tmp_path}/w.pth (" in str(error.value)
+
+
+@pytest.mark.parametrize("author", ["torchvision", "Caffe2", "me"])
+def test_the_author_of_a_file_in_detectron2s_format(author: str, tmp_path: Path) -> None:
+    content = {"model": arrays(a_state()), "__author__": author}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    assert read_weights(str(tmp_path / "w.pkl")).author == author
+    torch.save(a_state(), tmp_path / "w.pth")
+    assert read_weights(str(tmp_path / "w.pth")).author == ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from helpers import zoo_config
 from torch import Tensor, nn
@@ -115,3 +116,30 @@ def test_an_unknown_network_is_named() -> None:
         KeyError, match="MODEL.BOTTOM_UP.NAME.*did you mean 'build_resnet_backbone'"
     ):
         build_bottom_up(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.0.body."])
+@pytest.mark.parametrize("naming", ["torchvision", "detectron2"])
+def test_a_deeper_networks_file_is_a_warning(
+    naming: str, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {f"{prefix}{n}": v for n, v in torchvision.models.resnet34().state_dict().items()}
+    target: nn.Module = torchvision.models.resnet18()
+    if naming == "detectron2":
+        cfg = zoo_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+        cfg.merge_from_list(["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64])
+        target = build_bottom_up(cfg, ShapeSpec(channels=3))
+    text = log_of(state, target, tmp_path / "w.pth", caplog).splitlines()[0]
+    assert text.startswith("WARNING") and "tensors of the network are in the file; it has 8" in text
+    assert "8 more blocks in the stages that matched (layer1.2, layer2.2, layer2.3," in text
+    assert "is it of a deeper network?" in text
+
+
+def test_whole_stages_and_heads_that_are_left_over_are_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target: nn.Module = torchvision.models.resnet18()
+    state = target.state_dict()
+    del target.layer4, target.fc
+    text = log_of(state, target, tmp_path / "w.pth", caplog)
+    assert text.startswith("INFO") and "layer4.0.conv1.weight" in text

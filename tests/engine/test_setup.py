@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_backbone
 from folders import DATA, digest, load_tool, run_setup
 
 from fpn_plugin.engine.checkpoint import find_checkpoint
@@ -149,6 +150,23 @@ def test_arguments_of_the_bottom_up_network_need_not_be_known(tmp_path: Path, lo
             run_setup(key, "1", *DATA)
 
 
+def test_arguments_of_the_bottom_up_network_all_at_once(tmp_path: Path, log: Any) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("MODEL: {BOTTOM_UP: {ARGS: {drop_path_rate: 0.1}}}")
+    args = ("--config-file", str(file), "OUTPUT_DIR", str(tmp_path / "run"), *DATA)
+    for opts, expected in (
+        ([ARGS, "{}"], {}),
+        ([ARGS, "{'a': [1, 2], 'b': '7'}"], {"a": [1, 2], "b": "7"}),
+        ([f"{ARGS}.b", "1", ARGS, "{'a': 0}", f"{ARGS}.a", "x"], {"a": "x"}),  # the last counts
+    ):
+        assert dict(run_setup(*args, *opts).MODEL.BOTTOM_UP.ARGS) == expected
+    for value in ("0.1", "drop=1", "{1: 2}", "[1]"):
+        with pytest.raises(
+            ValueError, match=r"ARGS: .* no dict.*MODEL.BOTTOM_UP.ARGS.<name> VALUE"
+        ):
+            run_setup(*args, ARGS, value)
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 def test_device(
     gpu: bool, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -222,3 +240,90 @@ def test_seed_of_a_run(
     seed = begin(cfg, argument_parser().parse_args(["--resume"])).SEED
     assert seed >= 0 and (expected is None or seed == expected)
     assert f"SEED: {seed}" in Path(cfg.OUTPUT_DIR, "config.yaml").read_text()
+
+
+FEATURES = ["res2", "res3", "res4", "res5"]
+PYRAMID = (
+    *("DATASETS.CHECK", "off", "MODEL.FPN.IN_FEATURES", str(FEATURES)),
+    *("MODEL.RPN.IN_FEATURES", "[ auto ]", "MODEL.ROI_HEADS.IN_FEATURES", "auto"),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
+    *("MODEL.BACKBONE.NAME", "build_pyramid_backbone", "MODEL.BOTTOM_UP.NAME"),
+)
+RGB = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "RGB")
+
+
+def pixels(cfg: CfgNode) -> tuple[list[float], list[float], str]:
+    return list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), cfg.INPUT.FORMAT
+
+
+@pytest.fixture
+def finished(dataset: Path, tmp_path: Path, log: Any) -> Path:
+    """The folder of a run with torchvision's pixels, as its start and its end leave it."""
+    weights = tmp_path / "w.pth"
+    torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, weights)
+    opts = (*PYRAMID, "torchvision/resnet18", "MODEL.BOTTOM_UP.WEIGHTS", str(weights))
+    run = tmp_path / "run"
+    args = argument_parser().parse_args(["OUTPUT_DIR", str(run), *opts, *DATA])
+    begin(setup(args), args)
+    torch.save({}, run / "model_final.pth")
+    assert recorded_config(str(run))["INPUT"]["FORMAT"] == "RGB"
+    log.clear()
+    return run
+
+
+@pytest.mark.parametrize("kind", ["evaluated", "resumed", "resumed evaluation", "fine-tuned"])
+@pytest.mark.parametrize("weights", ["", "gone.pth"])
+def test_what_starts_from_a_run_has_its_pixels(
+    weights: str, kind: str, finished: Path, tmp_path: Path, log: Any
+) -> None:
+    flags = ["--eval-only"] if "eval" in kind else []
+    flags += ["--resume"] if "resumed" in kind else []
+    folder = finished if "resumed" in kind else tmp_path / "other"
+    opts = ["OUTPUT_DIR", str(folder), *PYRAMID, "torchvision/resnet18", *DATA]
+    final = str(finished / "model_final.pth")
+    opts += [] if "resumed" in kind else ["MODEL.WEIGHTS", final]
+    opts += ["MODEL.BOTTOM_UP.WEIGHTS", weights]
+    args = argument_parser().parse_args([*flags, *opts])
+    cfg = setup(args)
+    assert pixels(cfg) == RGB and "taken from the config.yaml beside" in log.text
+    assert "differs" not in log.text
+    log.clear()
+    started = begin(cfg, args)
+    assert pixels(started) == RGB and "taken from the config.yaml beside" in log.text
+    assert (started.MODEL.BOTTOM_UP.PIXELS == "config") is (kind != "fine-tuned")
+    if not weights:
+        build_backbone(started)
+
+
+def test_a_checkpoint_without_its_runs_config_is_a_warning(finished: Path, log: Any) -> None:
+    (finished / "config.yaml").unlink()
+    opts = [*PYRAMID, "torchvision/resnet18", "MODEL.WEIGHTS", str(finished / "model_final.pth")]
+    cfg = run_setup("--eval-only", "OUTPUT_DIR", str(finished), *opts, *DATA)
+    assert cfg.INPUT.FORMAT == "BGR"
+    assert [r.levelname for r in log.records if "is not known" in r.message] == ["WARNING"]
+
+
+def test_the_log_of_a_run_says_where_the_pixels_come_from(tmp_path: Path, log: Any) -> None:
+    opts = [*PYRAMID, "torchvision/resnet18", "MODEL.BOTTOM_UP.WEIGHTS", "torchvision"]
+    args = argument_parser().parse_args(["OUTPUT_DIR", str(tmp_path / "run"), *opts, *DATA])
+    cfg = setup(args)
+    log.clear()
+    begin(cfg, args)  # it is what writes to the log file
+    (line,) = [r.message for r in log.records if r.name == "fpn_plugin.bottom_up.pixels"]
+    assert line.endswith("taken from torchvision's transforms of resnet18")
+
+
+@pytest.mark.parametrize(
+    "keys, warned",
+    [
+        ({"MODEL__BACKBONE__FREEZE_AT": 2}, True),
+        ({"MODEL__BOTTOM_UP__NORM": "FrozenBN"}, True),
+        ({"MODEL__BACKBONE__FREEZE_AT": 2, "MODEL__WEIGHTS": "model.pth"}, False),
+        ({}, False),
+    ],
+)
+def test_frozen_layers_without_weights_are_a_warning(
+    keys: dict[str, Any], warned: bool, make_config: Any, log: Any
+) -> None:
+    begin(make_config(**keys), argument_parser().parse_args([]))
+    assert ("there are no weights to keep" in log.text) is warned

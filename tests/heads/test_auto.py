@@ -212,3 +212,10 @@ def test_the_pooler_takes_no_gaps() -> None:
     message = r"MODEL.ROI_HEADS.IN_FEATURES: \['p3', 'p5'\] have strides of \[8, 32\] pixels"
     with pytest.raises(ValueError, match=message):
         build_model(resolve_config(config(MASK, *keys)))
+
+
+def test_cascade_needs_boxes_without_a_class() -> None:
+    cfg = resolve_config(config(MASK, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"))
+    message = "CLS_AGNOSTIC_BBOX_REG: False, but MODEL.ROI_HEADS.NAME: CascadeROIHeads needs True"
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
