@@ -51,6 +51,7 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
         "matplotlib>=3.7",
         "tabulate>=0.9",
+        "tqdm>=4.60",
     ],
     extras_require=EXTRAS,
 )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from torch import nn
+from detectron2.modeling import Backbone
+from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from torch import Tensor, nn
 
 from fpn_plugin.pyramid.backbone import PyramidBackbone
 
@@ -69,7 +70,64 @@ def count_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> int:
     return sum(weight.numel() for weight in found.values())
 
 
-def padded_size(backbone: PyramidBackbone, size: Sequence[int]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Totals:
+    """What a backbone, or a part of one, costs for one image.
+
+    Attributes:
+        parameters: as in :class:`Cost`.
+        flops: as in :class:`Cost`.
+        activations: the number of values that convolutions and matrix products give.
+    """
+
+    parameters: int
+    flops: float
+    activations: int
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(
+            self.parameters - other.parameters,
+            self.flops - other.flops,
+            self.activations - other.activations,
+        )
+
+
+def totals(backbone: Backbone, below: str, size: Sequence[int] = (800, 1344)) -> dict[str, Totals]:
+    """What any backbone costs for one image: "backbone", "bottom_up", and the rest as "neck".
+
+    Args:
+        below: the name of the submodule that is the network underneath.
+        size: height and width of the image in pixels, before padding.
+
+    Raises:
+        ValueError: if `size` is not two positive whole numbers.
+    """
+    model, image = _model_and_image(backbone, below, size)
+    flops = _quiet(FlopCountAnalysis(model, image)).by_module()
+    activations = _quiet(ActivationCountAnalysis(model, image)).by_module()
+    whole, lower = (
+        Totals(count_parameters(model, [path]), flops[path], activations[path])
+        for path in ("", below)
+    )
+    return {"backbone": whole, "bottom_up": lower, "neck": whole - lower}
+
+
+def _quiet(analysis: Any) -> Any:
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analysis.tracer_warnings("none")
+
+
+def _model_and_image(backbone: Backbone, below: str, size: Sequence[int]) -> tuple[Any, Tensor]:
+    """A copy on the CPU in evaluation mode, and an image of zeros of the padded size."""
+    height, width = padded_size(backbone, size)
+    # a copy: counting must not change the mode, the device or the hooks of a model in use
+    model = copy.deepcopy(backbone).cpu().eval()
+    network = model.get_submodule(below)
+    dtype = next(network.parameters()).dtype
+    return model, torch.zeros(1, _image_channels(network), height, width, dtype=dtype)
+
+
+def padded_size(backbone: Backbone, size: Sequence[int]) -> tuple[int, int]:
     """The height and width that Detectron2 pads an image of `size` to, in pixels.
 
     Raises:
@@ -94,15 +152,9 @@ def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Com
     Raises:
         ValueError: if `size` is not two positive whole numbers.
     """
-    height, width = padded_size(backbone, size)
-    # a copy: counting must not change the mode, the device or the hooks of a model in use
-    model = copy.deepcopy(backbone).cpu().eval()
-    weight = next(model.bottom_up.parameters())
-    image = torch.zeros(1, _image_channels(model), height, width, dtype=weight.dtype)
-    analysis = FlopCountAnalysis(model, image)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings(
-        "none"
-    )
+    model, image = _model_and_image(backbone, "bottom_up", size)
+    height, width = image.shape[2], image.shape[3]
+    analysis = _quiet(FlopCountAnalysis(model, image))
     with torch.no_grad():
         flops = analysis.by_module()
         maps = model(image)
@@ -131,7 +183,7 @@ def pyramid_flops(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) 
     return {name: cost.flops for name, cost in measure(backbone, size).nodes.items()}
 
 
-def _image_channels(model: PyramidBackbone) -> int:
+def _image_channels(network: nn.Module) -> int:
     """Of the first convolution of the network underneath."""
-    convs = (module for module in model.bottom_up.modules() if isinstance(module, nn.Conv2d))
+    convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convs), 3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Callable, Iterable
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from effdet import get_efficientdet_config
 from effdet.config import get_fpn_config, set_config_writeable
 from effdet.efficientdet import BiFpn
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+from fpn_plugin.analysis.benchmark.effdet_names import our_names, rename
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import op
 from fpn_plugin.pyramid.pyramid import Pyramid
@@ -21,13 +24,6 @@ from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
 
 INPUTS = {"res3": 3, "res4": 4, "res5": 5}
-NODES = {
-    "bifpn": ["td6", "td5", "td4", "out3", "out4", "out5", "out6", "out7"],
-    "qufpn": ["a_td6", "a_td5", "a_td4", "a_out3", "a_out4", "a_out5", "a_out6", "a_out7"]
-    + ["b_bu4", "b_bu5", "b_bu6", "b_out7", "b_out6", "b_out5", "b_out4", "b_out3"]
-    + ["out3", "out4", "out5", "out6", "out7"],
-}
-"""Our nodes in the order of effdet's `fnode` list."""
 
 
 @dataclass(frozen=True)
@@ -79,36 +75,6 @@ def ours(case: Case) -> Pyramid:
     return Pyramid(graph, dict(zip(INPUTS, case.channels)), defaults)
 
 
-def our_names(case: Case, model: BiFpn) -> dict[str, str]:
-    """Our name of each of effdet's modules that have parameters, and of its fusion weights."""
-    topology = case.topology
-    names = {
-        "resample.3.conv.conv": f"{topology}_in6_edge0.project",
-        "resample.3.conv.bn": f"{topology}_in6_edge0.project.norm",
-    }
-    for run, cell in enumerate(model.cell):
-        prefix = f"r{run + 1}_" if run else ""
-        for index, (name, fnode) in enumerate(zip(NODES[topology], cell.fnode, strict=True)):
-            theirs, mine = f"cell.{run}.fnode.{index}", f"{prefix}{topology}_{name}"
-            names[f"{theirs}.combine.edge_weights"] = f"{mine}_fuse.weights"
-            for edge, offset in enumerate(fnode.combine.inputs_offsets):
-                projection = f"{theirs}.combine.resample.{offset}.conv"
-                names[f"{projection}.conv"] = f"{mine}_edge{edge}.project"
-                names[f"{projection}.bn"] = f"{mine}_edge{edge}.project.norm"
-            block = f"{theirs}.after_combine.conv"
-            names[f"{block}.conv_dw"] = f"{mine}.depthwise"
-            names[f"{block}.conv_pw"] = f"{mine}.pointwise"
-            names[f"{block}.bn"] = f"{mine}.pointwise.norm"
-    return names
-
-
-def rename(key: str, names: dict[str, str]) -> str:
-    if key in names:
-        return names[key]
-    module, _, kind = key.rpartition(".")
-    return f"{names[module]}.{kind}"
-
-
 def pair(case: Case, size: tuple[int, int]) -> tuple[BiFpn, Pyramid, dict[str, str]]:
     """Effdet's pyramid with random weights and statistics, ours with the same, and our name of each
     of its keys."""
@@ -123,7 +89,7 @@ def pair(case: Case, size: tuple[int, int]) -> tuple[BiFpn, Pyramid, dict[str, s
             layer.bias.data.normal_(std=0.2)
             layer.running_mean.normal_(std=0.5)
             layer.running_var.uniform_(0.5, 2)
-    names = our_names(case, their)
+    names = our_names(their, case.topology, min(INPUTS.values()), len(INPUTS))
     keys = {key: rename(key, names) for key in their.state_dict()}
     assert len(set(keys.values())) == len(keys)
     assert set(keys.values()) == set(mine.state_dict())
@@ -225,3 +191,39 @@ def test_padding_matters() -> None:
     inputs = maps_of(case, (256, 256))
     one, two = their.eval()(list(inputs)), other.eval()(dict(zip(INPUTS, inputs)))
     assert not torch.allclose(one[-1], two["p7"], rtol=0, atol=1e-3)
+
+
+def peak(step: Callable[[], None]) -> float:
+    """The most bytes that a step holds at once beyond what there was before it."""
+    step()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert now < most / 10, "what a step took is given back when it ends"
+    return most
+
+
+def test_peak_memory_of_a_training_step_against_effdet() -> None:
+    """EfficientDet D0's pyramid at 256 pixels, channels-last: at most 0.6 of `effdet`'s."""
+    their, mine, _ = pair(CASES["d0"], (256, 256))
+    inputs = maps_of(CASES["d0"], (256, 256))
+
+    def step_of(run: Callable[[list[Tensor]], Iterable[Tensor]]) -> Callable[[], None]:
+        def step() -> None:
+            maps = [x.detach().requires_grad_() for x in inputs]
+            torch.stack([x.sum() for x in run(maps)]).sum().backward()
+
+        return step
+
+    theirs = peak(step_of(lambda maps: their(list(maps))))
+    found = {}
+    for again in (False, True):
+        mine.recompute = again
+        found[again] = peak(step_of(lambda maps: mine(dict(zip(INPUTS, maps))).values())) / theirs
+    print(f"peak memory over effdet's: {found}")
+    assert found[False] < 0.72 and found[True] < 0.6

@@ -1,0 +1,114 @@
+"""The command line of tools/benchmark.py."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Sequence
+
+import torch
+
+from fpn_plugin.analysis.benchmark.inference import SUBJECTS
+from fpn_plugin.analysis.benchmark.peers import PEERS
+from fpn_plugin.analysis.benchmark.run import Settings
+from fpn_plugin.analysis.benchmark.section import START
+from fpn_plugin.analysis.benchmark.sweep import SWEEPS
+from fpn_plugin.analysis.benchmark.timing import Plan
+from fpn_plugin.registry import unknown_name
+
+WHAT = ("counts", "convs", START)
+DEFAULT_WHAT = "counts,neck,backbone,inference,train"
+SPREAD = {"cpu": 0.25, "cuda": 0.1}
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """All options, with Detectron2's `KEY VALUE …` at the end."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    add = parser.add_argument
+    text = "a config to measure; may be given again"
+    add("--config-file", action="append", required=True, metavar="FILE", help=text)
+    text = "a further contestant of each config, such as 'bf16: SOLVER.AMP.ENABLED True'"
+    add("--variant", action="append", default=[], metavar="'NAME: KEY VALUE'", help=text)
+    text = "a config file, a name of Detectron2's zoo, none (default: the zoo's of the same head)"
+    add("--baseline", default="auto", metavar="FILE|NAME", help=text)
+    text = "overrides for the baseline, such as 'SOLVER.AMP.ENABLED True' (default: as shipped)"
+    add("--baseline-opts", default="", metavar="'KEY VALUE'", help=text)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--image-size", nargs=2, type=_positive, default=(800, 1344), metavar=("H", "W"))
+    add("--batch", type=_positive, default=1, metavar="N", help="images at a time (default: 1)")
+    text = f"of {', '.join([*WHAT, *SUBJECTS.names()])} (default: {DEFAULT_WHAT})"
+    add("--what", default=DEFAULT_WHAT, metavar="A,B", help=text)
+    text = f"pyramids of other packages beside the neck: {', '.join(PEERS.names())}"
+    add("--peers", default="", metavar="A,B", help=text)
+    add("--sweep", default="", metavar="A,B", help=f"how cost grows with {', '.join(SWEEPS)}")
+    text = "at least; up to four times as many where ratios are too wide (default: 10)"
+    add("--rounds", type=_positive, default=10, metavar="N", help=text)
+    text = f"beyond it a ratio is refused (default: {SPREAD['cpu']}, on CUDA {SPREAD['cuda']})"
+    add("--max-spread", type=float, metavar="X", help=text)
+    add(
+        "--min-sample", type=float, default=0.1, metavar="S", help="seconds of one sample, at least"
+    )
+    add("--weights", default="", metavar="FILE", help="a checkpoint for all (default: from --seed)")
+    add("--runs", nargs="+", default=[], metavar="DIR", help="training runs, for AP and latency")
+    add("--report", default="", metavar="DIR", help="write report.json, .md, .html and PNG there")
+    add("--overwrite", action="store_true", help="replace the report that --report holds")
+    add("--compare", default="", metavar="OLD.JSON", help="fail if counts grew since that report")
+    text = "for --compare: growth that is let pass (default: 0.01; bytes at least 0.1)"
+    add("--threshold", type=float, default=0.01, metavar="X", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default: 0)")
+    add("--quiet", action="store_true", help="no progress")
+    add(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="overrides, not for the baseline",
+    )
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of a command line.
+
+    Raises:
+        KeyError: for a name that does not exist, with those that do.
+        ValueError: for `--device cuda` without a GPU, or a negative number.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; choose cpu")
+    spread = SPREAD[args.device] if args.max_spread is None else args.max_spread
+    for option, value in (("--max-spread", spread), ("--threshold", args.threshold)):
+        if value < 0:
+            raise ValueError(f"{option} {value} is negative")
+    plan = Plan(args.rounds, 4 * args.rounds, args.min_sample, max_spread=spread, seed=args.seed)
+    return Settings(
+        files=args.config_file,
+        opts=args.opts,
+        variants=args.variant,
+        baseline=args.baseline,
+        baseline_opts=args.baseline_opts.split(),
+        device=args.device,
+        size=tuple(args.image_size),
+        batch=args.batch,
+        what=_names("--what", args.what, [*WHAT, *SUBJECTS.names()]),
+        peers=_names("--peers", args.peers, PEERS.names()),
+        sweeps=_names("--sweep", args.sweep, list(SWEEPS)),
+        plan=plan,
+        weights=args.weights,
+        runs=args.runs,
+        seed=args.seed,
+    )
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise unknown_name(option, name, known)
+    return names
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return value

@@ -1,0 +1,127 @@
+"""The command line, and the floor under this repository's operation counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fpn_plugin.analysis.benchmark.start import OURS, THEIRS, import_works
+
+ROOT = Path(__file__).parents[3]
+FLOOR = Path(__file__).parent / "floor.json"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """The tool in this process; its exit code."""
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, args)])
+    return module.main()
+
+
+def test_counts_do_not_grow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Made anew, when a count may grow, by the command in floor.json with --report."""
+    monkeypatch.chdir(ROOT)
+    command = json.loads(FLOOR.read_text())["command"]
+    code = call(monkeypatch, *command, "--compare", FLOOR, "--quiet")
+    assert code == 0, capsys.readouterr().err
+
+
+def test_a_doctored_floor_fails(
+    configs: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    args = ["--config-file", configs["fpn"], "--baseline", "none", "--what", "counts", "--quiet"]
+    args += ["--image-size", 64, 64]
+    assert call(monkeypatch, *args, "--report", tmp_path / "one") == 0
+    old = tmp_path / "one" / "report.json"
+    assert call(monkeypatch, *args, "--compare", old) == 0
+    made = json.loads(old.read_text())
+    made["counts"]["fpn"]["neck_parameters"] -= 1000
+    old.write_text(json.dumps(made))
+    capsys.readouterr()
+    assert call(monkeypatch, *args, "--compare", old) == 1
+    assert "REGRESSION fpn: neck_parameters grew from" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="holds a report"):
+        call(monkeypatch, *args, "--report", tmp_path / "one")
+    made["schema"] = 0
+    old.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="is of schema 0; this version reads 1"):
+        call(monkeypatch, *args, "--compare", old)
+
+
+def test_refused_ratios_are_an_error(
+    configs: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = ["--config-file", configs["fpn"], "--baseline", configs["base"], "--what", "neck"]
+    args += ["--image-size", 64, 64, "--rounds", 2, "--max-spread", 0, "--min-sample", 0, "--quiet"]
+    assert call(monkeypatch, *args) == 2
+    assert "REFUSED neck: fpn against baseline base is too wide" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, error, text",
+    [
+        (["--what", "neck,nose"], KeyError, "--what: unknown name 'nose'"),
+        (["--peers", "effdat"], KeyError, "--peers: unknown name 'effdat' .did you mean 'effdet'"),
+        (["--sweep", "colour"], KeyError, "--sweep: unknown name 'colour'"),
+        (["--max-spread", "-1"], ValueError, "--max-spread -1.0 is negative"),
+        (
+            ["--compare", "nothing.json"],
+            FileNotFoundError,
+            "--compare 'nothing.json' does not exist",
+        ),
+        (
+            ["--weights", "nothing.pth"],
+            FileNotFoundError,
+            "--weights: there is no file 'nothing.pth'",
+        ),
+        (["--runs", "nowhere"], FileNotFoundError, "--runs 'nowhere' has no metrics.json"),
+    ],
+)
+def test_mistakes(
+    configs: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    error: type[Exception],
+    text: str,
+) -> None:
+    with pytest.raises(error, match=text):
+        call(monkeypatch, "--config-file", configs["fpn"], "--baseline", "none", *args)
+
+
+def test_cuda_without_a_gpu(configs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU"):
+        call(monkeypatch, "--config-file", configs["fpn"], "--device", "cuda")
+
+
+def test_as_a_user_runs_it(configs: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--config-file", configs["fpn"]]
+    command += ["--baseline", configs["base"], "--image-size", "64", "96", "--what", "counts,neck"]
+    command += ["--rounds", "2", "--max-spread", "100", "--report", str(tmp_path / "out")]
+    command += ["MODEL.FPN.OUT_CHANNELS", "8"]
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "baseline base" in done.stdout and "different model" in done.stdout
+    assert "neck …" in done.stderr  # plain lines: it is no terminal
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["contestants"]["fpn"]["overrides"] == ["MODEL.FPN.OUT_CHANNELS", "8"]
+    assert report["contestants"]["baseline base"]["overrides"] == []
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_start_imports_what_the_plugin_imports() -> None:
+    works = import_works()
+    assert list(works) == [THEIRS, OURS]
