@@ -24,6 +24,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
     _add_head_keys(cfg)
     _add_training_keys(cfg)
     _add_data_keys(cfg)
+    _add_speed_keys(cfg)
 
 
 def _add_pyramid_keys(cfg: CfgNode) -> None:
@@ -124,6 +125,31 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # How thoroughly a dataset is checked before training: full (decode every image), headers
     # (existence and size), annotations (the JSON alone), off; auto: by the number of images
     cfg.DATASETS.CHECK = "auto"
+
+
+def _add_speed_keys(cfg: CfgNode) -> None:
+    # What torch.compile gets: "" (nothing), pyramid (what runs on the bottom-up maps) or backbone
+    # (the network underneath too, which takes long to compile)
+    cfg.MODEL.COMPILE = ""
+    # On the CPU, pool boxes from the maps by torch's own gather instead of torchvision's kernel:
+    # the same numbers up to rounding, several times faster
+    cfg.MODEL.FAST_ROI_ALIGN = False
+    # Make a node's fused map and its activation again in the backward pass instead of keeping them,
+    # where the fusion has weights: less memory, the same gradients
+    cfg.MODEL.FPN.RECOMPUTE = False
+    # Evaluate a copy of the model whose batch norms are folded into the convolutions before them:
+    # the same up to rounding
+    cfg.TEST.FOLD_NORMS = False
+    # Let torch update all parameters in one kernel
+    cfg.SOLVER.FUSED = False
+    # Keep the loader's worker processes when it is iterated anew
+    cfg.DATALOADER.PERSISTENT_WORKERS = False
+    # Put batches into pinned memory, from which a GPU copies faster
+    cfg.DATALOADER.PIN_MEMORY = False
+    # How many batches each worker prepares ahead; 0: torch's own number, 2
+    cfg.DATALOADER.PREFETCH_FACTOR = 0
+    # Keep decoded training images in memory, up to so many megabytes in each worker; 0: none
+    cfg.DATALOADER.CACHE_IMAGES = 0
 
 
 def extra_levels_for(cfg: CfgNode) -> str:

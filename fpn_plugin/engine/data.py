@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from fpn_plugin.data.image_checks import upright_size
+from fpn_plugin.engine.image_cache import CachedMapper
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
 logger = logging.getLogger(__name__)
@@ -122,16 +123,19 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         iterated.
 
     Raises:
-        ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes.
+        ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes, or a key of
+            DATALOADER does not fit.
     """
     batch_size = _batch_per_process(cfg)
     dataset = _training_dicts(cfg)
     mapper = mapper or DatasetMapper(cfg, is_train=True)
+    if cfg.DATALOADER.CACHE_IMAGES:
+        mapper = CachedMapper(mapper, cfg.DATALOADER.CACHE_IMAGES, cfg.INPUT.FORMAT)
     if isinstance(dataset, torchdata.IterableDataset):
         logger.warning(
             "DATASETS.TRAIN %s is a stream: a resumed run starts it over", cfg.DATASETS.TRAIN
         )
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset, **_options(cfg))
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [_is_wide(record) for record in dataset] if grouped else None
     if isinstance(dataset, list):
@@ -146,7 +150,32 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         # Without a generator of its own the loader would draw from the training step's.
         seed=cfg.SEED,
+        **_options(cfg),
     )
+
+
+def _options(cfg: CfgNode) -> dict[str, Any]:
+    """What of `DATALOADER` torch's DataLoader is given beside Detectron2's own arguments.
+
+    Raises:
+        ValueError: naming the key, if it is for workers and there are none, or is negative.
+    """
+    loader = cfg.DATALOADER
+    options: dict[str, Any] = {"pin_memory": loader.PIN_MEMORY}
+    if loader.PREFETCH_FACTOR < 0:
+        raise ValueError(f"DATALOADER.PREFETCH_FACTOR: {loader.PREFETCH_FACTOR} is negative")
+    for key, name in (
+        ("PERSISTENT_WORKERS", "persistent_workers"),
+        ("PREFETCH_FACTOR", "prefetch_factor"),
+    ):
+        if not loader[key]:
+            continue
+        if loader.NUM_WORKERS == 0:
+            raise ValueError(
+                f"DATALOADER.{key} {loader[key]} is for workers, but DATALOADER.NUM_WORKERS is 0"
+            )
+        options[name] = loader[key]
+    return options
 
 
 def start_at(loader: Any, iteration: int) -> None:

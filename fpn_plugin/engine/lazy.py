@@ -1,8 +1,9 @@
 """Training and evaluation from Detectron2's Python configs (LazyConfig), on any device.
 
 The parts of a config are Detectron2's: `model`, `optimizer`, `lr_multiplier`, `dataloader` and
-`train`. Two entries of `train` are this plugin's: `channels_last`, and `amp.precision` (auto, fp16
-or bf16). A resumed run goes on with the model, the optimizer and the schedule; unlike
+`train`. These entries of `train` are this plugin's: `channels_last`, `amp.precision` (auto, fp16 or
+bf16), `compile` ("", pyramid or backbone), `fold_norms` and `fast_roi_align`. A resumed run goes on
+with the model, the optimizer and the schedule; unlike
 :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
 """
 
@@ -31,10 +32,11 @@ from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.weights import load_weights
-from fpn_plugin.engine.amp import Autocast, choose_dtype, make_step_trainer
+from fpn_plugin.engine.amp import choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
 from fpn_plugin.engine.dense import LossNormalizerHook
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
+from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +117,8 @@ def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The model on its device, in `train.channels_last` if asked for."""
-    model = instantiate(cfg.model).to(cfg.train.device)
-    if cfg.train.get("channels_last", False):
-        model = model.to(memory_format=torch.channels_last)
-    return model
+    """The model on its device, with what of `train` makes it faster."""
+    return prepare_for_training(instantiate(cfg.model).to(cfg.train.device), _speed(cfg))
 
 
 def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -161,11 +160,9 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     settings = cfg.dataloader.evaluator
     if "output_dir" not in settings:
         settings.output_dir = os.path.join(cfg.train.output_dir, "inference")
-    dtype = _dtype(cfg)
-    if dtype is not None:
-        model = Autocast(model, _device_type(cfg), dtype)
     loader = instantiate(cfg.dataloader.test)
-    results = inference_on_dataset(model, loader, instantiate(settings))
+    prepared = prepare_for_inference(model, _speed(cfg))
+    results = inference_on_dataset(prepared, loader, instantiate(settings))
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -205,6 +202,18 @@ def _dtype(cfg: DictConfig) -> torch.dtype | None:
     if not amp.get("enabled", False):
         return None
     return choose_dtype(amp.get("precision", "auto"), _device_type(cfg), "train.amp.precision")
+
+
+def _speed(cfg: DictConfig) -> Speed:
+    return Speed(
+        _device_type(cfg),
+        _dtype(cfg),
+        cfg.train.get("channels_last", False),
+        cfg.train.get("fold_norms", False),
+        cfg.train.get("compile", ""),
+        cfg.train.get("fast_roi_align", False),
+        "train.compile",
+    )
 
 
 def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:

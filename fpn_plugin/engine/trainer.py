@@ -13,13 +13,14 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from fpn_plugin.engine.amp import Autocast, amp_dtype, build_step_trainer, device_type
+from fpn_plugin.engine.amp import build_step_trainer, device_type
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.dense import LossNormalizerHook
 from fpn_plugin.engine.evaluation import build_evaluator
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
+from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's, in `MODEL.CHANNELS_LAST` if asked for."""
-        model = super().build_model(cfg)
-        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+        """Detectron2's, with `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
+        return prepare_for_training(super().build_model(cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -119,15 +119,13 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
-        """Detectron2's, but under `SOLVER.AMP.ENABLED` in bf16 or fp16 as in training.
+        """Detectron2's, but under `SOLVER.AMP.ENABLED` in bf16 or fp16 as in training, and with
+        `TEST.FOLD_NORMS`.
 
         Detectron2 evaluates in fp32 whatever it trained in, so its AP of the same weights differs a
         little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
         """
-        dtype = amp_dtype(cfg)
-        if dtype is not None:
-            model = Autocast(model, device_type(cfg), dtype)
-        return super().test(cfg, model, evaluators)
+        return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:

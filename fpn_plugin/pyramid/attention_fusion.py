@@ -136,7 +136,7 @@ class SelectiveKernel(Fusion):
             weight_init.c2_xavier_fill(layer)
 
     def forward(self, maps: List[Tensor]) -> Tensor:
-        pooled = add_maps(maps).mean(dim=[2, 3])  # (N, C, H, W) -> (N, C)
+        pooled = add_maps(maps, self.coarse, None).mean(dim=[2, 3])  # (N, C, H, W) -> (N, C)
         hidden = torch.relu(self.reduce(pooled))
         logits: List[Tensor] = []
         for layer in self.logits:

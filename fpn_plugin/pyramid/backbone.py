@@ -47,6 +47,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         size_divisibility: what the heads need the image's sides to be divisible by, if more than
             the pyramid does.
         square_pad: if > 0, images are padded to squares of this size.
+        recompute: whether training makes fused maps again instead of keeping them.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the config key or node, the value and what
@@ -79,6 +80,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         activation: str = "",
         size_divisibility: int = 0,
         square_pad: int = 0,
+        recompute: bool = False,
     ) -> None:
         shapes = bottom_up.output_shape()
         levels = feature_levels(shapes, in_features)
@@ -100,6 +102,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
+        self.recompute = recompute
         own = made.size_divisibility()
         self._size_divisibility = max(own, bottom_up.size_divisibility, size_divisibility)
 
@@ -127,6 +130,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "norm_momentum": fpn.NORM_MOMENTUM,
             "activation": fpn.ACTIVATION,
             "size_divisibility": size_divisibility_for(cfg),
+            "recompute": fpn.RECOMPUTE,
         }
 
     @property

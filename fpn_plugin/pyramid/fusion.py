@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid import attention_fusion  # noqa: F401  (registers its fusions)
+from fpn_plugin.pyramid import fused
 from fpn_plugin.pyramid.blocks import conv_block
-from fpn_plugin.pyramid.fusion_base import FUSIONS, Fusion, add_maps, weigh_maps
+from fpn_plugin.pyramid.fusion_base import (
+    FUSIONS,
+    Fusion,
+    Size,
+    add_maps,
+    repeat_coarse,
+    weigh_maps,
+)
 
 __all__ = ["FUSIONS", "Fusion"]
 
@@ -22,16 +30,20 @@ __all__ = ["FUSIONS", "Fusion"]
 class Sum(Fusion):
     """`Σ xᵢ` (FPN, arXiv:1612.03144)."""
 
-    def forward(self, maps: List[Tensor]) -> Tensor:
-        return add_maps(maps)
+    takes_coarse = True
+
+    def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
+        return add_maps(maps, self.coarse, size)
 
 
 @FUSIONS.register("avg")
 class Average(Fusion):
     """`Σ xᵢ / n` (Detectron2's other `FUSE_TYPE`)."""
 
-    def forward(self, maps: List[Tensor]) -> Tensor:
-        return add_maps(maps) / len(maps)
+    takes_coarse = True
+
+    def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
+        return add_maps(maps, self.coarse, size).div_(len(maps))
 
 
 @FUSIONS.register("max")
@@ -82,6 +94,7 @@ class Weighted(Fusion):
         per_channel: whether a map has one weight per channel, instead of one.
     """
 
+    takes_coarse = True
     per_channel = False
 
     def __init__(self, channels: int, count: int, norm: str = "") -> None:
@@ -93,8 +106,12 @@ class Weighted(Fusion):
         """The weights that the maps are multiplied by, shape `(n,)`, or `(n, C)` per channel."""
         return self.weights
 
-    def forward(self, maps: List[Tensor]) -> Tensor:
+    def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
         weights = self.normalized_weights()
+        if not torch.jit.is_scripting():
+            if weights.dim() == 1 and size is not None and fused.usable(maps, self.coarse, size):
+                return fused.weighted_sum(maps, self.coarse, size, weights)
+        maps = repeat_coarse(maps, self.coarse, size)
         if weights.dim() == 2:
             weights = weights.type_as(maps[0])[:, :, None, None]  # (n, C) -> (n, C, 1, 1)
         return weigh_maps(maps, list(weights.unbind(0)))

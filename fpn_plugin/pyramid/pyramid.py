@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import typing
 from typing import Any, Callable, Dict, Mapping
 
+import torch
 from torch import Tensor, fx, nn
 
-from fpn_plugin.pyramid.blocks import BLOCKS, set_norm
-from fpn_plugin.pyramid.fusion import FUSIONS
+from fpn_plugin.pyramid import recompute
 from fpn_plugin.pyramid.graph import Graph
-from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
+from fpn_plugin.pyramid.parts import REGISTRIES, build_part
 from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
-from fpn_plugin.registry import Registry, UnknownNameError, unknown_name
 
-REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
-    "block": BLOCKS,
-    "fuse": FUSIONS,
-    "up": UPSAMPLE,
-    "down": DOWNSAMPLE,
-}
 _RESAMPLERS = ("up", "down")
 
 
@@ -43,12 +35,15 @@ class GraphExecutor(nn.Module):
 
     # submodules that TorchScript cannot compile by themselves: see __prepare_scriptable__
     _unrolled: tuple[type, ...] = ()
+    # whether training makes fused maps again instead of keeping them (MODEL.FPN.RECOMPUTE)
+    recompute = False
 
     def __init__(self, graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> None:
         super().__init__()
         graph.check({kind: registry.names() for kind, registry in REGISTRIES.items()})
         self.graph = graph
         self.defaults = defaults
+        self._compiled: Callable[[Dict[str, Tensor]], Dict[str, Tensor]] | None = None
         self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults)
         self.output_channels = {name: defaults.channels for name in graph.output_names()}
         for step in sorted(self.steps, key=lambda step: step.node.level):
@@ -65,6 +60,8 @@ class GraphExecutor(nn.Module):
             for edge in step.edges
             if edge.resample and getattr(self.get_submodule(edge.resample.path), "guided", False)
         }
+        # the resamplers whose work a fusion does in the same pass over memory
+        self._deferred = {path for step in self.steps for path in self._defer(step)}
 
     def _register(self, path: str, module: nn.Module) -> None:
         *containers, name = path.split(".")
@@ -79,7 +76,35 @@ class GraphExecutor(nn.Module):
             )
         parent.add_module(name, module)
 
+    def _defer(self, step: ResolvedNode) -> list[str]:
+        """The resamplers of a node that its fusion replaces; the fusion is told which they are."""
+        fusion = self.get_submodule(step.fuse.path) if step.fuse else None
+        if not getattr(fusion, "takes_coarse", False):
+            return []
+        last = [edge.resample if edge.block is None else None for edge in step.edges]
+        coarse = [
+            part is not None and getattr(self.get_submodule(part.path), "repeats", False)
+            for part in last
+        ]
+        setattr(fusion, "coarse", coarse)
+        return [part.path for part, repeated in zip(last, coarse) if part and repeated]
+
+    def compile_graph(self, **options: Any) -> None:
+        """Let `torch.compile` have the graph, and not what gives it its inputs.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self._compiled = torch.compile(self._run_eagerly, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is not compiled: what is compiled is tied to this module's parameters
+        return {**super().__getstate__(), "_compiled": None}
+
     def _run(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        return (self._compiled or self._run_eagerly)(features)
+
+    def _run_eagerly(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
         maps = {name: features[name] for name in self.graph.inputs}
         del features  # so that each map is freed after its last reader
         sizes: dict[int, list[int]] = {}
@@ -101,16 +126,31 @@ class GraphExecutor(nn.Module):
         self, step: ResolvedNode, maps: Dict[str, Tensor], sizes: dict[int, list[int]]
     ) -> Tensor:
         arrived: dict[int, Tensor] = {}
+        size = sizes.get(step.node.input_level)
         for i in self._edge_order(step):
             x = maps[step.edges[i].source]
             for part in step.edges[i].parts():
-                arguments = [sizes.get(step.node.input_level)] if part.kind in _RESAMPLERS else []
+                if part.path in self._deferred and size is not None:
+                    continue
+                arguments = [size] if part.kind in _RESAMPLERS else []
                 guides = [arrived[self._guides[part.path]]] if part.path in self._guides else []
                 x = self.get_submodule(part.path)(x, *arguments, *guides)
             arrived[i] = x
         inputs = [arrived[i] for i in range(len(arrived))]
-        x = inputs[0] if step.fuse is None else self.get_submodule(step.fuse.path)(inputs)
-        return x if step.block is None else self.get_submodule(step.block.path)(x)
+        return self._fuse_and_run(step, inputs, size)
+
+    def _fuse_and_run(
+        self, step: ResolvedNode, inputs: list[Tensor], size: list[int] | None
+    ) -> Tensor:
+        block = self.get_submodule(step.block.path) if step.block else None
+        if step.fuse is None:
+            return inputs[0] if block is None else block(inputs[0])
+        fusion = self.get_submodule(step.fuse.path)
+        arguments = (inputs, size) if getattr(fusion, "takes_coarse", False) else (inputs,)
+        if self.recompute and block is not None and recompute.wanted(fusion):
+            return recompute.fuse_and_run(lambda: fusion(*arguments), block)
+        x = fusion(*arguments)
+        return x if block is None else block(x)
 
     def _edge_order(self, step: ResolvedNode) -> list[int]:
         """The order in which a node's inputs run: those that wait for a guide after the others."""
@@ -195,71 +235,4 @@ def _find_guide(step: ResolvedNode, part: Part) -> int:
             return i
     raise ValueError(
         f"{where}, {step.node.input_level}, but the node has none; add one, or resample otherwise"
-    )
-
-
-def build_part(part: Part, defaults: Defaults) -> nn.Module:
-    """Build one module of a resolved graph.
-
-    Raises:
-        ValueError: naming the node, if the operator does not take an argument or a value.
-    """
-    builder = REGISTRIES[part.kind].get(part.operator.name, part.where)
-    arguments: dict[str, Any] = dict(part.operator.args)
-    accepted = _options(builder)
-    known: dict[str, Any] = {}  # from the graph, and so not for the user to give
-    if part.kind == "fuse":
-        _check_fusion(part, builder)
-        facts = {"levels": part.levels, "widths": part.widths}
-        known = {name: value for name, value in facts.items() if name in accepted}
-        accepted = [name for name in accepted if name not in known]
-    for name in arguments:
-        if name not in accepted:
-            raise unknown_name(f"{part.where}, arguments of {part.operator.name}", name, accepted)
-    for name, value in part.operator.hints:
-        if name in accepted:
-            arguments.setdefault(name, value)
-    if "norm" in accepted:
-        arguments.setdefault("norm", defaults.norm)
-    if "activation" in accepted and part.kind == "block":
-        arguments.setdefault("activation", defaults.activation)
-    sizes = (
-        (part.in_channels, part.out_channels)
-        if part.kind == "block"
-        else (part.in_channels, part.amount)
-    )
-    try:
-        module = builder(*sizes, **arguments, **known)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{part.where}: {error}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{part.where}: {error}") from None
-    return set_norm(module, defaults.norm_eps, defaults.norm_momentum)
-
-
-def _options(builder: Callable[..., nn.Module]) -> list[str]:
-    """The arguments of an operator that have a default."""
-    parameters = inspect.signature(builder).parameters
-    return [name for name, given in parameters.items() if given.default is not given.empty]
-
-
-def _check_fusion(part: Part, builder: Callable[..., nn.Module]) -> None:
-    """Raise a ValueError if a fusion cannot take that many maps, or maps of those channels."""
-    name, arity = part.operator.name, getattr(builder, "arity", 0)
-    if arity not in (0, part.amount):
-        raise ValueError(
-            f"{part.where}: {name} fuses {arity} maps, but the node has {part.amount} inputs"
-        )
-    if "widths" in _options(builder) or set(part.widths) <= {part.in_channels}:
-        return
-    takers = [name for name in FUSIONS.names() if "widths" in _options(FUSIONS.get(name))]
-    given = f"{', '.join(map(str, part.widths[:-1]))} and {part.widths[-1]}"
-    one_width = (
-        "maps of one width"
-        if len(set(part.widths)) > 1
-        else f"maps of the pyramid's width, {part.in_channels} channels"
-    )
-    raise ValueError(
-        f"{part.where}: {name} fuses {one_width}, but its inputs have {given} channels; project"
-        f" them (leave out project: identity), or fuse by {', '.join(takers)}"
     )

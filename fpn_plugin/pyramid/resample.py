@@ -31,9 +31,11 @@ class Resampler(nn.Module):
 
     Attributes:
         guided: whether `forward` takes a guide as its third argument.
+        repeats: whether all it does is to repeat values, which a fusion can do by itself.
     """
 
     guided = False
+    repeats = False
 
     def __init__(self, channels: int, steps: int, norm: str = "") -> None:
         super().__init__()
@@ -78,6 +80,8 @@ def crop(x: Tensor, size: Size) -> Tensor:
 @UPSAMPLE.register("nearest")
 class Nearest(Resampler):
     """Each value repeated."""
+
+    repeats = True
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         if size is None:
