@@ -5,6 +5,7 @@ VENV ?= .venv
 # which Detectron2: pinned (the republication) or git (upstream main); else the one in VENV, or pinned
 DETECTRON2 ?=
 DEMO ?= output/demo
+BENCHMARK ?= output/benchmark
 TEST_JOBS ?= 2
 MASKS ?= output/demo-masks
 
@@ -20,9 +21,13 @@ export BLACK_CACHE_DIR ?= $(CURDIR)/.cache/black
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
 PY := $(VENV)/bin/python
+# what `make benchmark` measures
+R50 := configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
+FP32 := MODEL.CHANNELS_LAST True MODEL.FAST_ROI_ALIGN True TEST.FOLD_NORMS True SOLVER.FUSED True
+LEVERS := --variant 'fp32: $(FP32)' --variant 'bf16: $(FP32) SOLVER.AMP.ENABLED True'
 SOURCES := fpn_plugin tools tests datasets setup.py
 
-.PHONY: help setup demo demo-masks test lint format lock clean
+.PHONY: help setup demo demo-masks benchmark test lint format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +41,16 @@ demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw
 
 demo-masks: setup ## the same for instance masks, on drawn scenes (10 minutes)
 	@$(PY) tools/demo.py scenes --output $(MASKS)
+
+benchmark: setup ## measure Mask R-CNN against Detectron2's own, and BiFPN against effdet's, on an idle machine (20 minutes)
+	@$(PY) tools/benchmark.py --config-file $(R50) $(LEVERS) --image-size 512 512 \
+	  --what counts,neck,convs,backbone,inference --report $(BENCHMARK)/inference --overwrite; \
+	$(PY) tools/benchmark.py --config-file $(R50) $(LEVERS) --image-size 320 320 --batch 2 \
+	  --what train --report $(BENCHMARK)/training --overwrite; \
+	$(PY) tools/benchmark.py --config-file configs/COCO-Detection/retinanet_R_50_BiFPN_D0_1x.yaml --baseline none \
+	  --peers effdet --image-size 512 512 --what counts,neck,neck_train,convs --report $(BENCHMARK)/bifpn --overwrite \
+	  --variant 'folded: TEST.FOLD_NORMS True' --variant 'recompute: MODEL.FPN.RECOMPUTE True' \
+	  --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
 
 test: setup ## run all tests, in TEST_JOBS processes of one thread each
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal

@@ -18,7 +18,8 @@ from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-YAML = sorted(path for path in CONFIGS.rglob("*.yaml"))
+PRESETS = sorted(CONFIGS.glob("presets/*.yaml"))  # parts, for other configs to stand on
+YAML = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in PRESETS)
 QUICK = [path for path in YAML if path.parent.name == "quickstart" and path.stem[:4] != "Base"]
 LAZY = sorted(path for path in CONFIGS.glob("lazy/*.py") if path.stem != "common")
 NO_WEIGHTS = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BOTTOM_UP.WEIGHTS", "")
@@ -97,6 +98,17 @@ def test_detectron2s_configs_differ_in_the_backbone_alone(path: str) -> None:
     assert mine.keys() == theirs.keys()
     differing = {key for key in theirs if mine[key] != theirs[key]}
     assert differing == (set() if Path(path).stem in SINGLE_LEVEL else {"MODEL.BACKBONE.NAME"})
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name)
+def test_a_preset_stands_beside_a_base(preset: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    base = CONFIGS / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    mine.write_text(f"_BASE_: [{base}, {preset}]\nSOLVER: {{BASE_LR: 0.5}}\n")
+    cfg, plain = load(mine), load(base)
+    assert cfg.SOLVER.BASE_LR == 0.5 and cfg.MODEL.CHANNELS_LAST and not plain.MODEL.CHANNELS_LAST
+    assert cfg.SOLVER.AMP.ENABLED == (preset.stem != "fast_cpu")
+    assert cfg.MODEL.FPN == plain.MODEL.FPN
 
 
 @pytest.mark.parametrize("folder", ["COCO-InstanceSegmentation", "quickstart"])

@@ -209,7 +209,7 @@ def peak(step: Callable[[], None]) -> float:
 
 
 def test_peak_memory_of_a_training_step_against_effdet() -> None:
-    """EfficientDet D0's pyramid at 256 pixels, channels-last: at most 0.6 of `effdet`'s."""
+    """EfficientDet D0's pyramid at 256 pixels: at most 0.6 of `effdet`'s."""
     their, mine, _ = pair(CASES["d0"], (256, 256))
     inputs = maps_of(CASES["d0"], (256, 256))
 

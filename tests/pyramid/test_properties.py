@@ -190,7 +190,8 @@ def test_what_check_accepts_runs_and_scripts() -> None:
         without = [name for name, p in pyramid.named_parameters() if p.grad is None]
         assert without == []
         with torch.no_grad():
-            assert_same(torch.jit.script(pyramid)(maps), outputs)
+            # learned sums round once where the plain operations of a script round twice
+            assert_same(torch.jit.script(pyramid)(maps), outputs, 1e-5)
 
     holds()
     assert sum(built) > len(built) / 2, f"only {sum(built)} of {len(built)} graphs were built"

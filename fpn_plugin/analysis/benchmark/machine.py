@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 
@@ -54,11 +54,13 @@ def warnings(known: dict[str, Any]) -> list[str]:
     return found
 
 
-def ceilings(device: str, size: int = 2048, megabytes: int = 256) -> dict[str, float]:
+def ceilings(
+    device: str, sizes: Sequence[int] = (1024, 2048), megabytes: int = 256
+) -> dict[str, float]:
     """The rates that no program on this machine exceeds by much: the best of a few tries each.
 
     Args:
-        size: of the square matrices.
+        sizes: of the square matrices; the fastest counts.
         megabytes: of the block that is copied; more than the caches hold.
 
     Returns:
@@ -67,10 +69,8 @@ def ceilings(device: str, size: int = 2048, megabytes: int = 256) -> dict[str, f
     """
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        one = torch.ones(size, size, dtype=dtype, device=device)
-        out = torch.empty_like(one)
-        seconds = _best(lambda: torch.mm(one, one, out=out), device)
-        rates[f"{str(dtype).removeprefix('torch.')}_gflops"] = size**3 / seconds / 1e9
+        name = f"{str(dtype).removeprefix('torch.')}_gflops"
+        rates[name] = max(_product_rate(size, dtype, device) for size in sizes) / 1e9
     source = torch.ones(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     seconds = _best(lambda: target.copy_(source), device)
@@ -78,7 +78,13 @@ def ceilings(device: str, size: int = 2048, megabytes: int = 256) -> dict[str, f
     return rates
 
 
-def _best(work: Callable[[], Any], device: str, tries: int = 7) -> float:
+def _product_rate(size: int, dtype: torch.dtype, device: str) -> float:
+    one = torch.ones(size, size, dtype=dtype, device=device)
+    out = torch.empty_like(one)
+    return size**3 / _best(lambda: torch.mm(one, one, out=out), device)
+
+
+def _best(work: Callable[[], Any], device: str, tries: int = 20) -> float:
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()

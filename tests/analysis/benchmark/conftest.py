@@ -61,7 +61,7 @@ MODEL:
 def _small_matrices() -> Iterator[None]:
     """The machine's rates are beside the point here, and take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "ceilings", lambda device: ceilings(device, size=64, megabytes=1))
+        patch.setattr(run, "ceilings", lambda device: ceilings(device, sizes=[64], megabytes=1))
         yield
 
 
