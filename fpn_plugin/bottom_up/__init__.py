@@ -18,10 +18,11 @@ NAME = "MODEL.BOTTOM_UP.NAME"
 # Libraries whose networks are named <library>/<model>, with the adapter for them. Their names are
 # also values of MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
 ADAPTERS = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}
+# What this plugin adds to the values of MODEL.BACKBONE.NAME
+OWN_BUILDERS = ("build_pyramid_backbone", "build_bottom_up_backbone")
 # They hold a bottom-up network, so they are none
 HOLDERS = (
-    "build_pyramid_backbone",
-    "build_bottom_up_backbone",
+    *OWN_BUILDERS,
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
 )

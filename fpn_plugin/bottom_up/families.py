@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from fpn_plugin.registry import unknown_name
 ARGS = "MODEL.BOTTOM_UP.ARGS"
 
 
-class Family:
+class Family(ABC):
     """What differs between the classes.
 
     A stage is what makes the maps of one stride. Its name is the class's own, `s1` or `p0`.
@@ -46,19 +47,19 @@ class Family:
         """The stride of each stage, in pixels, from high to low resolution."""
         return dict(model._out_feature_strides)
 
+    @abstractmethod
     def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
         """Give the wanted maps alone, and drop all stages behind number `last`."""
-        raise NotImplementedError
 
     def stem(self, model: Any) -> Iterable[nn.Parameter]:
         """What runs before the first stage."""
         position = [] if model.pos_embed is None else [model.pos_embed]
         return [*model.patch_embed.parameters(), *position]
 
+    @abstractmethod
     def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
         """What runs in a stage. The norm on its map alone is not of it: no pretrained network has
         that."""
-        raise NotImplementedError
 
     def pad_to(self, model: Any) -> int:
         """The multiple of pixels that images are padded to."""

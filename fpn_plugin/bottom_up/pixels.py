@@ -7,13 +7,13 @@ from typing import Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
+from fpn_plugin.bottom_up import OWN_BUILDERS
 from fpn_plugin.bottom_up.pixel_sources import Finding, Pixels, find_pixels
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "config")
-_BUILDERS = ("build_pyramid_backbone", "build_bottom_up_backbone")
 
 
 def resolve_pixels(cfg: CfgNode, checkpoint: str = "") -> list[tuple[int, str]]:
@@ -33,7 +33,7 @@ def resolve_pixels(cfg: CfgNode, checkpoint: str = "") -> list[tuple[int, str]]:
         KeyError: for an unknown `MODEL.BOTTOM_UP.PIXELS`.
         ValueError: if a file that has to tell is no weight file.
     """
-    if cfg.MODEL.BACKBONE.NAME not in _BUILDERS:
+    if cfg.MODEL.BACKBONE.NAME not in OWN_BUILDERS:
         return []
     stated = read_pixels(cfg)
     if not _follows(cfg):
@@ -55,7 +55,7 @@ def require_pixels(cfg: CfgNode) -> None:
         ValueError: naming the keys and what to call.
     """
     stated = read_pixels(cfg)
-    if cfg.MODEL.BACKBONE.NAME not in _BUILDERS or not _follows(cfg) or not _is_default(stated):
+    if cfg.MODEL.BACKBONE.NAME not in OWN_BUILDERS or not _follows(cfg) or not _is_default(stated):
         return
     wanted, source, *_ = find_pixels(cfg)
     if wanted and wanted != stated:

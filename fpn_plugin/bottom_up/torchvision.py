@@ -102,16 +102,18 @@ def _create(model: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
         if not pretrained:
             return models.get_model(model, weights=None, **{**_DEFAULTS.get(model, {}), **args})
         return models.get_model(model, weights="DEFAULT", **args)
+    # NotImplementedError is torchvision's word for arguments that a network cannot have (dilated
+    # ResNet-18); it is a RuntimeError too, so it comes first
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"MODEL.BOTTOM_UP.ARGS: {args} is not for torchvision/{model}: {error}"
+        ) from error
     except (OSError, RuntimeError) as error:  # the address cannot be reached; a broken file
         if not pretrained:
             raise
         raise ValueError(
             f"MODEL.BOTTOM_UP.WEIGHTS: 'torchvision': the weights of {model} could not be had"
             f" ({error}); give a file"
-        ) from error
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"MODEL.BOTTOM_UP.ARGS: {args} is not for torchvision/{model}: {error}"
         ) from error
 
 

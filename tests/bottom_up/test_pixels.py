@@ -6,7 +6,6 @@ import logging
 import pickle
 import sys
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import pytest
@@ -27,12 +26,6 @@ from pixel_configs import (
 )
 
 from fpn_plugin.bottom_up.pixels import resolve_pixels
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, "fpn_plugin"):
-        yield caplog
 
 
 @pytest.mark.parametrize(

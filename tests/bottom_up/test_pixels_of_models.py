@@ -3,9 +3,7 @@ built, what the configs of this repository come to."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from detectron2.config import get_cfg
@@ -26,12 +24,6 @@ from pixel_configs import (
 
 from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.bottom_up.pixels import resolve_pixels
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, "fpn_plugin"):
-        yield caplog
 
 
 def run_folder(folder: Path, name: str = "torchvision/resnet50", values: tuple = RGB) -> str:

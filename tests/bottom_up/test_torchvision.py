@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[dict[int, int], str]] = {
     "googlenet": ({1: 64, 2: 192, 3: 480, 4: 832, 5: 1024}, "any"),
 }
 FAMILY = pytest.mark.parametrize("name", list(FAMILIES))
+DILATED = {"replace_stride_with_dilation": [False, False, True]}
 
 
 @lru_cache
@@ -215,8 +216,7 @@ def test_a_copy_gives_the_same_maps() -> None:
 
 def test_arguments_reach_the_network() -> None:
     """With dilation the last stage keeps its stride, so it is the last of that stride."""
-    args = {"replace_stride_with_dilation": [False, False, True]}
-    shapes = TorchvisionBackbone("resnet50", args=args).output_shape()
+    shapes = TorchvisionBackbone("resnet50", args=DILATED).output_shape()
     assert {key: shape.channels for key, shape in shapes.items()} == {
         "res1": 64,
         "res2": 256,
@@ -282,6 +282,13 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
         (
             {"model": "resnet18", "args": {"weights": "DEFAULT"}},
             "MODEL.BOTTOM_UP.ARGS: .*torchvision/resnet18.*'weights'",
+        ),
+        *(
+            (
+                {"model": "resnet18", "args": DILATED, "pretrained": pretrained},
+                "MODEL.BOTTOM_UP.ARGS: .*torchvision/resnet18.*Dilation",
+            )
+            for pretrained in (False, True)
         ),
     ],
 )

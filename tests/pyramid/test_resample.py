@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CHANNELS, randomize
+from helpers import CHANNELS, assert_same, randomize
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
@@ -306,12 +306,6 @@ def in_a_graph() -> list[Any]:
         {"down": name} for name in DOWNSAMPLE.names()
     ]
     return [pytest.param(given, id="-".join(*given.items())) for given in names]
-
-
-def assert_same(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> None:
-    assert list(one) == list(two)
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=0, atol=tolerance), name
 
 
 @pytest.mark.parametrize("given", in_a_graph())

@@ -12,6 +12,7 @@ from helpers import randomize
 from torch import Tensor
 
 from fpn_plugin import PyramidBackbone
+from fpn_plugin.analysis.benchmark.peers import simple_names
 
 CHANNELS, WIDTH, STRIDE = 64, 32, 16
 
@@ -25,21 +26,6 @@ class OneMap(Backbone):
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {"last_feat": ShapeSpec(channels=CHANNELS, stride=STRIDE)}
-
-
-def our_names() -> dict[str, str]:
-    """Our name of each of Detectron2's modules, by stage `simfp_{level}` and place in it."""
-    names = {
-        "simfp_2.0": "simple_output2_edge0.resample.layers.0",
-        "simfp_2.1": "simple_output2_edge0.resample.layers.1",
-        "simfp_2.3": "simple_output2_edge0.resample.layers.3",
-        "simfp_3.0": "simple_output3_edge0.resample.layers.0",
-    }
-    for level, place in {2: 4, 3: 1, 4: 0, 5: 1}.items():
-        for step, mine in enumerate((f"simple_output{level}_edge0.block", f"simple_output{level}")):
-            names[f"simfp_{level}.{place + step}"] = mine
-            names[f"simfp_{level}.{place + step}.norm"] = f"{mine}.norm"
-    return names
 
 
 @pytest.mark.parametrize("size", [(128, 192), (64, 96)], ids=str)
@@ -65,7 +51,7 @@ def test_equals_detectron2(top: bool, size: tuple[int, int]) -> None:
         square_pad=512,
     )
     state = randomize(their).state_dict()
-    names = our_names()
+    names = simple_names()
     keys = {key: f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in state}
     assert len(set(keys.values())) == len(keys)
     mine.load_state_dict({keys[key]: x for key, x in state.items()}, strict=True)
