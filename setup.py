@@ -13,9 +13,11 @@ EXTRAS = {
     # Evaluators; the panoptic one needs panopticapi, which is not on PyPI, as its error says
     "lvis": ["lvis>=0.5.3"],
     "cityscapes": ["cityscapesscripts>=2.2"],
+    "fast_eval": ["faster-coco-eval>=1.8,<2"],  # TEST.FAST_COCO_EVAL
 }
 EXTRAS["dev"] = [
     *EXTRAS["timm"],
+    *EXTRAS["fast_eval"],
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6",

@@ -6,6 +6,7 @@ benchmark.py --config-file configs/… [--config-file …] [--baseline FILE|zoo-
 benchmark.py --config-file F --variant 'bf16: SOLVER.AMP.ENABLED True' …     levers, each alone
 benchmark.py --config-file F --what neck --peers effdet,detectron2,torchvision
 benchmark.py --config-file F --baseline none --what counts --compare old.json
+benchmark.py --what start                             importing the plugin, and Detectron2
 
 Exit code 1: a count grew beyond --threshold; 2: a ratio was refused, or outputs differ.
 """

@@ -20,8 +20,10 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.evaluation.coco_evaluation import COCOeval_opt, _evaluate_predictions_on_coco
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.registry import Registry
 
@@ -39,7 +41,35 @@ _PACKAGES = {
 
 
 class InstanceEvaluator(COCOEvaluator):
-    """Detectron2's, also for proposals that were scored in bfloat16, which numpy does not have."""
+    """Detectron2's with any `COCOeval`, also for proposals that were scored in bfloat16, which
+    numpy does not have.
+
+    Args:
+        tasks: of bbox, segm and keypoints; None for what the predictions have.
+        cocoeval: what computes the metrics; see :func:`coco_eval_class`.
+
+    Raises:
+        ValueError: if `TEST.FAST_COCO_EVAL` cannot have the dataset's image ids.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        *,
+        cocoeval: type[COCOeval] = COCOeval_opt,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset_name, **options)
+        self._asked = tasks
+        self._cocoeval = cocoeval
+        self._use_fast_impl = cocoeval is not COCOeval  # for Detectron2's log
+        odd = [key for key in self._coco_api.getImgIds() if not isinstance(key, int)]
+        if odd and cocoeval not in (COCOeval, COCOeval_opt):
+            raise ValueError(
+                f"TEST.FAST_COCO_EVAL: image ids of {dataset_name!r} must be whole numbers, but one"
+                f" is {odd[0]!r}; choose False"
+            )
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Take in the outputs for a batch of images."""
@@ -49,10 +79,57 @@ class InstanceEvaluator(COCOEvaluator):
                 proposals = prediction["proposals"]
                 proposals.objectness_logits = proposals.objectness_logits.float()
 
+    def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
+        super()._eval_predictions(predictions, img_ids)  # all but the tasks
+        if not self._do_evaluation:
+            return
+        # with the dataset's own category ids by now
+        results = [result for prediction in predictions for result in prediction["instances"]]
+        for task in sorted(self._asked or super()._tasks_from_predictions(results)):
+            evaluated = results and _evaluate_predictions_on_coco(
+                self._coco_api,
+                results,
+                task,
+                kpt_oks_sigmas=self._kpt_oks_sigmas,
+                cocoeval_fn=self._cocoeval,
+                img_ids=img_ids,
+                max_dets_per_image=self._max_dets_per_image,
+            )
+            names = self._metadata.get("thing_classes")
+            self._results[task] = self._derive_coco_results(evaluated or None, task, names)
+
+    def _tasks_from_predictions(self, predictions: Any) -> list[str]:
+        """None: Detectron2's loop over the tasks has its `COCOeval` built in."""
+        return []
+
+
+def coco_eval_class(cfg: CfgNode) -> type[COCOeval]:
+    """What computes COCO's metrics: pycocotools' `COCOeval`, or what gives the same faster.
+
+    That is Detectron2's where it is compiled, or by `TEST.FAST_COCO_EVAL` faster-coco-eval's.
+    `params` are to be set before `evaluate()`; `evalImgs` may be missing.
+
+    Raises:
+        ImportError: if the package is not installed; it names the key.
+    """
+    if not cfg.TEST.FAST_COCO_EVAL:
+        return COCOeval_opt
+    _require("faster_coco_eval", "'fpn_plugin[fast_eval]'", "TEST.FAST_COCO_EVAL: True")
+    from fpn_plugin.engine.fast_coco_eval import FastCOCOeval
+
+    return FastCOCOeval
+
 
 @EVALUATORS.register("coco")
 def _coco(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
-    return [InstanceEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)]
+    return [
+        InstanceEvaluator(
+            name,
+            output_dir=folder,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            cocoeval=coco_eval_class(cfg),
+        )
+    ]
 
 
 @EVALUATORS.register("sem_seg")
@@ -124,10 +201,12 @@ def check_evaluators(cfg: CfgNode) -> None:
 
     Raises:
         KeyError: if a dataset's `evaluator_type` is missing or unknown; it names the choices.
-        ImportError: if an evaluator needs a package that is not installed.
+        ImportError: if an evaluator, or `TEST.FAST_COCO_EVAL`, needs a package that is not
+            installed.
     """
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
+    coco_eval_class(cfg)
 
 
 def _find_builder(dataset_name: str) -> EvaluatorBuilder:
@@ -136,12 +215,13 @@ def _find_builder(dataset_name: str) -> EvaluatorBuilder:
         kind, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)"
     )
     if kind in _PACKAGES:
-        module, source = _PACKAGES[kind]
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(
-                f"DATASETS.TEST {dataset_name!r}: its evaluator_type {kind!r} needs {module}: "
-                f"pip install {source}"
-            ) from error
+        who = f"DATASETS.TEST {dataset_name!r}: its evaluator_type {kind!r}"
+        _require(*_PACKAGES[kind], who)
     return build
+
+
+def _require(module: str, source: str, who: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{who} needs {module}: pip install {source}") from error

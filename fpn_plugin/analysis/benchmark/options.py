@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 
@@ -24,15 +24,26 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """All options, with Detectron2's `KEY VALUE …` at the end."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
-    add = parser.add_argument
-    text = "a config to measure; may be given again"
-    add("--config-file", action="append", required=True, metavar="FILE", help=text)
+    _add_contestants(parser.add_argument)
+    _add_measurements(parser.add_argument)
+    _add_reports(parser.add_argument)
+    text = "overrides, not for the baseline"
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=text)
+    return parser
+
+
+def _add_contestants(add: Callable[..., Any]) -> None:
+    text = "a config to measure; may be given again; not needed for --what start"
+    add("--config-file", action="append", default=[], metavar="FILE", help=text)
     text = "a further contestant of each config, such as 'bf16: SOLVER.AMP.ENABLED True'"
     add("--variant", action="append", default=[], metavar="'NAME: KEY VALUE'", help=text)
     text = "a config file, a name of Detectron2's zoo, none (default: the zoo's of the same head)"
     add("--baseline", default="auto", metavar="FILE|NAME", help=text)
     text = "overrides for the baseline, such as 'SOLVER.AMP.ENABLED True' (default: as shipped)"
     add("--baseline-opts", default="", metavar="'KEY VALUE'", help=text)
+
+
+def _add_measurements(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--image-size", nargs=2, type=_positive, default=(800, 1344), metavar=("H", "W"))
     add("--batch", type=_positive, default=1, metavar="N", help="images at a time (default: 1)")
@@ -45,11 +56,13 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=10, metavar="N", help=text)
     text = f"beyond it a ratio is refused (default: {SPREAD['cpu']}, on CUDA {SPREAD['cuda']})"
     add("--max-spread", type=float, metavar="X", help=text)
-    add(
-        "--min-sample", type=float, default=0.1, metavar="S", help="seconds of one sample, at least"
-    )
+    text = "seconds of one sample, at least (default: 0.1)"
+    add("--min-sample", type=float, default=0.1, metavar="S", help=text)
     add("--weights", default="", metavar="FILE", help="a checkpoint for all (default: from --seed)")
     add("--runs", nargs="+", default=[], metavar="DIR", help="training runs, for AP and latency")
+
+
+def _add_reports(add: Callable[..., Any]) -> None:
     add("--report", default="", metavar="DIR", help="write report.json, .md, .html and PNG there")
     add("--overwrite", action="store_true", help="replace the report that --report holds")
     add("--compare", default="", metavar="OLD.JSON", help="fail if counts grew since that report")
@@ -57,13 +70,6 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     add("--threshold", type=float, default=0.01, metavar="X", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default: 0)")
     add("--quiet", action="store_true", help="no progress")
-    add(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides, not for the baseline",
-    )
-    return parser
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -71,7 +77,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
     Raises:
         KeyError: for a name that does not exist, with those that do.
-        ValueError: for `--device cuda` without a GPU, or a negative number.
+        ValueError: for `--device cuda` without a GPU, a negative number, or no config where one is
+            needed.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; choose cpu")
@@ -79,6 +86,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for option, value in (("--max-spread", spread), ("--threshold", args.threshold)):
         if value < 0:
             raise ValueError(f"{option} {value} is negative")
+    what = _names("--what", args.what, [*WHAT, *SUBJECTS.names()])
+    if not args.config_file and (what != [START] or args.sweep or args.runs):
+        raise ValueError("--config-file: none is given; only --what start does without")
     plan = Plan(args.rounds, 4 * args.rounds, args.min_sample, max_spread=spread, seed=args.seed)
     return Settings(
         files=args.config_file,
@@ -89,7 +99,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         device=args.device,
         size=tuple(args.image_size),
         batch=args.batch,
-        what=_names("--what", args.what, [*WHAT, *SUBJECTS.names()]),
+        what=what,
         peers=_names("--peers", args.peers, PEERS.names()),
         sweeps=_names("--sweep", args.sweep, list(SWEEPS)),
         plan=plan,

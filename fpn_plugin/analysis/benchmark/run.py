@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from fpn_plugin.analysis.benchmark import inference  # noqa: F401  (registers itself)
 from fpn_plugin.analysis.benchmark.bar import Bar
@@ -12,7 +12,7 @@ from fpn_plugin.analysis.benchmark.contestants import Contestant, gather
 from fpn_plugin.analysis.benchmark.counts import count
 from fpn_plugin.analysis.benchmark.entrants import Entrant, build_all
 from fpn_plugin.analysis.benchmark.inputs import Inputs
-from fpn_plugin.analysis.benchmark.lineup import peers_of
+from fpn_plugin.analysis.benchmark.lineup import PeerOf, peers_of
 from fpn_plugin.analysis.benchmark.machine import ceilings, facts, warnings
 from fpn_plugin.analysis.benchmark.runs import read_runs
 from fpn_plugin.analysis.benchmark.section import START, run_section, run_start
@@ -94,6 +94,25 @@ def benchmark(settings: Settings, bar: Bar) -> dict[str, Any]:
     report["notes"] += notes
     if "counts" in settings.what:
         report["counts"] = _counts(entrants, inputs, bar)
+    _time(settings, entrants, peers, inputs, bar, report)
+    for kind in settings.sweeps:
+        for contestant in swept:
+            bar.begin(f"sweep {kind}: {contestant.name}", settings.plan.rounds)
+            report["sweeps"].append(sweep(kind, contestant, inputs, settings.plan, bar.step))
+    report["runs"] = runs
+    bar.end()
+    return report
+
+
+def _time(
+    settings: Settings,
+    entrants: Mapping[str, Entrant],
+    peers: Sequence[PeerOf],
+    inputs: Inputs,
+    bar: Bar,
+    report: dict[str, Any],
+) -> None:
+    """Put every timing that the settings ask for into the report, and what was refused."""
     timed = [what for what in settings.what if what not in ("counts", "convs", START)]
     if "convs" in settings.what and "neck" not in timed:
         timed.insert(0, "neck")
@@ -108,13 +127,6 @@ def benchmark(settings: Settings, bar: Bar) -> dict[str, Any]:
     if START in settings.what:
         report["timings"][START] = run_start(settings.plan, bar)
         report["failures"] += report["timings"][START].pop("failures")
-    for kind in settings.sweeps:
-        for contestant in swept:
-            bar.begin(f"sweep {kind}: {contestant.name}", settings.plan.rounds)
-            report["sweeps"].append(sweep(kind, contestant, inputs, settings.plan, bar.step))
-    report["runs"] = runs
-    bar.end()
-    return report
 
 
 def _head(settings: Settings, contestants: list[Contestant]) -> dict[str, Any]:

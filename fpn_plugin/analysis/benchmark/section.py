@@ -18,7 +18,7 @@ from fpn_plugin.analysis.benchmark.equality import (
 from fpn_plugin.analysis.benchmark.inputs import Inputs
 from fpn_plugin.analysis.benchmark.lineup import Lineup, Pair, PeerOf, line_up
 from fpn_plugin.analysis.benchmark.memory import peak_bytes
-from fpn_plugin.analysis.benchmark.start import OURS, THEIRS, import_works
+from fpn_plugin.analysis.benchmark.start import START_PAIRS, import_works
 from fpn_plugin.analysis.benchmark.statistics import OK, Ratio
 from fpn_plugin.analysis.benchmark.subjects import Subject
 from fpn_plugin.analysis.benchmark.timing import Plan, Race, Times, race
@@ -80,8 +80,9 @@ def run_section(
 def run_start(plan: Plan, bar: Bar) -> dict[str, Any]:
     """The section that imports the plugin in fresh processes."""
     bar.begin(START, plan.rounds)
-    done = race(import_works(), [(OURS, THEIRS)], WallClock(), plan, bar.step)
-    rows = [_ratio_row(Pair(OURS, THEIRS, same=False, compared=False), done, None)]
+    done = race(import_works(), START_PAIRS, WallClock(), plan, bar.step)
+    pairs = [Pair(*names, same=False, compared=False) for names in START_PAIRS]
+    rows = [_ratio_row(pair, done, None) for pair in pairs]
     times = {name: _time_row(one, None, plan) for name, one in done.times.items()}
     failures = refusals(START, done, rows, plan)
     return {"times": times, "ratios": rows, "equality": [], "failures": failures}

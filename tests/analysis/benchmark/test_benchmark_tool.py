@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fpn_plugin.analysis.benchmark.start import OURS, THEIRS, import_works
+from fpn_plugin.analysis.benchmark import start
+from fpn_plugin.analysis.benchmark.clock import no_lap
+from fpn_plugin.analysis.benchmark.start import FLOOR as FLOOR_OF_START
+from fpn_plugin.analysis.benchmark.start import OURS, THEIRS, _work, import_works
 
 ROOT = Path(__file__).parents[3]
 FLOOR = Path(__file__).parent / "floor.json"
@@ -122,6 +125,29 @@ def test_as_a_user_runs_it(configs: dict[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_start_imports_what_the_plugin_imports() -> None:
-    works = import_works()
-    assert list(works) == [THEIRS, OURS]
+def test_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    assert list(import_works()) == [THEIRS, FLOOR_OF_START, OURS]
+    ran: list[str] = []
+    monkeypatch.setattr(start, "_work", lambda code: lambda lap: ran.append(code))
+    args = ["--what", "start", "--rounds", 2, "--max-spread", 1e9, "--min-sample", 0, "--quiet"]
+    assert call(monkeypatch, *args, "--report", tmp_path / "out") == 0
+    assert ran[-6:] == [THEIRS, FLOOR_OF_START, OURS, OURS, FLOOR_OF_START, THEIRS]  # in turns
+    made = json.loads((tmp_path / "out" / "report.json").read_text())["timings"]["start"]
+    pairs = [(row["contestant"], row["reference"]) for row in made["ratios"]]
+    assert pairs == [(OURS, THEIRS), (OURS, FLOOR_OF_START)]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in made["ratios"])
+    texts = [capsys.readouterr().out]
+    texts += [(tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html")]
+    for text in texts:
+        assert "Start: importing in fresh processes" in text
+        assert all(name in text for name in (OURS, THEIRS, FLOOR_OF_START))
+    with pytest.raises(ValueError, match="--config-file: none is given; only --what start"):
+        call(monkeypatch, "--what", "start,neck")
+
+
+def test_an_import_in_a_process_of_its_own() -> None:
+    _work("import json")(no_lap)
+    with pytest.raises(subprocess.CalledProcessError):
+        _work("import no_such_module")(no_lap)
