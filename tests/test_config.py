@@ -29,6 +29,7 @@ SMALL = [
     32,
 ]
 ROOT = Path(__file__).resolve().parent.parent
+REGISTERED = {"build_pyramid_backbone", "build_bottom_up_backbone", "FCOS"}
 
 
 def config(path: str, *overrides: Any) -> Any:
@@ -219,6 +220,29 @@ def test_without_detectron2_the_import_says_what_to_install() -> None:
     assert done.returncode == 1
     assert "fpn_plugin needs Detectron2" in done.stderr
     assert "tools/detectron2_wheel" in done.stderr
+
+
+def test_the_import_registers_everything_and_loads_no_package_that_detectron2_does_not() -> None:
+    """What a feature alone needs (timm, a table, a plot) is imported where it is used."""
+    code = (
+        "import sys, detectron2.modeling as d\n"
+        "from detectron2.data import DatasetCatalog\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import fpn_plugin\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules} - before\n"
+        "standard = sys.stdlib_module_names\n"
+        "print(*sorted(name for name in loaded if name.strip('_') not in standard))\n"
+        "print(*(name for r in (d.BACKBONE_REGISTRY, d.META_ARCH_REGISTRY) for name, value in r"
+        " if value.__module__.startswith('fpn_plugin')))\n"
+        "print(*(name for name in DatasetCatalog.list() if name[:5] in ('trees', 'scene')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    loaded, registered, datasets = done.stdout.splitlines()
+    assert loaded == "fpn_plugin"
+    assert set(registered.split()) == REGISTERED
+    assert sorted(datasets.split()) == ["scenes_train", "scenes_val", "trees_train", "trees_val"]
 
 
 def test_registry() -> None:

@@ -19,6 +19,7 @@ from fpn_plugin.bottom_up.base import AdaptedBackbone
 from fpn_plugin.engine.amp import Autocast, amp_dtype, device_type
 from fpn_plugin.engine.fold import cast_weights, fold_norms, fold_traced
 from fpn_plugin.engine.pooling import gather_poolers
+from fpn_plugin.pyramid.merge import lay_side_by_side
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.registry import unknown_name
 
@@ -114,7 +115,15 @@ def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
     if speed.dtype is not None:
         cast_weights(model, speed.dtype)
     prepare_for_training(model, speed)
+    if speed.fold_norms or speed.dtype is not None:
+        _lay_projections(model)  # after the memory layout, which may move weights
     return model if speed.dtype is None else Autocast(model, speed.device, speed.dtype)
+
+
+def _lay_projections(model: nn.Module) -> None:
+    for pyramid in (m for m in model.modules() if isinstance(m, GraphExecutor)):
+        if pyramid.merge_projections:
+            lay_side_by_side(pyramid, pyramid.mergeable)
 
 
 def _fold_network(network: AdaptedBackbone) -> None:

@@ -21,6 +21,7 @@ from fpn_plugin.heads.inputs import validate_heads
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
 from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
+from fpn_plugin.pyramid.one_pass import use_triton
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
@@ -48,6 +49,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
             the pyramid does.
         square_pad: if > 0, images are padded to squares of this size.
         recompute: whether training makes fused maps again instead of keeping them.
+        merge_projections: whether the 1x1 convolutions that read one map run as one.
+        triton: whether a Triton kernel fuses maps on CUDA.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the config key or node, the value and what
@@ -81,6 +84,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         size_divisibility: int = 0,
         square_pad: int = 0,
         recompute: bool = False,
+        merge_projections: bool = False,
+        triton: bool = False,
     ) -> None:
         shapes = bottom_up.output_shape()
         levels = feature_levels(shapes, in_features)
@@ -100,9 +105,11 @@ class PyramidBackbone(GraphExecutor, Backbone):
             norm_momentum,
         )
         super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
+        use_triton(self, triton)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
         self.recompute = recompute
+        self.merge_projections = merge_projections
         own = made.size_divisibility()
         self._size_divisibility = max(own, bottom_up.size_divisibility, size_divisibility)
 
@@ -131,6 +138,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "activation": fpn.ACTIVATION,
             "size_divisibility": size_divisibility_for(cfg),
             "recompute": fpn.RECOMPUTE,
+            "merge_projections": fpn.MERGE_PROJECTIONS,
+            "triton": fpn.TRITON,
         }
 
     @property

@@ -3,6 +3,8 @@
 A coarse map counts as if its values were repeated (nearest upsampling), but the repeated map is
 never made: a view of the fine map in which each coarse pixel's block is an axis of its own meets
 the coarse map by broadcasting. What autograd keeps is the maps as they came, the coarse ones small.
+Plain sums have the bits of the plain operations; weighted ones round once where those round the
+product and the sum.
 
 This is the eager path of the CPU. Compilers, which fuse the plain operations themselves, tracers
 and exporters see the plain operations, and so does any sum that :func:`usable` turns down.
@@ -65,7 +67,7 @@ def weighted_sum(
     """`Σ wᵢ xᵢ`, in the order given, for maps that are :func:`usable`.
 
     Args:
-        weights: shape `(n,)`; None for a plain sum, which has the bits of the plain operations.
+        weights: shape `(n,)`; None for a plain sum.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*maps, weights) if x is not None):
         return _WeightedSum.apply(coarse, size, weights, *maps)
@@ -73,27 +75,32 @@ def weighted_sum(
 
 
 def _forward(maps: Sequence[Tensor], coarse: List[bool], size: List[int], w: Weights) -> Tensor:
+    factors: Sequence[float | None] = w or [None] * len(maps)
+    scaled = [_scaled(x, f) if small else x for x, small, f in zip(maps, coarse, factors)]
     if coarse[0] and coarse[1]:
-        start = F.interpolate(_scaled(maps[0], 0, w), size=size, mode="nearest")
-        total = _add_coarse(start, _scaled(maps[1], 1, w))
+        start = F.interpolate(scaled[0], size=size, mode="nearest")
+        total = _add_coarse(start, scaled[1])
     elif coarse[0] or coarse[1]:
         one, other = (0, 1) if coarse[0] else (1, 0)
-        factor = 1.0 if w is None else w[other]
-        total = _coarse_plus(_scaled(maps[one], one, w), maps[other], factor)
-    elif w is None:
-        total = maps[0] + maps[1]
+        total = _coarse_plus(scaled[one], maps[other], factors[other])
     else:
-        total = (maps[0] * w[0]).add_(maps[1], alpha=w[1])
+        start = _scaled(maps[0], factors[0])
+        total = _plus(start, maps[1], factors[1], None if start is maps[0] else start)
     for i in range(2, len(maps)):
         if coarse[i]:
-            total = _add_coarse(total, _scaled(maps[i], i, w))
+            _add_coarse(total, scaled[i])
         else:
-            total.add_(maps[i], alpha=1.0 if w is None else w[i])
+            _plus(total, maps[i], factors[i], total)
     return total
 
 
-def _scaled(x: Tensor, index: int, w: Weights) -> Tensor:
-    return x if w is None else x * w[index]
+def _scaled(x: Tensor, factor: float | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def _plus(x: Tensor, y: Tensor, factor: float | None, out: Tensor | None) -> Tensor:
+    """`x + factor · y` in one pass."""
+    return torch.add(x, y, alpha=1 if factor is None else factor, out=out)
 
 
 def _blocks(x: Tensor, fine: Tensor) -> tuple[Tensor, ...]:
@@ -110,11 +117,11 @@ def _blocks(x: Tensor, fine: Tensor) -> tuple[Tensor, ...]:
     return rows, fine.view(n, c, h, factor, w * factor)  # (N, C, h, 1, W) and (N, C, h, f, W)
 
 
-def _coarse_plus(x: Tensor, fine: Tensor, alpha: float) -> Tensor:
-    """The coarse map repeated, plus `alpha` times the fine one, as a new map."""
+def _coarse_plus(x: Tensor, fine: Tensor, factor: float | None) -> Tensor:
+    """The coarse map repeated, plus `factor` times the fine one, as a new map."""
     small, large = _blocks(x, fine)
     total = torch.empty_like(fine)
-    torch.add(small, large, alpha=alpha, out=total.view(large.shape))
+    _plus(small, large, factor, total.view(large.shape))
     return total
 
 
@@ -148,7 +155,7 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, *maps = ctx.saved_tensors
-        w = None if weights is None else weights.tolist()
+        factors = [None] * len(ctx.sizes) if weights is None else weights.tolist()
         of_maps: List[Tensor | None] = []
         of_weights: List[Tensor] = []
         for i, (small, side) in enumerate(zip(ctx.coarse, ctx.sizes)):
@@ -156,7 +163,7 @@ class _WeightedSum(torch.autograd.Function):
             if maps:
                 of_weights.append(_dot(here, maps[i]))
             wanted = ctx.needs_input_grad[3 + i]
-            of_maps.append(_scaled(here, i, w) if wanted else None)
+            of_maps.append(_scaled(here, factors[i]) if wanted else None)
         stacked = torch.stack(of_weights).to(weights.dtype) if of_weights else None
         return (None, None, stacked, *of_maps)
 

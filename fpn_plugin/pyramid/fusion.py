@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid import attention_fusion  # noqa: F401  (registers its fusions)
-from fpn_plugin.pyramid import fused
 from fpn_plugin.pyramid.blocks import conv_block
 from fpn_plugin.pyramid.fusion_base import (
     FUSIONS,
@@ -22,6 +21,7 @@ from fpn_plugin.pyramid.fusion_base import (
     repeat_coarse,
     weigh_maps,
 )
+from fpn_plugin.pyramid.one_pass import sum_in_one_pass
 
 __all__ = ["FUSIONS", "Fusion"]
 
@@ -33,7 +33,7 @@ class Sum(Fusion):
     takes_coarse = True
 
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
-        return add_maps(maps, self.coarse, size)
+        return add_maps(maps, self.coarse, size, self.triton)
 
 
 @FUSIONS.register("avg")
@@ -43,7 +43,7 @@ class Average(Fusion):
     takes_coarse = True
 
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
-        return add_maps(maps, self.coarse, size).div_(len(maps))
+        return add_maps(maps, self.coarse, size, self.triton).div_(len(maps))
 
 
 @FUSIONS.register("max")
@@ -109,8 +109,10 @@ class Weighted(Fusion):
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
         weights = self.normalized_weights()
         if not torch.jit.is_scripting():
-            if weights.dim() == 1 and size is not None and fused.usable(maps, self.coarse, size):
-                return fused.weighted_sum(maps, self.coarse, size, weights)
+            if weights.dim() == 1:
+                total = sum_in_one_pass(maps, self.coarse, size, weights, self.triton)
+                if total is not None:
+                    return total
         maps = repeat_coarse(maps, self.coarse, size)
         if weights.dim() == 2:
             weights = weights.type_as(maps[0])[:, :, None, None]  # (n, C) -> (n, C, 1, 1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid import fused
+from fpn_plugin.pyramid.one_pass import sum_in_one_pass
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]
@@ -35,6 +35,7 @@ class Fusion(nn.Module):
         takes_coarse: whether `forward` takes the size of the result as its second argument, and
             repeats the values of the maps that are smaller.
         coarse: which of the maps are.
+        triton: whether such maps are summed by a Triton kernel on CUDA (MODEL.FPN.TRITON).
     """
 
     arity = 0
@@ -45,18 +46,21 @@ class Fusion(nn.Module):
         super().__init__()
         self.count = count
         self.coarse = [False] * count
+        self.triton = False
 
 
-def add_maps(maps: List[Tensor], coarse: List[bool], size: Size) -> Tensor:
+def add_maps(maps: List[Tensor], coarse: List[bool], size: Size, triton: bool = False) -> Tensor:
     """`Σ xᵢ`, in the order given.
 
     Args:
         coarse: which maps are to be repeated up to `size`.
         size: of the result; None if all maps are of one size.
+        triton: whether a Triton kernel may do it on CUDA.
     """
     if not torch.jit.is_scripting():
-        if size is not None and fused.usable(maps, coarse, size):
-            return fused.weighted_sum(maps, coarse, size)
+        total = sum_in_one_pass(maps, coarse, size, triton=triton)
+        if total is not None:
+            return total
     maps = repeat_coarse(maps, coarse, size)
     total = maps[0]
     for x in maps[1:]:

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from fpn_plugin.pyramid import recompute
+from fpn_plugin.pyramid import merge, recompute
 from fpn_plugin.pyramid.graph import Graph
 from fpn_plugin.pyramid.parts import REGISTRIES, build_part
 from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
@@ -37,6 +37,8 @@ class GraphExecutor(nn.Module):
     _unrolled: tuple[type, ...] = ()
     # whether training makes fused maps again instead of keeping them (MODEL.FPN.RECOMPUTE)
     recompute = False
+    # whether the 1x1 convolutions of one map run as one (MODEL.FPN.MERGE_PROJECTIONS)
+    merge_projections = False
 
     def __init__(self, graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> None:
         super().__init__()
@@ -62,6 +64,8 @@ class GraphExecutor(nn.Module):
         }
         # the resamplers whose work a fusion does in the same pass over memory
         self._deferred = {path for step in self.steps for path in self._defer(step)}
+        # the convolutions of one map that can run as one, by the path of each
+        self.mergeable = merge.find_groups(self, self.steps)
 
     def _register(self, path: str, module: nn.Module) -> None:
         *containers, name = path.split(".")
@@ -108,10 +112,11 @@ class GraphExecutor(nn.Module):
         maps = {name: features[name] for name in self.graph.inputs}
         del features  # so that each map is freed after its last reader
         sizes: dict[int, list[int]] = {}
+        ahead: dict[str, Tensor] = {}  # what convolutions that ran with another one gave, by path
         for name, level in self.graph.inputs.items():
             self._note_size(sizes, level, maps[name])
         for step in self.steps:
-            maps[step.node.name] = self._run_node(step, maps, sizes)
+            maps[step.node.name] = self._run_node(step, maps, sizes, ahead)
             self._note_size(sizes, step.node.level, maps[step.node.name])
             for name in step.drop:
                 del maps[name]
@@ -123,7 +128,11 @@ class GraphExecutor(nn.Module):
             sizes[level] = [x.shape[2], x.shape[3]]
 
     def _run_node(
-        self, step: ResolvedNode, maps: Dict[str, Tensor], sizes: dict[int, list[int]]
+        self,
+        step: ResolvedNode,
+        maps: Dict[str, Tensor],
+        sizes: dict[int, list[int]],
+        ahead: dict[str, Tensor],
     ) -> Tensor:
         arrived: dict[int, Tensor] = {}
         size = sizes.get(step.node.input_level)
@@ -134,18 +143,29 @@ class GraphExecutor(nn.Module):
                     continue
                 arguments = [size] if part.kind in _RESAMPLERS else []
                 guides = [arrived[self._guides[part.path]]] if part.path in self._guides else []
-                x = self.get_submodule(part.path)(x, *arguments, *guides)
+                x = self._call(part, ahead, x, *arguments, *guides)
             arrived[i] = x
         inputs = [arrived[i] for i in range(len(arrived))]
-        return self._fuse_and_run(step, inputs, size)
+        if step.fuse is None:
+            return self._call(step.block, ahead, inputs[0]) if step.block else inputs[0]
+        return self._fuse_and_run(step, step.fuse, inputs, size)
+
+    def _call(self, part: Part, ahead: dict[str, Tensor], x: Tensor, *arguments: Any) -> Tensor:
+        """Run a part, and with it the others that can run as one with it, which then wait."""
+        if self.merge_projections and part.path in self.mergeable and part.path not in ahead:
+            paths = self.mergeable[part.path]
+            convs = [self.get_submodule(path) for path in paths]
+            if merge.usable(convs, x):
+                ahead.update(zip(paths, merge.run(convs, x)))
+        if part.path in ahead:
+            return ahead.pop(part.path)
+        return self.get_submodule(part.path)(x, *arguments)
 
     def _fuse_and_run(
-        self, step: ResolvedNode, inputs: list[Tensor], size: list[int] | None
+        self, step: ResolvedNode, fuse: Part, inputs: list[Tensor], size: list[int] | None
     ) -> Tensor:
         block = self.get_submodule(step.block.path) if step.block else None
-        if step.fuse is None:
-            return inputs[0] if block is None else block(inputs[0])
-        fusion = self.get_submodule(step.fuse.path)
+        fusion = self.get_submodule(fuse.path)
         arguments = (inputs, size) if getattr(fusion, "takes_coarse", False) else (inputs,)
         if self.recompute and block is not None and recompute.wanted(fusion):
             return recompute.fuse_and_run(lambda: fusion(*arguments), block)
