@@ -20,12 +20,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import sys  # noqa: E402
 
-from fpn_plugin.analysis.benchmark.bar import Bar  # noqa: E402
 from fpn_plugin.analysis.benchmark.compare import compare, read_report  # noqa: E402
 from fpn_plugin.analysis.benchmark.options import argument_parser, settings_of  # noqa: E402
 from fpn_plugin.analysis.benchmark.run import benchmark  # noqa: E402
 from fpn_plugin.analysis.benchmark.write import check_folder  # noqa: E402
 from fpn_plugin.analysis.benchmark.write import terminal_text, write_report  # noqa: E402
+from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
 
 
 def main() -> int:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Mapping
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_COLOURS = ("#3d7cc9", "#d98a1f", "#2f9e57", "#8257c7", "#c0392b", "#7b8794")
+from fpn_plugin.analysis.report.figure import COLOURS, new_figure, save
 
 
 def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, Path]:
@@ -17,12 +15,12 @@ def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     made: dict[str, Path] = {}
     times = {section: data["times"] for section, data in report["timings"].items()}
     if shares := neck_shares(times):
-        made["The pyramid's share of the time"] = _save(_share_figure(shares), folder / "share.png")
+        made["The pyramid's share of the time"] = save(_share_figure(shares), folder / "share.png")
     if points := latency_points(report):
-        made["Latency against AP"] = _save(_ap_figure(points), folder / "latency_ap.png")
+        made["Latency against AP"] = save(_ap_figure(points), folder / "latency_ap.png")
     for number, one in enumerate(report["sweeps"], 1):
         title = f"Scaling of {one['contestant']}: {one['kind']}"
-        made[title] = _save(_sweep_figure(one), folder / f"sweep_{number}_{one['kind']}.png")
+        made[title] = save(_sweep_figure(one), folder / f"sweep_{number}_{one['kind']}.png")
     return made
 
 
@@ -63,10 +61,10 @@ def latency_points(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def _share_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
-    figure, axes = _figure(0.9 + 0.45 * len(shares))
+    figure, axes = new_figure(0.9 + 0.45 * len(shares))
     names = list(shares)[::-1]
     left = [0.0] * len(names)
-    for part, colour in zip(("network", "pyramid", "heads"), _COLOURS):
+    for part, colour in zip(("network", "pyramid", "heads"), COLOURS):
         widths = [shares[name].get(part, 0.0) * 1e3 for name in names]
         if any(widths):
             axes.barh(names, widths, left=left, color=colour, label=part)
@@ -77,9 +75,9 @@ def _share_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _ap_figure(points: Mapping[str, tuple[float, float]]) -> Figure:
-    figure, axes = _figure(4)
+    figure, axes = new_figure(4)
     for i, (name, (seconds, value)) in enumerate(points.items()):
-        axes.scatter([seconds * 1e3], [value], color=_COLOURS[i % len(_COLOURS)], label=name)
+        axes.scatter([seconds * 1e3], [value], color=COLOURS[i % len(COLOURS)], label=name)
     axes.set_xlabel("milliseconds")
     axes.set_ylabel("AP")
     axes.legend(frameon=False, fontsize=8)
@@ -96,28 +94,15 @@ def _sweep_figure(one: Mapping[str, Any]) -> Figure:
     ):
         axes = figure.add_subplot(1, 2, i + 1)
         y = [point[what] * unit for point in points]
-        axes.plot(x, y, "o", color=_COLOURS[i], label="measured")
+        axes.plot(x, y, "o", color=COLOURS[i], label="measured")
         if fitted := one["fits"][what]:
             law = [fitted["factor"] * value ** fitted["exponent"] * unit for value in x]
-            axes.plot(x, law, "-", color=_COLOURS[i], label=f"x^{fitted['exponent']:.2f}")
+            axes.plot(x, law, "-", color=COLOURS[i], label=f"x^{fitted['exponent']:.2f}")
         scale = y[-1] / points[-1]["gflops"]
         predicted = [point["gflops"] * scale for point in points]
-        axes.plot(x, predicted, "--", color=_COLOURS[5], label="operations, scaled")
+        axes.plot(x, predicted, "--", color=COLOURS[5], label="operations, scaled")
         axes.set(xscale="log", yscale="log", xlabel=one["against"], ylabel=label)
         axes.set_xticks(x, [f"{value:g}" for value in x], rotation=30, fontsize=7)
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure)  # without it a Figure cannot be written in some versions
-    figure.savefig(path, dpi=130, facecolor="white")
-    return path

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Mapping, Sequence
 
 from fpn_plugin.analysis.benchmark import inference  # noqa: F401  (registers itself)
-from fpn_plugin.analysis.benchmark.bar import Bar
 from fpn_plugin.analysis.benchmark.contestants import Contestant, gather
 from fpn_plugin.analysis.benchmark.counts import count
 from fpn_plugin.analysis.benchmark.entrants import Entrant, build_all
@@ -18,6 +17,7 @@ from fpn_plugin.analysis.benchmark.runs import read_runs
 from fpn_plugin.analysis.benchmark.section import START, run_section, run_start
 from fpn_plugin.analysis.benchmark.sweep import check_sweep, sweep
 from fpn_plugin.analysis.benchmark.timing import Plan
+from fpn_plugin.analysis.report.bar import Bar
 
 SCHEMA = 1
 

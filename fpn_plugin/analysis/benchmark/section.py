@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from fpn_plugin.analysis.benchmark.bar import Bar
 from fpn_plugin.analysis.benchmark.clock import WHOLE, WallClock, clock_for, no_lap
 from fpn_plugin.analysis.benchmark.entrants import Entrant
 from fpn_plugin.analysis.benchmark.equality import (
@@ -22,6 +21,7 @@ from fpn_plugin.analysis.benchmark.start import START_PAIRS, import_works
 from fpn_plugin.analysis.benchmark.statistics import OK, Ratio
 from fpn_plugin.analysis.benchmark.subjects import Subject
 from fpn_plugin.analysis.benchmark.timing import Plan, Race, Times, race
+from fpn_plugin.analysis.report.bar import Bar
 
 if TYPE_CHECKING:
     from fpn_plugin.analysis.benchmark.run import Settings

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
-from tabulate import tabulate
+from fpn_plugin.analysis.report.table import Table
 
 TITLES = {
     "neck": "The pyramid alone: inference",
@@ -24,23 +23,6 @@ _COUNTS = {
     "neck_activations": ("of the pyramid, M", 1e6, 2),
     "neck_peak_bytes": ("pyramid's peak, MB", 1e6, 1),
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a title; the first column is aligned left, the others right."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def text(self, style: str = "simple") -> str:
-        """As text; `style` is one of tabulate's formats."""
-        align = ["left", *["right"] * (len(self.header) - 1)]
-        return tabulate(
-            self.rows, self.header, tablefmt=style, colalign=align, disable_numparse=True
-        )
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:

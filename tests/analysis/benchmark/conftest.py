@@ -9,10 +9,10 @@ from typing import Any, Iterator
 import pytest
 
 from fpn_plugin.analysis.benchmark import run
-from fpn_plugin.analysis.benchmark.bar import Bar
 from fpn_plugin.analysis.benchmark.machine import ceilings
 from fpn_plugin.analysis.benchmark.run import Settings, benchmark
 from fpn_plugin.analysis.benchmark.timing import Plan
+from fpn_plugin.analysis.report.bar import Bar
 
 BASE = """
 MODEL:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fpn_plugin.analysis.benchmark.bar import Bar
 from fpn_plugin.analysis.benchmark.compare import compare
 from fpn_plugin.analysis.benchmark.contestants import gather
 from fpn_plugin.analysis.benchmark.machine import facts, warnings
@@ -22,6 +21,7 @@ from fpn_plugin.analysis.benchmark.sweep import SWEEPS, fit
 from fpn_plugin.analysis.benchmark.tables import tables
 from fpn_plugin.analysis.benchmark.timing import Plan
 from fpn_plugin.analysis.benchmark.write import check_folder, terminal_text, write_report
+from fpn_plugin.analysis.report.bar import Bar
 
 FAST = Plan(1, 1, 0.001, 0, max_spread=1e6)
 

@@ -1,4 +1,4 @@
-"""How far a benchmark is: a bar on a terminal, plain lines elsewhere, nothing if asked."""
+"""How far a tool is: a bar on a terminal, plain lines elsewhere, nothing if asked."""
 
 from __future__ import annotations
 

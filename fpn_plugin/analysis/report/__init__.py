@@ -1,0 +1,1 @@
+"""What the reports share: tables, pages, pictures, progress bars."""
