@@ -25,6 +25,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
     _add_training_keys(cfg)
     _add_data_keys(cfg)
     _add_speed_keys(cfg)
+    _add_visual_keys(cfg)
 
 
 def _add_pyramid_keys(cfg: CfgNode) -> None:
@@ -108,6 +109,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.PRECISION = "auto"
     # SGD (Detectron2's) or AdamW
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # The sides in pixels between the size bins by which COCO's evaluator gives AP as well, such as
+    # [8, 16, 32, 64, 128, 256]; []: none
+    cfg.TEST.SIZE_BINS = []
 
 
 def _add_data_keys(cfg: CfgNode) -> None:
@@ -158,6 +162,13 @@ def _add_speed_keys(cfg: CfgNode) -> None:
     cfg.DATALOADER.PREFETCH_FACTOR = 0
     # Keep decoded training images in memory, up to so many megabytes in each worker; 0: none
     cfg.DATALOADER.CACHE_IMAGES = 0
+
+
+def _add_visual_keys(cfg: CfgNode) -> None:
+    # Every so many iterations put pictures of what the detector sees in a few images of
+    # DATASETS.TEST, and each node's gradient norm, into TensorBoard, and the fusions' weights
+    # whenever it is written (every 20 iterations); 0: none of it
+    cfg.TEST.VIS_PERIOD = 0
 
 
 def extra_levels_for(cfg: CfgNode) -> str:

@@ -4,8 +4,8 @@
     python tools/show_pyramid.py --config-file configs/… [--draw pyramid.svg] [--size H W]
         [--weights model.pth] [KEY VALUE …]
 
-With --weights it also prints what every fusion of that checkpoint multiplies its inputs by. Nothing
-but the backbone is built, on the CPU.
+With --weights it also prints what every fusion of that checkpoint multiplies its inputs by, and
+writes it on the drawn arrows. Nothing but the backbone is built, on the CPU.
 """
 
 import os
@@ -21,6 +21,7 @@ from detectron2.modeling import build_backbone  # noqa: E402
 from fpn_plugin import PyramidBackbone  # noqa: E402
 from fpn_plugin.analysis.complexity import measure  # noqa: E402
 from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
+from fpn_plugin.analysis.fusion_weights import fusion_weights  # noqa: E402
 from fpn_plugin.analysis.fusion_weights import fusion_table, load_backbone  # noqa: E402
 from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
 from fpn_plugin.config import extra_levels_for  # noqa: E402
@@ -75,7 +76,7 @@ def main() -> None:
     if args.weights:
         print(f"\nfusion weights of {args.weights}", "", fusion_table(backbone), sep="\n")
     if args.draw:
-        draw_graph(backbone, args.draw)
+        draw_graph(backbone, args.draw, weights=fusion_weights(backbone) if args.weights else {})
         print(f"\nthe graph is drawn in {args.draw}")
 
 

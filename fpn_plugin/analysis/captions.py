@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Mapping
 
+from fpn_plugin.analysis.fusion_weights import FusionWeights
 from fpn_plugin.analysis.layout import output_mark
 from fpn_plugin.pyramid.graph import Operator
 from fpn_plugin.pyramid.pyramid import GraphExecutor
@@ -18,6 +19,10 @@ KINDS = {
     "output node": ("#d3efda", "#2f9e57"),
     "extra level": ("#e7dcf7", "#8257c7"),
 }
+
+
+Learned = Mapping[tuple[str, int], float]  # by target and number of the input
+_THIN, _THICK = 0.5, 3.0  # lines of a weight of 0, and of the largest
 
 
 def kind_of(pyramid: GraphExecutor, name: str) -> str:
@@ -63,9 +68,28 @@ def usual_resamplers(pyramid: GraphExecutor) -> dict[str, str]:
     return {kind: name for (kind, name), _ in reversed(counts.most_common())}
 
 
-def edge_label(edge: ResolvedEdge, usual: Mapping[str, str]) -> str:
-    """What happens on an edge besides the usual resampling."""
+def edge_label(edge: ResolvedEdge, usual: Mapping[str, str], weight: float | None = None) -> str:
+    """What happens on an edge besides the usual resampling, and its learned weight."""
     names = [(part, _short(part.operator)) for part in edge.parts()]
-    return " · ".join(
-        name for part, name in names if part is not edge.resample or name != usual[part.kind]
-    )
+    texts = [name for part, name in names if part is not edge.resample or name != usual[part.kind]]
+    if weight is not None:
+        texts.append(f"{weight:.2f}")
+    return " · ".join(texts)
+
+
+def learned_weights(weights: Mapping[str, FusionWeights]) -> Learned:
+    """One number per input of each fusion that has learned such: the mean over the channels."""
+    learned = {}
+    for name, item in weights.items():
+        if item.weights is not None:
+            for i, weight in enumerate(item.weights.reshape(len(item.inputs), -1).mean(dim=1)):
+                learned[name, i] = float(weight)
+    return learned
+
+
+def line_widths(learned: Learned) -> dict[tuple[str, int], float]:
+    """In points, in proportion to a weight's size."""
+    largest = max((abs(weight) for weight in learned.values()), default=0.0) or 1.0
+    return {
+        key: _THIN + (_THICK - _THIN) * abs(weight) / largest for key, weight in learned.items()
+    }

@@ -17,7 +17,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from matplotlib.path import Path as Outline
 
-from fpn_plugin.analysis.captions import KINDS, box_texts, edge_label, kind_of, usual_resamplers
+from fpn_plugin.analysis.captions import (
+    KINDS,
+    Learned,
+    box_texts,
+    edge_label,
+    kind_of,
+    learned_weights,
+    line_widths,
+    usual_resamplers,
+)
+from fpn_plugin.analysis.fusion_weights import FusionWeights
 from fpn_plugin.analysis.grid import DETAIL, FONT, LABEL, LINE, NAME, Grid, Labels, make_grid
 from fpn_plugin.analysis.layout import Layout, Route, lay_out, ports
 from fpn_plugin.pyramid.pyramid import GraphExecutor
@@ -25,6 +35,7 @@ from fpn_plugin.pyramid.pyramid import GraphExecutor
 CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
 COLOURS = {"up": "#d1495b", "down": "#2a7f9e", "same": "#5c6773"}
 WORDS = {"up": "to a finer level", "down": "to a coarser level", "same": "same level"}
+_LINE_WIDTH = 1.2
 _NARROW = 9.5  # up to this width the legend takes two lines
 
 
@@ -43,7 +54,13 @@ def check_extension(path: str | Path) -> str:
     return extension
 
 
-def draw_graph(pyramid: GraphExecutor, path: str | Path, title: str = "", dpi: int = 160) -> None:
+def draw_graph(
+    pyramid: GraphExecutor,
+    path: str | Path,
+    title: str = "",
+    dpi: int = 160,
+    weights: Mapping[str, FusionWeights] | None = None,
+) -> None:
     """Draw the resolved graph of a pyramid or backbone, as PNG or SVG by the path's extension.
 
     Folders of the path that do not exist are made.
@@ -51,6 +68,7 @@ def draw_graph(pyramid: GraphExecutor, path: str | Path, title: str = "", dpi: i
     Args:
         title: a line above the picture.
         dpi: dots per inch of a PNG.
+        weights: what the fusions have learned, by node: written on the arrows, and their width.
 
     Raises:
         ValueError: if the extension is neither .png nor .svg.
@@ -59,28 +77,28 @@ def draw_graph(pyramid: GraphExecutor, path: str | Path, title: str = "", dpi: i
     # text stays text in an SVG, and the same graph gives the same bytes for everyone
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fpn_plugin", "font.family": FONT}
     with matplotlib.rc_context(settings):
-        figure = _draw(pyramid, title)
+        figure = _draw(pyramid, title, learned_weights(weights or {}))
         CANVASES[extension](figure)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
 
 
-def _draw(pyramid: GraphExecutor, title: str) -> Figure:
+def _draw(pyramid: GraphExecutor, title: str, learned: Learned) -> Figure:
     layout = lay_out(pyramid.graph)
     texts = box_texts(pyramid)
     usual = usual_resamplers(pyramid)
     labels = {
-        (step.node.name, i): edge_label(edge, usual)
+        (step.node.name, i): edge_label(edge, usual, learned.get((step.node.name, i)))
         for step in pyramid.steps
         for i, edge in enumerate(step.edges)
     }
     grid = make_grid(layout, texts, labels)
     figure, axes = _canvas(grid, layout, title)
     _draw_rows(axes, grid, layout)
-    _draw_edges(axes, grid, layout, labels)
+    _draw_edges(axes, grid, layout, labels, line_widths(learned))
     for name, (column, row) in layout.cells.items():
         _draw_box(axes, grid, column, row, texts[name], kind_of(pyramid, name))
-    _draw_legend(figure, pyramid, layout, usual)
+    _draw_legend(figure, pyramid, layout, usual, bool(learned))
     return figure
 
 
@@ -131,7 +149,9 @@ def _draw_rows(axes: Axes, grid: Grid, layout: Layout) -> None:
         top = bottom
 
 
-def _draw_edges(axes: Axes, grid: Grid, layout: Layout, labels: Labels) -> None:
+def _draw_edges(
+    axes: Axes, grid: Grid, layout: Layout, labels: Labels, widths: Mapping[tuple[str, int], float]
+) -> None:
     by_target: dict[str, list[Route]] = {}
     for route in layout.routes:
         by_target.setdefault(route.target, []).append(route)
@@ -142,15 +162,22 @@ def _draw_edges(axes: Axes, grid: Grid, layout: Layout, labels: Labels) -> None:
         middle = grid.middle[layout.cells[target][1]]
         for route, port in zip(routes, ports(heights, middle, grid.height / 2 - 0.06)):
             label = "" if target.startswith("->") else labels[target, route.index]
-            _draw_edge(axes, grid, layout, route, port, label)
+            width = widths.get((target, route.index), _LINE_WIDTH)
+            _draw_edge(axes, grid, layout, route, port, label, width)
 
 
 def _draw_edge(
-    axes: Axes, grid: Grid, layout: Layout, route: Route, port: float, label: str
+    axes: Axes,
+    grid: Grid,
+    layout: Layout,
+    route: Route,
+    port: float,
+    label: str,
+    width: float,
 ) -> None:
     (_, i), (b, j) = layout.cells[route.source], layout.cells[route.target]
     colour = COLOURS["same" if i == j else "up" if i < j else "down"]
-    style: dict[str, Any] = {"color": colour, "linewidth": 1.2, "mutation_scale": 8, "zorder": 2}
+    style: dict[str, Any] = {"color": colour, "linewidth": width, "mutation_scale": 8, "zorder": 2}
     head = "-" if route.target.startswith("->") else "-|>"
     path = _outline(grid, layout, route, port)
     axes.add_patch(
@@ -205,7 +232,11 @@ def _draw_box(axes: Axes, grid: Grid, column: int, row: int, lines: list[str], k
 
 
 def _draw_legend(
-    figure: Figure, pyramid: GraphExecutor, layout: Layout, usual: Mapping[str, str]
+    figure: Figure,
+    pyramid: GraphExecutor,
+    layout: Layout,
+    usual: Mapping[str, str],
+    weighted: bool,
 ) -> None:
     found = {kind_of(pyramid, name) for name in layout.cells}
     handles: list[Patch | Line2D] = [
@@ -220,6 +251,8 @@ def _draw_legend(
         handles.append(
             Line2D([], [], color=COLOURS[way], linewidth=1.4, label=WORDS[way] + resampler)
         )
+    if weighted:
+        handles.append(Line2D([], [], linestyle="", label="on an arrow: learned weight"))
     narrow = figure.get_figwidth() <= _NARROW
     figure.legend(
         handles=handles,

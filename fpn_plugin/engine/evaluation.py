@@ -12,7 +12,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -25,6 +24,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.engine.size_bins import SizeBinEvaluator, check_config
 from fpn_plugin.registry import Registry
 
 EvaluatorBuilder = Callable[[CfgNode, str, str], "list[DatasetEvaluator]"]
@@ -40,13 +40,14 @@ _PACKAGES = {
 }
 
 
-class InstanceEvaluator(COCOEvaluator):
-    """Detectron2's with any `COCOeval`, also for proposals that were scored in bfloat16, which
-    numpy does not have.
+class InstanceEvaluator(SizeBinEvaluator):
+    """Detectron2's with AP by size bins and any `COCOeval`, also for proposals that were scored in
+    bfloat16, which numpy does not have.
 
     Args:
         tasks: of bbox, segm and keypoints; None for what the predictions have.
         cocoeval: what computes the metrics; see :func:`coco_eval_class`.
+        options: of Detectron2's evaluator, and `size_bins`.
 
     Raises:
         ValueError: if `TEST.FAST_COCO_EVAL` cannot have the dataset's image ids.
@@ -128,6 +129,7 @@ def _coco(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
             output_dir=folder,
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             cocoeval=coco_eval_class(cfg),
+            size_bins=cfg.TEST.SIZE_BINS,
         )
     ]
 
@@ -203,7 +205,9 @@ def check_evaluators(cfg: CfgNode) -> None:
         KeyError: if a dataset's `evaluator_type` is missing or unknown; it names the choices.
         ImportError: if an evaluator, or `TEST.FAST_COCO_EVAL`, needs a package that is not
             installed.
+        ValueError: for a bad `TEST.SIZE_BINS`.
     """
+    check_config(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
     coco_eval_class(cfg)

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import yaml
 from detectron2.config import CfgNode
@@ -22,7 +22,7 @@ DEMO = "demo.txt"
 # A resumed run that differs in one of these sections will not be the run that was interrupted …
 _COMPARED = ("MODEL", "DATASETS", "DATALOADER", "INPUT", "SOLVER")
 # … except for where it runs, what it no longer reads, and what its batches do not depend on.
-_FREE = (
+FREE_KEYS = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.BOTTOM_UP.WEIGHTS",
@@ -88,6 +88,23 @@ def recorded_config(folder: str) -> dict[str, Any]:
     """The config that the run in a folder was started with, or {} if there is none."""
     path = Path(folder, CONFIG)
     return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+
+
+def config_changes(
+    folder: str, cfg: CfgNode, free: Sequence[str], sections: Sequence[str] = ()
+) -> list[str]:
+    """What a config has otherwise than that of the run in a folder, as texts "KEY old -> new".
+
+    Args:
+        free: keys that do not count.
+        sections: the first parts of the keys that count; none: all.
+    """
+    before, now = flatten(recorded_config(folder)), flatten(yaml.safe_load(cfg.dump()))
+    keys = [key for key in now if key not in free]
+    keys = [key for key in keys if not sections or key.split(".")[0] in sections]
+    # a key that the record lacks is newer than the run
+    changed = [key for key in keys if before.get(key, now[key]) != now[key]]
+    return [f"{key} {before[key]!r} -> {now[key]!r}" for key in changed]
 
 
 def remove_old_run(folder: str) -> None:
@@ -163,21 +180,16 @@ def _check_resumed(cfg: CfgNode) -> None:
             "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
         )
         return
-    before, now = _flat(recorded_config(cfg.OUTPUT_DIR)), _flat(yaml.safe_load(cfg.dump()))
-    keys = [key for key in now if key.split(".")[0] in _COMPARED and key not in _FREE]
-    changed = [
-        f"{key} {before[key]!r} -> {now[key]!r}"
-        for key in keys
-        if before.get(key, now[key]) != now[key]
-    ]
+    changed = config_changes(cfg.OUTPUT_DIR, cfg, FREE_KEYS, _COMPARED)
     if changed:
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changed))
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their keys, with dots."""
     leaves: dict[str, Any] = {}
     for key, value in node.items():
         leaves.update(
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return leaves

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -94,6 +94,17 @@ class Trainer(DefaultTrainer):
         logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)
         self.cfg = _with_seed(self.cfg, seed)
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's, and in the main process that of `TEST.VIS_PERIOD`."""
+        hooks = super().build_hooks()
+        if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
+            # here, as it needs matplotlib
+            from fpn_plugin.engine.visualize import build_visualize_hook
+
+            model = self.checkpointer.model  # without DDP around it
+            hooks.insert(-1, build_visualize_hook(self.cfg, model))  # the writers come last
+        return hooks
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

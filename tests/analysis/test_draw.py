@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+import torch
 from backbones import bifpn, toy_backbone
 from PIL import Image
 
-from fpn_plugin.analysis.captions import kind_of
+from fpn_plugin.analysis.captions import kind_of, learned_weights, line_widths
 from fpn_plugin.analysis.draw import check_extension, draw_graph
+from fpn_plugin.analysis.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.analysis.layout import lay_out, output_mark, ports
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import Graph
@@ -141,6 +144,44 @@ def test_svg_says_what_happens_on_the_way(tmp_path: Path) -> None:
     assert ">24 ch<" in text and ">48 ch<" in text
     assert ">conv1x1<" in text and ">fast_normalized<" in text and ">separable<" in text
     assert "to a finer level (nearest)" in text and "to a coarser level (maxpool)" in text
+
+
+def line_widths_of(path: Path) -> set[float]:
+    found = re.findall(r"stroke-width: ([0-9.]+)", path.read_text())
+    return {round(float(width), 2) for width in found}
+
+
+def test_learned_weights_are_on_the_arrows(tmp_path: Path) -> None:
+    backbone = toy_backbone(fuse_type="fast_normalized", out_channels=8)
+    backbone.fpn_merge2_fuse.weights.data = torch.tensor([3.0, 1.0])
+    backbone.fpn_merge3_fuse.weights.data = torch.tensor([0.0, 2.0])
+    draw_graph(backbone, tmp_path / "plain.svg")
+    draw_graph(backbone, tmp_path / "learned.svg", weights=fusion_weights(backbone))
+    plain, learned = ((tmp_path / f"{name}.svg").read_text() for name in ("plain", "learned"))
+    for text in (">0.75<", ">0.25<", ">0.00<", ">1.00<", "on an arrow: learned weight"):
+        assert text in learned and text not in plain
+    # 0.5 points for nothing, 3 for the most, in proportion between
+    assert {0.5, 1.13, 2.38, 3.0} <= line_widths_of(tmp_path / "learned.svg")
+    assert not {2.38, 3.0} & line_widths_of(tmp_path / "plain.svg")
+
+
+def test_weights_per_channel_are_told_by_their_mean() -> None:
+    each = torch.tensor([[0.2, 0.4], [0.8, 0.6]])
+    learned = learned_weights(
+        {
+            "a": FusionWeights("channel_fast", ("x", "y"), each, ""),
+            "b": FusionWeights("sum", ("x", "y"), None, "nothing is learned"),
+        }
+    )
+    assert learned == {("a", 0): pytest.approx(0.3), ("a", 1): pytest.approx(0.7)}
+    assert line_widths({}) == {} and line_widths({("a", 0): 0.0}) == {("a", 0): 0.5}
+
+
+def test_nothing_learned_draws_as_before(tmp_path: Path) -> None:
+    backbone = toy_backbone()
+    draw_graph(backbone, tmp_path / "a.svg", weights=fusion_weights(backbone))
+    draw_graph(backbone, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_png_grows_with_the_graph(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
+
+from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.benchmark.contestants import Contestant
 from fpn_plugin.engine.run_folder import recorded_config
@@ -37,15 +39,8 @@ def _read(folder: Path, contestants: Sequence[Contestant]) -> dict[str, Any]:
         found.update({key[: -len("/AP")]: metrics[key] for key in metrics if key.endswith("/AP")})
     if not found:
         raise ValueError(f"{RUNS} {str(folder)!r}: its metrics.json holds no AP")
-    model = _flat(recorded_config(str(folder))["MODEL"])
-    differing = {
-        one.name: [
-            f"MODEL.{key}"
-            for key, value in _flat(one.cfg.MODEL).items()
-            if key not in _FREE and model.get(key, value) != value
-        ]
-        for one in contestants
-    }
+    model = recorded_config(str(folder))["MODEL"]
+    differing = {one.name: model_differences(model, one.cfg) for one in contestants}
     name = min(differing, key=lambda name: len(differing[name]))
     if differing[name]:
         raise ValueError(
@@ -53,6 +48,20 @@ def _read(folder: Path, contestants: Sequence[Contestant]) -> dict[str, Any]:
             f" the nearest is {name}, which differs in {', '.join(differing[name][:5])}"
         )
     return {"folder": str(folder), "contestant": name, "AP": found}
+
+
+def model_differences(recorded: Mapping[str, Any], cfg: CfgNode) -> list[str]:
+    """The keys in which a config's model is another one than a run's.
+
+    Args:
+        recorded: the `MODEL` section of the run's config.yaml.
+    """
+    model = _flat(recorded)
+    return [
+        f"MODEL.{key}"
+        for key, value in _flat(cfg.MODEL).items()
+        if key not in _FREE and model.get(key, value) != value
+    ]
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,12 @@ from fpn_plugin.analysis.benchmark.tables import tables
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 
 
-def check_folder(folder: str, overwrite: bool) -> None:
+def check_folder(folder: str, overwrite: bool, file: str = JSON, what: str = "a report") -> None:
     """Refuse a folder that holds a report; before anything is measured.
+
+    Args:
+        file: that tells a report.
+        what: the error calls it.
 
     Raises:
         FileExistsError: naming the folder, unless `overwrite`.
@@ -22,9 +26,9 @@ def check_folder(folder: str, overwrite: bool) -> None:
     """
     if Path(folder).exists() and not Path(folder).is_dir():
         raise NotADirectoryError(f"--report {folder!r} is a file, not a folder")
-    if not overwrite and (Path(folder) / JSON).exists():
+    if not overwrite and (Path(folder) / file).exists():
         raise FileExistsError(
-            f"--report {folder!r} holds a report; give --overwrite, or another folder"
+            f"--report {folder!r} holds {what}; give --overwrite, or another folder"
         )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
 from typing import TextIO
 
 from tqdm import tqdm
+
+_PAUSE = 10.0  # seconds between the lines of a stage, where there is no terminal
 
 
 class Bar:
@@ -20,6 +24,8 @@ class Bar:
         self._quiet = quiet
         self._stream = stream or sys.stderr
         self._bar: tqdm | None = None
+        self._total = 0
+        self._began = self._told = 0.0
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -32,6 +38,8 @@ class Bar:
         self.end()
         if self._quiet:
             return
+        self._total, self._began = total, time.monotonic()
+        self._told = self._began
         if self._stream.isatty():
             self._bar = tqdm(total=total, desc=name, file=self._stream, leave=False)
         else:
@@ -42,6 +50,10 @@ class Bar:
         if self._bar is not None:
             self._bar.total = max(self._bar.total, done)
             self._bar.update(done - self._bar.n)
+        elif not self._quiet and time.monotonic() - self._told >= _PAUSE and done < self._total:
+            self._told = time.monotonic()
+            left = timedelta(seconds=round((self._told - self._began) * (self._total / done - 1)))
+            print(f"  {done} of {self._total}, ETA {left}", file=self._stream, flush=True)
 
     def end(self) -> None:
         """The stage is over."""

@@ -23,23 +23,25 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
 th { background: var(--head); font-weight: 600 }
 th:first-child, td:first-child { text-align: left; white-space: pre }
+.best { font-weight: 700; color: var(--good) }
 .bad { color: var(--bad) } .good { color: var(--good) }
 figure { margin: 1rem 0 } img { max-width: 100%; border-radius: 6px; background: #fff }
 """
 
 
-def html_page(title: str, parts: Sequence[str]) -> str:
+def html_page(title: str, parts: Sequence[str], style: str = "") -> str:
     """A page of HTML `parts` under a heading.
 
     Args:
         title: plain text.
+        style: further CSS.
     """
     text = html.escape(title)
     head = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{text}</title><style>{_STYLE}</style></head><body>",
+        f"<title>{text}</title><style>{_STYLE}{style}</style></head><body>",
         f"<h1>{text}</h1>",
     ]
     return "\n".join([*head, *parts, "</body></html>"])
@@ -53,14 +55,19 @@ def paragraph(text: str, kind: str = "") -> str:
 def html_table(table: Table) -> str:
     """A table with its title above and its note below."""
 
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def cell(text: str, i: int, j: int) -> str:
+        kind = ' class="best"' if (i, j) in table.best else ""
+        return f"<td{kind}>{html.escape(text)}</td>"
 
-    body = "".join(row(cells, "td") for cells in table.rows)
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in table.header)
+    rows = (
+        "".join(cell(text, i, j) for j, text in enumerate(row)) for i, row in enumerate(table.rows)
+    )
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     note = paragraph(table.note) if table.note else ""
     return (
         f'<h2>{html.escape(table.title)}</h2><div class="scroll"><table>'
-        f"<thead>{row(table.header, 'th')}</thead><tbody>{body}</tbody></table></div>{note}"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
     )
 
 

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Collection, Sequence
 
 from tabulate import tabulate
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title; the first column is aligned left, the others right."""
+    """Rows of text under a title; the first column is aligned left, the others right.
+
+    Attributes:
+        best: row and column of the cells to stress, each from 0; a terminal does not show it.
+    """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    best: Collection[tuple[int, int]] = ()
 
     def text(self, style: str = "simple") -> str:
         """As text; `style` is one of tabulate's formats."""
         align = ["left", *["right"] * (len(self.header) - 1)]
         return tabulate(
-            self.rows, self.header, tablefmt=style, colalign=align, disable_numparse=True
+            self._stressed() if style == "github" else self.rows,
+            self.header,
+            tablefmt=style,
+            colalign=align,
+            disable_numparse=True,
         )
+
+    def _stressed(self) -> list[list[str]]:
+        return [
+            [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]

@@ -1,0 +1,68 @@
+"""A config and a checkpoint as a detector to look into."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from torch import nn
+
+from fpn_plugin.analysis.visualize.look import Mapper
+from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.engine.checkpoint import Checkpointer
+from fpn_plugin.engine.setup import choose_device, load_config
+from fpn_plugin.engine.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A trained model, with what makes its inputs.
+
+    Attributes:
+        cfg: its config.
+        model: in evaluation mode, in full precision, uncompiled.
+        mapper: from a record to the model's input, as in an evaluation.
+    """
+
+    cfg: CfgNode
+    model: Any
+    mapper: Mapper
+
+
+def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
+    """The config of a trained model.
+
+    Args:
+        weights: a checkpoint, in place of `MODEL.WEIGHTS`; "" for that.
+        opts: `KEY VALUE` pairs.
+
+    Raises:
+        FileNotFoundError: if the config or the checkpoint does not exist.
+        ValueError: if no checkpoint is named, and for a bad value in the config.
+    """
+    pairs = [*opts, "MODEL.WEIGHTS", weights] if weights else list(opts)
+    cfg = load_config(argparse.Namespace(config_file=path, opts=pairs))
+    register_own(cfg)
+    choose_device(cfg)
+    named = cfg.MODEL.WEIGHTS
+    if not named:
+        raise ValueError("no weights: name a checkpoint by --weights or MODEL.WEIGHTS")
+    if "://" not in named and not os.path.isfile(named):
+        raise FileNotFoundError(f"--weights (MODEL.WEIGHTS) {named!r}: there is no such file")
+    return cfg
+
+
+def load_detector(cfg: CfgNode) -> Detector:
+    """Build the model of a config, and load `MODEL.WEIGHTS` into it."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    # the checkpoint has them, and the config says already which pixels go with it
+    cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
+    cfg.MODEL.COMPILE = ""
+    model: nn.Module = Trainer.build_model(cfg).eval()
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    return Detector(cfg, model, DatasetMapper(cfg, is_train=False))

@@ -1,0 +1,199 @@
+"""A study of tiny runs: skipped, resumed, refused, failed, interrupted, locked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from matrix import ROOT, start, write_config, write_study
+from tiny import write_dataset
+
+from fpn_plugin.analysis.study.execute import lock, read_record, train
+from fpn_plugin.analysis.study.runs import BROKEN_OFF, DONE, OTHER, TODO, Run, check_folders, plan
+from fpn_plugin.analysis.study.show import Display
+from fpn_plugin.analysis.study.study import compare_runs, run_study, status_text
+from fpn_plugin.analysis.study.study_file import Study, read_study
+
+SCRIPT = ROOT / "tools" / "train_net.py"
+RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
+
+
+@pytest.fixture(scope="module")
+def worked_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that is done, with the report of its comparison; trained once."""
+    folder = tmp_path_factory.mktemp("study")
+    write_config(folder, write_dataset(folder, images=4))
+    path = write_study(folder, runs=RUNS, baseline="a", keep_checkpoints=False)
+    with start(path, "SOLVER.MAX_ITER", "3", "--only", "a,avg") as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == f"The report is in {folder / 'out' / 'report' / 'compare.html'}"
+    (folder / "said.txt").write_text(err)
+    return folder
+
+
+def study_of(folder: Path, *opts: str) -> tuple[Study, list[Run]]:
+    study = read_study(folder / "study.yaml", opts or ["SOLVER.MAX_ITER", "3"])
+    return study, plan(study)
+
+
+@pytest.fixture
+def copied(worked_off: Path, tmp_path: Path) -> Path:
+    """The study that is done, in a folder of this test's own."""
+    copy = shutil.copytree(worked_off, tmp_path / "copy")
+    write_study(copy, runs=RUNS, baseline="a", keep_checkpoints=False)
+    return copy
+
+
+def never(*args: object) -> None:
+    raise AssertionError("a run was started")
+
+
+def test_a_study_trains_evaluates_records_and_compares(worked_off: Path) -> None:
+    said = (worked_off / "said.txt").read_text()
+    assert "2 runs in" in said and ", 0 of them done" in said
+    assert "run 1 of 2, a seed 0: done in" in said and "run 2 of 2, avg seed 0: done in" in said
+    for name in RUNS:
+        folder = worked_off / "out" / name / "seed-0"
+        assert [file.name for file in folder.glob("*.pth")] == ["model_final.pth"]
+        record = read_record(folder)
+        (session,) = record["sessions"]
+        assert (record["name"], record["seed"], session["ended"]) == (name, 0, "done")
+        assert record["seconds"] == session["seconds"] > 0
+        assert {"versions", "commit", "cpu"} <= set(session["machine"])
+        assert ["SOLVER.MAX_ITER", "3"] == record["overrides"][-2:]
+    assert (worked_off / "out" / "report" / "compare.html").is_file()
+
+
+def test_what_is_done_is_skipped(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    study, runs = study_of(copied)
+    assert [run.state() for run in runs] == [DONE, DONE]
+    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
+    assert (outcome.done, outcome.failures) == (runs, {})
+
+
+def test_what_is_done_is_compared(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    shutil.rmtree(copied / "out" / "report")
+    study, runs = study_of(copied)
+    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
+    compare_runs(study, outcome, quiet=True)
+    assert outcome.report is not None and outcome.report.is_file()
+    assert outcome.report.parent == study.output / "report"
+
+
+def test_another_config_is_refused_before_anything_starts(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    study, runs = study_of(copied, "SOLVER.MAX_ITER", "5", "MODEL.DEVICE", "cpu")
+    shutil.rmtree(runs[0].folder)
+    assert [run.state() for run in runs] == [TODO, OTHER]
+    with pytest.raises(ValueError, match="avg/seed-0: SOLVER.MAX_ITER 3 -> 5\nNothing was started"):
+        run_study(study, runs, SCRIPT, Display(quiet=True))
+    told = status_text(runs, SCRIPT).splitlines()
+    assert told[0] == "a seed 0: to do" and "--config-file" in told[1]
+    assert told[2:] == ["avg seed 0: another config's", "  SOLVER.MAX_ITER 3 -> 5"]
+
+
+def test_what_was_broken_off_goes_on(copied: Path) -> None:
+    study, runs = study_of(copied)
+    run = runs[0]
+    metrics = run.folder / "metrics.json"
+    kept = [line for line in metrics.read_text().splitlines() if "bbox/AP" not in line]
+    metrics.write_text("".join(f"{line}\n" for line in kept) + '{"half')
+    assert run.state() == BROKEN_OFF  # killed in its last evaluation
+    assert "a seed 0: broken off at" in status_text(runs, SCRIPT)
+    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
+    assert outcome.done == runs
+    first, second = read_record(run.folder)["sessions"]
+    assert "--resume" in second["command"] and "--resume" not in first["command"]
+    assert read_record(run.folder)["seconds"] == pytest.approx(
+        first["seconds"] + second["seconds"], abs=0.11
+    )
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("print('last words'); raise SystemExit(3)")
+    study, runs = study_of(copied)
+    shutil.rmtree(runs[0].folder)
+    outcome = run_study(study, runs, script, Display(quiet=True))
+    assert outcome.done == runs[1:]
+    assert list(outcome.failures) == ["a seed 0"]
+    assert "exit code 3" in outcome.failures["a seed 0"]
+    assert "last words" in outcome.failures["a seed 0"]
+    (session,) = read_record(runs[0].folder)["sessions"]
+    assert session["ended"] == "failed" and "last words" in session["output"]
+    check_folders(runs)  # a run that failed at its start leaves nothing that is in the way
+
+
+def test_a_run_that_ends_without_results_is_a_failure(copied: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("")
+    study, runs = study_of(copied)
+    shutil.rmtree(runs[1].folder)
+    outcome = run_study(study, runs, script, Display(quiet=True))
+    assert "without a final checkpoint" in outcome.failures["avg seed 0"]
+
+
+def test_two_studies_do_not_share_a_folder(copied: Path) -> None:
+    study, runs = study_of(copied)
+    with lock(study.output):
+        with pytest.raises(ValueError, match="another study, or a run that a killed one left"):
+            run_study(study, runs, SCRIPT, Display(quiet=True))
+
+
+def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path: Path) -> None:
+    script, pids = tmp_path / "train.py", tmp_path / "pids"
+    script.write_text(
+        "import os, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "print('started', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    study, runs = study_of(copied)
+    with lock(study.output) as held, pytest.raises(KeyboardInterrupt):
+        train(runs[0], script, interrupt, held)
+    assert read_record(runs[0].folder)["sessions"][-1]["ended"] == "interrupted"
+    for pid in pids.read_text().split():
+        status = Path("/proc", pid, "status")
+        for _ in range(50):
+            if not status.exists() or "State:\tZ" in status.read_text():
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"process {pid} still runs")
+
+
+def test_sigterm_ends_the_tool(worked_off: Path, tmp_path: Path) -> None:
+    process = start(
+        *(worked_off / "study.yaml", "--only", "a", "--output", str(tmp_path / "other")),
+        *("--seeds", "5", "SOLVER.MAX_ITER", "100000"),
+    )
+    record = tmp_path / "other" / "a" / "seed-5" / "study.json"
+    for _ in range(300):
+        if record.is_file() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    try:
+        out, err = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 130 and "Interrupted; run it again to go on" in err
+    assert json.loads(record.read_text())["sessions"][-1]["ended"] == "interrupted"

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Draw what a trained detector sees, one figure per image: detections and masks by pyramid level, a
+histogram by size and level, a heat map of every level at each stage of the pyramid; and its graph,
+with the fusion weights that it has learned.
+
+visualize.py --config-file F --weights W --input photo.jpg folder/ 'more/*.png' --output DIR --html
+visualize.py --config-file F --weights W --dataset trees_val --num 4 --output DIR
+visualize.py --config-file F --weights W --dataset trees_val --num 99 --output DIR --sizes-only
+
+The truth is drawn where it is known: with --dataset, and for an --input that is a file of a dataset
+in DATASETS.TEST. Models run uncompiled and in full precision.
+"""
+
+import os
+
+# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse  # noqa: E402
+import logging  # noqa: E402
+import sys  # noqa: E402
+import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
+from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
+from fpn_plugin.analysis.visualize.run import Settings, visualize  # noqa: E402
+
+SCORE_HELP = "detections below it are not shown (default: 0.5)"
+
+
+def parse_args() -> argparse.Namespace:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="of the model")
+    add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", default=(), help="images, folders or patterns")
+    source.add_argument("--dataset", default="", metavar="NAME", help="a registered dataset")
+    add("--num", type=int, default=4, help="images of --dataset, at most (default: 4)")
+    add("--output", required=True, type=Path, metavar="DIR", help="where the pictures go")
+    add("--html", action="store_true", help="also write one page with all: DIR/index.html")
+    text = "no pictures, only which level finds objects of which size: DIR/sizes.md"
+    add("--sizes-only", action="store_true", help=text)
+    add("--score", type=float, default=0.5, help=SCORE_HELP)
+    add("--overwrite", action="store_true", help="replace pictures of an earlier call")
+    add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    # intermixed: overrides may stand after other arguments
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.quiet:
+        logging.disable(logging.INFO)
+        warnings.simplefilter("ignore")
+    settings = Settings(
+        args.config_file,
+        args.output,
+        args.weights,
+        args.input,
+        args.dataset,
+        args.num,
+        args.score,
+        args.html,
+        not args.sizes_only,
+        args.overwrite,
+        args.opts,
+    )
+    for path in visualize(settings, Bar(args.quiet)):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
