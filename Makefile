@@ -23,8 +23,15 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 PY := $(VENV)/bin/python
 # what `make benchmark` measures
 R50 := configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
+D0 := configs/COCO-Detection/retinanet_R_50_BiFPN_D0_1x.yaml
 FP32 := MODEL.CHANNELS_LAST True MODEL.FAST_ROI_ALIGN True TEST.FOLD_NORMS True SOLVER.FUSED True
-LEVERS := --variant 'fp32: $(FP32)' --variant 'bf16: $(FP32) SOLVER.AMP.ENABLED True'
+# each lever alone, then what belongs together
+LEVERS := --variant 'channels-last: MODEL.CHANNELS_LAST True' --variant 'amp: SOLVER.AMP.ENABLED True' \
+  --variant 'amp in channels-last: SOLVER.AMP.ENABLED True MODEL.CHANNELS_LAST True' \
+  --variant 'ROIAlign: MODEL.FAST_ROI_ALIGN True' --variant 'fp32: $(FP32)' --variant 'bf16: $(FP32) SOLVER.AMP.ENABLED True'
+NECKS := --variant 'folded: TEST.FOLD_NORMS True' --variant 'merged: MODEL.FPN.MERGE_PROJECTIONS True' \
+  --variant 'recompute: MODEL.FPN.RECOMPUTE True' \
+  --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
 SOURCES := fpn_plugin tools tests datasets setup.py
 
 .PHONY: help setup demo demo-masks benchmark test lint format lock clean
@@ -42,15 +49,14 @@ demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw
 demo-masks: setup ## the same for instance masks, on drawn scenes (10 minutes)
 	@$(PY) tools/demo.py scenes --output $(MASKS)
 
-benchmark: setup ## measure Mask R-CNN against Detectron2's own, and BiFPN against effdet's, on an idle machine (20 minutes)
-	@$(PY) tools/benchmark.py --config-file $(R50) $(LEVERS) --image-size 512 512 \
-	  --what counts,neck,convs,backbone,inference --report $(BENCHMARK)/inference --overwrite; \
-	$(PY) tools/benchmark.py --config-file $(R50) $(LEVERS) --image-size 320 320 --batch 2 \
-	  --what train --report $(BENCHMARK)/training --overwrite; \
-	$(PY) tools/benchmark.py --config-file configs/COCO-Detection/retinanet_R_50_BiFPN_D0_1x.yaml --baseline none \
-	  --peers effdet --image-size 512 512 --what counts,neck,neck_train,convs --report $(BENCHMARK)/bifpn --overwrite \
-	  --variant 'folded: TEST.FOLD_NORMS True' --variant 'recompute: MODEL.FPN.RECOMPUTE True' \
-	  --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
+benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against effdet's, each lever alone, on an idle machine (30 minutes)
+	@failed=; run() { name=$$1; shift; $(PY) tools/benchmark.py "$$@" --report $(BENCHMARK)/$$name --overwrite || failed="$$failed $$name"; }; \
+	run inference --config-file $(R50) $(LEVERS) --variant 'folded: TEST.FOLD_NORMS True' --image-size 512 512 \
+	  --what counts,neck,convs,backbone,inference; \
+	run training --config-file $(R50) $(LEVERS) --variant 'fused: SOLVER.FUSED True' --image-size 320 320 --batch 2 --what train; \
+	run bifpn --config-file $(D0) $(NECKS) --baseline none --peers effdet --image-size 512 512 --what counts,neck,neck_train,convs; \
+	run start --what start; \
+	if [ -n "$$failed" ]; then echo "refused or failed:$$failed"; exit 1; fi
 
 test: setup ## run all tests, in TEST_JOBS processes of one thread each
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal
