@@ -12,6 +12,11 @@ import os
 # before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import warnings  # noqa: E402
+
+for text in ("`torch.jit.script`", "pkg_resources"):  # deprecated; said at each import
+    warnings.filterwarnings("ignore", text)
+
 import argparse  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)

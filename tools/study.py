@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import warnings  # noqa: E402
 
-warnings.filterwarnings("ignore", "`torch.jit.script`")  # deprecated; said at each import
+for text in ("`torch.jit.script`", "pkg_resources"):  # deprecated; said at each import
+    warnings.filterwarnings("ignore", text)
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
@@ -61,16 +62,18 @@ def main() -> int:
     hush()
     study = study_of(args)
     runs = plan(study, [name for name in args.only.split(",") if name])
+    display = Display(args.quiet)
     if args.dry_run:
         print(status_text(runs, SCRIPT))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        outcome = run_study(study, runs, SCRIPT, Display(args.quiet))
+        outcome = run_study(study, runs, SCRIPT, display)
         if outcome.done:
             compare_runs(study, outcome, args.quiet)
             print(f"The report is in {outcome.report}")
     except KeyboardInterrupt:
+        display.end()
         print("Interrupted; run it again to go on", file=sys.stderr)
         return 130
     for name, text in outcome.failures.items():

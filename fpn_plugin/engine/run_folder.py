@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -22,12 +24,27 @@ DEMO = "demo.txt"
 # A resumed run that differs in one of these sections will not be the run that was interrupted …
 _COMPARED = ("MODEL", "DATASETS", "DATALOADER", "INPUT", "SOLVER")
 # … except for where it runs, what it no longer reads, and what its batches do not depend on.
-FREE_KEYS = (
+_FREE = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.BOTTOM_UP.WEIGHTS",
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
+)
+# where a run runs, and what is looked at and kept on the way: its numbers do not depend on them
+OUTER_KEYS = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "DATALOADER.CACHE_IMAGES",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.PERSISTENT_WORKERS",
+    "DATALOADER.PIN_MEMORY",
+    "DATALOADER.PREFETCH_FACTOR",
+    "DATASETS.CHECK",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.SIZE_BINS",
+    "TEST.VIS_PERIOD",
+    "VIS_PERIOD",
 )
 
 
@@ -88,6 +105,20 @@ def recorded_config(folder: str) -> dict[str, Any]:
     """The config that the run in a folder was started with, or {} if there is none."""
     path = Path(folder, CONFIG)
     return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+
+
+def metric_lines(folder: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.json, as far as they are whole: a run may be at work, or killed.
+
+    A run that goes on after it was killed writes its first line behind what was left of the last.
+    """
+    path = Path(folder, METRICS)
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        start = line.rfind("{")  # the objects are flat
+        with contextlib.suppress(json.JSONDecodeError):
+            found += [json.loads(line[start:])] if start >= 0 else []
+    return found
 
 
 def config_changes(
@@ -180,7 +211,7 @@ def _check_resumed(cfg: CfgNode) -> None:
             "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
         )
         return
-    changed = config_changes(cfg.OUTPUT_DIR, cfg, FREE_KEYS, _COMPARED)
+    changed = config_changes(cfg.OUTPUT_DIR, cfg, _FREE, _COMPARED)
     if changed:
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changed))
 

@@ -16,7 +16,7 @@ from folders import DATA, MINE, RUN_FILES, digest, fill, load_tool, run_setup
 from tiny import VAL
 
 from fpn_plugin.data.findings import DatasetError
-from fpn_plugin.engine.run_folder import claim_demo_dir, remove_old_run, run_results
+from fpn_plugin.engine.run_folder import claim_demo_dir, metric_lines, remove_old_run, run_results
 from fpn_plugin.engine.setup import argument_parser, setup
 from fpn_plugin.engine.trainer import Trainer
 
@@ -182,3 +182,11 @@ def test_the_demo_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "dataset_root", lambda: pytest.fail("it went on"))
     with pytest.raises(FileExistsError, match="a run that no demo started"):
         demo.main()
+
+
+def test_lines_of_metrics_that_are_whole(tmp_path: Path) -> None:
+    """A killed run left half of a line; the run that went on wrote its first behind it."""
+    text = '{"iteration": 1}\n{"iterat{"iteration": 2, "AP": NaN}\n7\n{"iteration": 3}\n{"it'
+    (tmp_path / "metrics.json").write_text(text)
+    assert [line["iteration"] for line in metric_lines(str(tmp_path))] == [1, 2, 3]
+    assert metric_lines(str(tmp_path / "none")) == []

@@ -61,19 +61,25 @@ class Fixed(Given):
         return dict(self._maps)
 
 
+def find_below(backbone: nn.Module) -> str:
+    """What a backbone calls the network underneath its pyramid; "" if it has none."""
+    found = [name for name in _BELOW if isinstance(getattr(backbone, name, None), nn.Module)]
+    return found[0] if found else ""
+
+
 def below_name(backbone: nn.Module) -> str:
     """What a backbone calls the network underneath its pyramid.
 
     Raises:
         ValueError: if it has none.
     """
-    found = [name for name in _BELOW if isinstance(getattr(backbone, name, None), nn.Module)]
+    found = find_below(backbone)
     if not found:
         raise ValueError(
             f"MODEL.BACKBONE.NAME: a {type(backbone).__name__} has no network underneath a pyramid"
             f" (no attribute {' or '.join(_BELOW)}): its neck cannot be measured alone"
         )
-    return found[0]
+    return found
 
 
 def neck_of(backbone: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.benchmark.contestants import Contestant
-from fpn_plugin.engine.run_folder import recorded_config
+from fpn_plugin.engine.run_folder import CONFIG, METRICS, metric_lines, recorded_config
 
 RUNS = "--runs"
 # where it runs and what it starts from make no other model
@@ -30,12 +30,11 @@ def read_runs(folders: Sequence[str], contestants: Sequence[Contestant]) -> list
 
 
 def _read(folder: Path, contestants: Sequence[Contestant]) -> dict[str, Any]:
-    for name in ("metrics.json", "config.yaml"):
+    for name in (METRICS, CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{RUNS} {str(folder)!r} has no {name}: it is no run's folder")
     found: dict[str, float] = {}
-    for line in (folder / "metrics.json").read_text().splitlines():
-        metrics = json.loads(line)
+    for metrics in metric_lines(str(folder)):
         found.update({key[: -len("/AP")]: metrics[key] for key in metrics if key.endswith("/AP")})
     if not found:
         raise ValueError(f"{RUNS} {str(folder)!r}: its metrics.json holds no AP")

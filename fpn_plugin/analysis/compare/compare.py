@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from fpn_plugin.analysis.benchmark.write import check_folder
-from fpn_plugin.analysis.compare.costs import SIZE, counts, latencies, model_key
+from fpn_plugin.analysis.compare.costs import SIZE, Latencies, counts, latencies, model_key
 from fpn_plugin.analysis.compare.facts import curves_of, group_facts, metrics_of, run_facts
 from fpn_plugin.analysis.compare.groups import (
     Group,
@@ -25,6 +25,7 @@ from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.engine.size_bins import check_edges
 
 SCHEMA = 1
+_FEW = 30  # images from which on a bootstrap's percentiles are about right
 
 
 def compare(
@@ -95,14 +96,16 @@ def _comparison(
     else:
         report["notes"].append(f"No bootstrap, and AP from metrics.json alone: {truth}.")
     _add_metrics(report, groups, scores)
+    if not report["tasks"]:
+        raise ValueError(f"none of the runs has an AP: {', '.join(run.name for run in finished)}")
     if isinstance(truth, Truth):
         report["pairs"] = compare_pairs(groups, scores, report, bar)
-    _add_costs(report, groups, bar)
-    if latency:
-        report["latency"] = latency.what
-        report["notes"] += latency.notes
-        for facts in report["groups"]:
-            facts["seconds"] = latency.seconds.get(facts["name"])
+    if report["pairs"] and report["images"] < _FEW:
+        report["notes"].append(
+            f"{report['images']} test images are few: intervals over so few come out too narrow,"
+            " and other images may say otherwise."
+        )
+    _add_costs(report, groups, latency, bar)
     report["summary"] = summarise(report)
     bar.end()
     return report
@@ -152,7 +155,9 @@ def _notes_on(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _add_costs(report: dict[str, Any], groups: Sequence[Group], bar: Bar) -> None:
+def _add_costs(
+    report: dict[str, Any], groups: Sequence[Group], latency: Latencies | None, bar: Bar
+) -> None:
     known: dict[str, dict[str, float]] = {}
     bar.begin("parameters and operations", len(groups))
     for done, (facts, group) in enumerate(zip(report["groups"], groups, strict=True), 1):
@@ -166,3 +171,8 @@ def _add_costs(report: dict[str, Any], groups: Sequence[Group], bar: Bar) -> Non
                 f" {type(error).__name__}: {error}"
             )
         bar.step(done)
+    if latency:
+        report["latency"] = latency.what
+        report["notes"] += latency.notes
+        for facts in report["groups"]:
+            facts["seconds"] = latency.seconds.get(facts["name"])

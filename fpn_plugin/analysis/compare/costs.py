@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from fpn_plugin.analysis.benchmark.contestants import find_baseline
-from fpn_plugin.analysis.benchmark.neck import below_name
+from fpn_plugin.analysis.benchmark.neck import find_below
 from fpn_plugin.analysis.benchmark.runs import model_differences
 from fpn_plugin.analysis.compare.groups import Group
 from fpn_plugin.analysis.complexity import count_parameters, totals
@@ -48,8 +48,8 @@ def model_key(group: Group) -> str:
 
 
 def counts(group: Group) -> dict[str, float]:
-    """The parameters of the whole detector, and 10^9 multiply-accumulates of its backbone with the
-    pyramid for one image of SIZE.
+    """The parameters of the whole detector, and 10^9 multiply-accumulates of its backbone, with the
+    pyramid if it has one, for one image of SIZE.
 
     Raises:
         Exception: whatever building a model of a config raises that is not of this version.
@@ -57,7 +57,8 @@ def counts(group: Group) -> dict[str, float]:
     cfg = _load(str(group.runs[0].folder / CONFIG), ())
     cfg.freeze()
     model = build_model(cfg)
-    whole = totals(model.backbone, below_name(model.backbone), SIZE)["backbone"]
+    # "": the whole backbone, which is all that a single-level detector has
+    whole = totals(model.backbone, find_below(model.backbone), SIZE)["backbone"]
     return {"parameters": count_parameters(model), "gflops": whole.flops / 1e9}
 
 

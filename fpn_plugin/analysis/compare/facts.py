@@ -22,6 +22,11 @@ def metrics_of(run: Run, scores: Scores) -> dict[str, float]:
 
 
 def run_facts(run: Run, group: Group, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What is told of a run; "metrics" are in percent.
+
+    Args:
+        metrics: of every run, by its name.
+    """
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -33,6 +38,11 @@ def run_facts(run: Run, group: Group, metrics: Mapping[str, Mapping[str, float]]
 
 
 def group_facts(group: Group, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What is told of a config: "metrics" with the "mean" and the "spread" of its runs, in percent.
+
+    Args:
+        metrics: of every run, by its name.
+    """
     keys = dict.fromkeys(key for run in group.runs for key in metrics[run.name])
     values = {key: [metrics[run.name].get(key, math.nan) for run in group.runs] for key in keys}
     return {
@@ -44,15 +54,18 @@ def group_facts(group: Group, metrics: Mapping[str, Mapping[str, float]]) -> dic
 
 
 def _statistics(values: Sequence[float]) -> dict[str, float]:
-    """The mean, and the standard deviation where there are several."""
-    known = [value for value in values if not math.isnan(value)]
+    """The mean, and the standard deviation where there are several; nan if one is missing.
+
+    A mean without a run that detected nothing would be too good.
+    """
     return {
-        "mean": float(np.mean(known)) if known else math.nan,
-        "spread": float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
+        "mean": float(np.mean(values)),
+        "spread": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
     }
 
 
 def curves_of(run: Run) -> dict[str, Any]:
+    """Pairs of iteration and value: "loss", and by task "AP" in percent."""
     return {
         "loss": sorted(run.losses.items()),
         "AP": {task: sorted(of.items()) for task, of in run.curves.items()},

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from fpn_plugin.analysis.benchmark.contestants import short_names
 from fpn_plugin.analysis.compare.runs import Run
-from fpn_plugin.engine.run_folder import FREE_KEYS
+from fpn_plugin.engine.run_folder import OUTER_KEYS
 
-# No other detector comes of where it runs, how its data is checked, and what is looked at and kept
-# on the way. What the weights started from does make one; an evaluation's are those of its run.
-_FREE = (
-    *("SEED", "OUTPUT_DIR", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD"),
-    *("TEST.EVAL_PERIOD", "TEST.SIZE_BINS", "TEST.VIS_PERIOD"),
-    *FREE_KEYS,
-)
-_COMPARED = ("MODEL.WEIGHTS", "MODEL.BOTTOM_UP.WEIGHTS")
+# what makes no other detector; an evaluation's weights and seed are those of its run
+_FREE = ("SEED", "VERSION", "TEST.EVAL_PERIOD", *OUTER_KEYS)
 _LONGEST = 32  # letters of a name that is made of the values that differ
 
 
@@ -66,7 +61,7 @@ def find_group(name: str, groups: Sequence[Group]) -> Group:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.config.items() if key not in _FREE or key in _COMPARED}
+    return {key: value for key, value in run.config.items() if key not in _FREE}
 
 
 def _differences(members: Sequence[Sequence[Run]]) -> dict[str, list[Any]]:
@@ -77,7 +72,10 @@ def _differences(members: Sequence[Sequence[Run]]) -> dict[str, list[Any]]:
 
 
 def _names(members: Sequence[Sequence[Run]]) -> list[str]:
-    """The values that differ where these are short, or else the folders."""
+    """What a study calls them, or the values that differ where these are short, or the folders."""
+    entries = [" + ".join(dict.fromkeys(run.entry for run in of)) for of in members]
+    if all(entries) and len(set(entries)) == len(entries):
+        return entries
     differing = _differences(members)
     names = [
         " + ".join(_short(key, row[i]) for key, row in differing.items())
@@ -115,8 +113,5 @@ def text_of(value: Any) -> str:
 
 
 def seeds(runs: Sequence[Run]) -> Mapping[int, int]:
-    """How many runs have each seed."""
-    found: dict[int, int] = {}
-    for run in runs:
-        found[run.seed] = found.get(run.seed, 0) + 1
-    return found
+    """How many runs have each seed; one that was not set (below 0) is another one each time."""
+    return Counter(run.seed for run in runs if run.seed >= 0)

@@ -16,9 +16,10 @@ from fpn_plugin.analysis.report.vector import html_svg
 
 _STYLE = """
 .lead { font-size: 1.2rem; line-height: 1.45; color: var(--text); max-width: 58rem }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.8rem, 1fr));
+  gap: .8rem; margin: 1.4rem 0 }
 .card { border: 1px solid var(--line); border-top: 4px solid; border-radius: 8px;
-  padding: .6rem .9rem; min-width: 9rem }
+  padding: .6rem .9rem }
 .card b { display: block; font-size: 1.7rem; line-height: 1.3; font-variant-numeric: tabular-nums }
 .card span { display: block; color: var(--soft); font-size: .85rem }
 .card .name { color: var(--text); font-weight: 600; font-size: .95rem }
@@ -76,12 +77,11 @@ def _cards(report: Mapping[str, Any]) -> str:
             beside = "" if number(spread) == number(None) else f" ± {number(spread)}"
             lines.append(f"<b>{text}</b><span>{WHAT[task]} AP{beside}</span>")
         runs = len(group["runs"])
-        costs = [f"{runs} run{'s' if runs > 1 else ''}"]
+        lines.append(f"<span>{runs} run{'s' if runs > 1 else ''}</span>")
         if group.get("parameters"):
-            costs.append(f"{group['parameters'] / 1e6:.1f} M parameters")
+            lines.append(f"<span>{group['parameters'] / 1e6:.1f} M parameters</span>")
         made.append(
             f'<div class="card" style="border-top-color: {colour(i)}">'
-            f'<span class="name">{html.escape(group["name"])}</span>{"".join(lines)}'
-            f"<span>{', '.join(costs)}</span></div>"
+            f'<span class="name">{html.escape(group["name"])}</span>{"".join(lines)}</div>'
         )
     return f'<div class="cards">{"".join(made)}</div>'

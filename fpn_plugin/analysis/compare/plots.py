@@ -79,7 +79,7 @@ def _differences(report: Mapping[str, Any], task: str) -> Figure | None:
 
 def _sizes(report: Mapping[str, Any], task: str) -> Figure | None:
     objects = report["objects"]
-    bins = {f"{task}/AP@{name}": f"{name}\n{count}" for name, count in objects.items()}
+    bins = {f"{task}/AP@{name}": f"{name}\n{count}" for name, count in objects.items() if count}
     bins = bins or {f"{task}/{key}": name for key, name in _SIZES.items()}
     groups = report["groups"]
     heights = np.array(

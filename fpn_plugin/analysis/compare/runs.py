@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import yaml
 from detectron2.config import get_cfg
 
 from fpn_plugin.analysis.benchmark.contestants import short_names
+from fpn_plugin.analysis.study.record import read_record
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.engine.run_folder import CONFIG, METRICS, flatten, recorded_config
+from fpn_plugin.engine.run_folder import CONFIG, flatten, metric_lines, recorded_config
 
 TASKS = ("bbox", "segm")
 RESULTS = "coco_instances_results.json"
@@ -36,6 +36,7 @@ class Run:
         losses: the total loss by iteration.
         curves: by task, AP in percent by iteration.
         results: the detections of the last evaluation, where they are.
+        entry: what the study that trained it calls its config; "" if no study did.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Run:
     losses: Mapping[int, float]
     curves: Mapping[str, Mapping[int, float]]
     results: Path | None
+    entry: str = ""
 
     @property
     def seed(self) -> int:
@@ -112,7 +114,7 @@ def _read(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
     dataset = sets[0] if sets else ""
     inference = folder / "inference"
     results = (inference / dataset if len(sets) > 1 else inference) / RESULTS
-    lines = _lines(folder / METRICS)
+    lines = [line for line in metric_lines(str(folder)) if "iteration" in line]
     evaluations = [(line["iteration"], _metrics(line, dataset)) for line in lines]
     evaluations = [(iteration, found) for iteration, found in evaluations if found]
     iteration, metrics = evaluations[-1] if evaluations else (-1, {})
@@ -132,18 +134,8 @@ def _read(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
             if f"{task}/AP" in metrics
         },
         results=results if results.is_file() else None,
+        entry=read_record(folder).get("name", ""),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of metrics.json; a run that is at work may have written half of the last one."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if "iteration" in line]
 
 
 def _metrics(line: Mapping[str, Any], dataset: str) -> dict[str, float]:

@@ -129,7 +129,8 @@ def score_runs(
     """Of each run whose detections are there; what is odd is added to the notes."""
     found = {}
     bar.begin("detections against the truth", len(runs))
-    for done, run in enumerate(runs, 1):
+    for done, run in enumerate(runs):
+        bar.step(done)
         if run.results is None:
             notes.append(f"{run.name}: no detections are there; its AP is metrics.json's.")
             continue
@@ -143,5 +144,4 @@ def score_runs(
                     f"{run.name}: {task} AP is {told:.2f} in metrics.json, but"
                     f" {of.metrics['AP']:.2f} by its detections, which are told here."
                 )
-        bar.step(done)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 WHAT = {"bbox": "box", "segm": "mask"}
 
@@ -59,6 +59,11 @@ def _against(report: Mapping[str, Any], task: str, best: str, other: str) -> str
     return f"no difference from {other} can be told, {interval(pair)}"
 
 
+def _has_seeds(seeds: Sequence[int]) -> bool:
+    """Whether there are several; each that was not set, -1, was drawn anew."""
+    return len({seed for seed in seeds if seed >= 0}) + sum(seed < 0 for seed in seeds) > 1
+
+
 def _on_seeds(report: Mapping[str, Any]) -> str:
     """What the interval, which is over images, does not hold: what another seed would give."""
     groups = report["groups"]
@@ -68,7 +73,7 @@ def _on_seeds(report: Mapping[str, Any]) -> str:
     spreads = [
         group["metrics"].get(f"{task}/AP", {}).get("spread", math.nan)
         for group in groups
-        if len(set(group["seeds"])) > 1
+        if _has_seeds(group["seeds"])
     ]
     known = [one for one in spreads if not math.isnan(one)]
     if not known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Callable, Mapping, Sequence
 
 from fpn_plugin.analysis.compare.groups import text_of
@@ -12,6 +13,9 @@ from fpn_plugin.analysis.report.table import Table
 
 _HEADS = dict(zip(METRICS, ("AP", "AP50", "AP75", "small", "medium", "large")))
 NONE = "–"
+_COLUMNS = 12  # of metrics; more are rows
+_SIDE_BY_SIDE = 3  # configs whose values stand side by side; with more, each value has a row
+_NAMED = 5  # configs that columns are named after; with more, they have numbers
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
@@ -68,7 +72,7 @@ def _main(report: Mapping[str, Any], task: str) -> Table:
     return Table(title, ["config", "runs", *_HEADS.values()], rows, note, _best(columns))
 
 
-def _chance(report: Mapping[str, Any], task: str) -> Table | None:
+def _chance(report: Mapping[str, Any], task: str) -> Table:
     baseline = report["baseline"]
     rows = []
     for name, pairs in report["pairs"].get(task, {}).items():
@@ -77,20 +81,18 @@ def _chance(report: Mapping[str, Any], task: str) -> Table | None:
             rows.append(
                 [
                     *(name, f"{pair['value']:+.2f}", f"{pair['low']:+.2f} … {pair['high']:+.2f}"),
-                    *(
-                        f"{100 * pair['better']:.1f}%",
-                        _verdict(pair),
-                    ),
+                    *(f"{100 * pair['better']:.1f}%", _verdict(pair)),
                 ]
             )
-    return Table(
-        f"{WHAT[task].capitalize()} AP against {baseline}",
-        ["config", "difference", "95% interval", "better in", "verdict"],
-        rows,
+    note = (
         f"Paired bootstrap: {report['resamples']} draws of {report['images']} images with"
         " replacement, the same for all runs; AP is the mean of a config's runs. The interval is"
-        " that of the images: what other seeds would give is not in it.",
+        " that of the images: what other seeds would give is not in it."
     )
+    if len(rows) > 2:
+        note += " Each stands alone: of twenty configs that are equal, about one is told apart."
+    header = ["config", "difference", "95% interval", "better in", "verdict"]
+    return Table(f"{WHAT[task].capitalize()} AP against {baseline}", header, rows, note)
 
 
 def _verdict(pair: Mapping[str, Any]) -> str:
@@ -103,43 +105,64 @@ def _pairs(report: Mapping[str, Any], task: str) -> Table | None:
     pairs = report["pairs"].get(task, {})
     if len(pairs) < 3:
         return None
+    names = list(pairs)
+    heads = names if len(names) <= _NAMED else [str(i) for i, _ in enumerate(names, 1)]
+    labels = names if heads == names else [f"{i} {one}" for i, one in enumerate(names, 1)]
     rows = [
-        [one, *(NONE if one == other else f"{100 * of[other]['better']:.0f}%" for other in pairs)]
-        for one, of in pairs.items()
+        [label, *(NONE if one == other else f"{100 * of[other]['better']:.0f}%" for other in names)]
+        for label, (one, of) in zip(labels, pairs.items(), strict=True)
     ]
     title = f"{WHAT[task].capitalize()} AP: how often the row is better than the column"
-    return Table(title, ["config", *pairs], rows)
+    return Table(title, ["config", *heads], rows)
 
 
-def _by_bin(report: Mapping[str, Any], task: str) -> Table | None:
-    objects = report["objects"]
-    rows, best = [], set()
-    groups = report["groups"]
-    for i, (name, count) in enumerate(objects.items()):
-        key = f"{task}/AP@{name}"
-        rows.append([name, str(count), *(_cell(group, key) for group in groups)])
-        best |= _best_in_row(i, 2, [_mean(group, key) for group in groups])
-    header = ["side in pixels", "objects", *(group["name"] for group in groups)]
-    note = "Side: the square root of an object's area. COCO's rules with these areas."
-    return Table(f"{WHAT[task].capitalize()} AP by size", header, rows, note, best)
-
-
-def _best_in_row(row: int, first: int, values: Sequence[float]) -> set[tuple[int, int]]:
-    return {(row, first + column) for column, _ in _best({0: values})}
-
-
-def _by_category(report: Mapping[str, Any], task: str) -> Table | None:
-    start = f"{task}/AP-"
-    groups = report["groups"]
-    keys = dict.fromkeys(
-        key for group in groups for key in group["metrics"] if key.startswith(start)
+def _by_bin(report: Mapping[str, Any], task: str) -> Table:
+    names = {f"{task}/AP@{name}": name for name in report["objects"]}
+    counts = ["objects", *map(str, report["objects"].values())] if names else []
+    note = (
+        "Bins: sides in pixels, the square root of an object's area. COCO's rules with these areas."
     )
-    rows, best = [], set()
-    for i, key in enumerate(keys):
-        rows.append([key[len(start) :], *(_cell(group, key) for group in groups)])
-        best |= _best_in_row(i, 1, [_mean(group, key) for group in groups])
-    header = ["category", *(group["name"] for group in groups)]
-    return Table(f"{WHAT[task].capitalize()} AP by category", header, rows, best=best)
+    return _by_key(report, f"{WHAT[task].capitalize()} AP by size", names, counts, note)
+
+
+def _by_category(report: Mapping[str, Any], task: str) -> Table:
+    start = f"{task}/AP-"
+    names = {
+        key: key[len(start) :]
+        for group in report["groups"]
+        for key in group["metrics"]
+        if key.startswith(start)
+    }
+    table = _by_key(report, f"{WHAT[task].capitalize()} AP by category", names)
+    return table if len(names) <= max(_COLUMNS, len(report["groups"])) else _turned(table)
+
+
+def _by_key(
+    report: Mapping[str, Any],
+    title: str,
+    names: Mapping[str, str],
+    first: Sequence[str] = (),
+    note: str = "",
+) -> Table:
+    """A row for each config, below a `first` one, and a column for each metric, by its name."""
+    rows = [list(first)] if first else []
+    best = {
+        (row + len(rows), column)
+        for row, column in _best(
+            {i: [_mean(group, key) for group in report["groups"]] for i, key in enumerate(names, 1)}
+        )
+    }
+    if names:
+        rows += [
+            [group["name"], *(_cell(group, key) for key in names)] for group in report["groups"]
+        ]
+    return Table(title, ["config", *names.values()], rows, note, best)
+
+
+def _turned(table: Table) -> Table:
+    """Its rows as columns."""
+    header, *rows = zip(table.header, *table.rows)
+    return replace(table, header=header, rows=rows, best={(j - 1, i + 1) for i, j in table.best})
 
 
 def _costs(report: Mapping[str, Any]) -> Table | None:
@@ -166,14 +189,29 @@ def _costs(report: Mapping[str, Any]) -> Table | None:
 
 
 def _differences(report: Mapping[str, Any]) -> Table:
-    rows = [[key, *map(text_of, values)] for key, values in report["differences"].items()]
-    header = ["key", *(group["name"] for group in report["groups"])]
-    return Table(
-        "What the configs differ in",
-        header,
-        rows,
-        "All others are equal, but for the seed, where it runs and what is kept on the way.",
-    )
+    names = [group["name"] for group in report["groups"]]
+    title = "What the configs differ in"
+    note = "All others are equal, but for the seed, where it runs and what is kept on the way."
+    if len(names) <= _SIDE_BY_SIDE:
+        rows = [[key, *map(text_of, values)] for key, values in report["differences"].items()]
+        return Table(title, ["key", *names], rows, note, left=len(names) + 1)
+    rows = []
+    for key, values in report["differences"].items():
+        owners: dict[str, list[str]] = {}
+        for name, value in zip(names, values, strict=True):
+            owners.setdefault(text_of(value), []).append(name)
+        ordered = sorted(owners.items(), key=lambda one: report["baseline"] not in one[1])
+        for i, (text, of) in enumerate(ordered):
+            rows.append(["" if i else key, text, _listed(of, "" if i else report["baseline"])])
+    return Table(title, ["key", "value", "configs"], rows, note, left=3)
+
+
+def _listed(names: Sequence[str], baseline: str) -> str:
+    """Names, the baseline's first; of many with its value only how many there are."""
+    others = [name for name in names if name != baseline]
+    if baseline and len(others) > _SIDE_BY_SIDE:
+        return f"{baseline} and {len(others)} others"
+    return ", ".join([baseline] * bool(baseline) + others)
 
 
 def _runs(report: Mapping[str, Any]) -> Table:
@@ -181,10 +219,10 @@ def _runs(report: Mapping[str, Any]) -> Table:
     heads = [f"{WHAT[task]} {name}" for task in report["tasks"] for name in METRICS[:3]]
     rows = [
         [
-            *(run["name"], run["group"], str(run["seed"])),
+            *(run["name"], run["group"], NONE if run["seed"] < 0 else str(run["seed"])),
             *(NONE if run["iteration"] < 0 else str(run["iteration"]),),
             *(number(run["metrics"].get(key)) for key in keys),
         ]
         for run in report["runs"]
     ]
-    return Table("Runs", ["run", "config", "seed", "iteration", *heads], rows)
+    return Table("Runs", ["run", "config", "seed", "iteration", *heads], rows, left=2)

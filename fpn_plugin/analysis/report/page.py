@@ -23,6 +23,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
 th { background: var(--head); font-weight: 600 }
 th:first-child, td:first-child { text-align: left; white-space: pre }
+th.left, td.left { text-align: left }
 .best { font-weight: 700; color: var(--good) }
 .bad { color: var(--bad) } .good { color: var(--good) }
 figure { margin: 1rem 0 } img { max-width: 100%; border-radius: 6px; background: #fff }
@@ -55,13 +56,15 @@ def paragraph(text: str, kind: str = "") -> str:
 def html_table(table: Table) -> str:
     """A table with its title above and its note below."""
 
-    def cell(text: str, i: int, j: int) -> str:
-        kind = ' class="best"' if (i, j) in table.best else ""
-        return f"<td{kind}>{html.escape(text)}</td>"
+    def cell(tag: str, text: str, i: int, j: int) -> str:
+        kinds = ["left"] * (0 < j < table.left) + ["best"] * ((i, j) in table.best)
+        kind = f' class="{" ".join(kinds)}"' if kinds else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
 
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in table.header)
+    head = "".join(cell("th", text, -1, j) for j, text in enumerate(table.header))
     rows = (
-        "".join(cell(text, i, j) for j, text in enumerate(row)) for i, row in enumerate(table.rows)
+        "".join(cell("td", text, i, j) for j, text in enumerate(row))
+        for i, row in enumerate(table.rows)
     )
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     note = paragraph(table.note) if table.note else ""

@@ -10,9 +10,10 @@ from tabulate import tabulate
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title; the first column is aligned left, the others right.
+    """Rows of text under a title; the first columns are aligned left, the others right.
 
     Attributes:
+        left: how many columns are aligned left.
         best: row and column of the cells to stress, each from 0; a terminal does not show it.
     """
 
@@ -21,10 +22,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     best: Collection[tuple[int, int]] = ()
+    left: int = 1
 
     def text(self, style: str = "simple") -> str:
         """As text; `style` is one of tabulate's formats."""
-        align = ["left", *["right"] * (len(self.header) - 1)]
+        align = ["left" if i < self.left else "right" for i in range(len(self.header))]
         return tabulate(
             self._stressed() if style == "github" else self.rows,
             self.header,

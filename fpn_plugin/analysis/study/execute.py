@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import signal
 import subprocess
@@ -15,11 +14,11 @@ from typing import IO, Any, Callable, Iterator
 
 from fpn_plugin.analysis.benchmark.machine import facts
 from fpn_plugin.analysis.progress import watch
+from fpn_plugin.analysis.study.record import read_record, write_record
 from fpn_plugin.analysis.study.runs import FINAL, TODO, Run
 from fpn_plugin.analysis.study.study_file import StudyError
 from fpn_plugin.engine.checkpoint import list_checkpoints
 
-RECORD = "study.json"
 _PATIENCE = 10.0  # seconds that an interrupted run gets to end by itself
 
 
@@ -78,19 +77,8 @@ def train(run: Run, script: Path, see: Callable[[str], None], held: int) -> floa
     finally:
         session["seconds"] = round(time.monotonic() - start, 1)
         record["seconds"] = round(sum(one.get("seconds", 0) for one in record["sessions"]), 1)
-        _write(run.folder / RECORD, record)
+        write_record(run.folder, record)
     return record["seconds"]
-
-
-def recorded_seconds(run: Run) -> float | None:
-    """What a run took, if a study ran it."""
-    return read_record(run.folder).get("seconds")
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a study wrote beside a run; {} if none did."""
-    path = folder / RECORD
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def remove_earlier_checkpoints(run: Run) -> None:
@@ -112,15 +100,8 @@ def _open_record(run: Run, command: list[str]) -> dict[str, Any]:
     record |= {"name": run.entry.name, "seed": run.seed, "config": str(run.entry.config)}
     record |= {"overrides": list(run.entry.overrides)}
     record["sessions"] = [*record.get("sessions", []), session]
-    _write(run.folder / RECORD, record)
+    write_record(run.folder, record)
     return record
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 @contextmanager

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Mapping, Sequence
 
 from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.study.study_file import Entry, Study, StudyError
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.engine.run_folder import METRICS, config_changes, run_results
+from fpn_plugin.engine.run_folder import OUTER_KEYS, config_changes, metric_lines, run_results
 from fpn_plugin.engine.setup import argument_parser, choose_device, load_config
 from fpn_plugin.registry import unknown_name
 
 FINAL = "model_final.pth"
 TODO, BROKEN_OFF, DONE, OTHER = "to do", "broken off", "done", "another config's"
-# where it runs and what it keeps, which its numbers do not depend on
-_FREE = (
-    "OUTPUT_DIR",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.PERSISTENT_WORKERS",
-    "DATALOADER.PIN_MEMORY",
-    "DATALOADER.PREFETCH_FACTOR",
-    "DATASETS.CHECK",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.SIZE_BINS",
-    "VIS_PERIOD",
-)
 # the metrics that Detectron2's evaluators give; with several test sets the set's name stands first
 _RESULT = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
 
@@ -67,7 +53,7 @@ class Run:
 
     def changes(self) -> list[str]:
         """What the folder's run was trained with otherwise."""
-        return config_changes(str(self.folder), self.cfg, _FREE)
+        return config_changes(str(self.folder), self.cfg, OUTER_KEYS)
 
     def state(self) -> str:
         """TODO, BROKEN_OFF, DONE, or OTHER if its folder holds the run of another config."""
@@ -80,22 +66,14 @@ class Run:
 
     def reached(self) -> int:
         """The iterations that its metrics tell of."""
-        return max((int(x.get("iteration", -1)) + 1 for x in self._metrics()), default=0)
+        lines = metric_lines(str(self.folder))
+        return max((int(x.get("iteration", -1)) + 1 for x in lines), default=0)
 
     def _evaluated(self) -> bool:
         """Whether the evaluation after the last iteration left its numbers."""
-        last = [x for x in self._metrics() if x.get("iteration", -1) >= self.iterations - 1]
+        lines = metric_lines(str(self.folder))
+        last = [x for x in lines if x.get("iteration", -1) >= self.iterations - 1]
         return any(_RESULT.search(key) for line in last for key in line)
-
-    def _metrics(self) -> list[dict[str, Any]]:
-        path = self.folder / METRICS
-        found = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a run that was killed
-                continue
-        return found
 
 
 def plan(study: Study, only: Sequence[str] = ()) -> list[Run]:
@@ -106,7 +84,8 @@ def plan(study: Study, only: Sequence[str] = ()) -> list[Run]:
 
     Raises:
         KeyError: for a name or a config key that does not exist.
-        ValueError: for a config that cannot be trained and evaluated, naming its entry.
+        ValueError: for a config that cannot be trained and evaluated, or is tested on other data
+            than another, naming its entry.
     """
     names = [entry.name for entry in study.entries]
     for name in only:
@@ -114,9 +93,21 @@ def plan(study: Study, only: Sequence[str] = ()) -> list[Run]:
             raise unknown_name("--only", name, names)
     chosen = [entry for entry in study.entries if not only or entry.name in only]
     configs = {entry.name: _config(entry) for entry in chosen}
+    _check_test_sets(configs)
     return [
         _run(study, entry, seed, configs[entry.name]) for seed in study.seeds for entry in chosen
     ]
+
+
+def _check_test_sets(configs: Mapping[str, CfgNode]) -> None:
+    tested: dict[tuple[str, str], str] = {}
+    for name, cfg in configs.items():
+        tested.setdefault((cfg.DATASETS.TEST[0], cfg.DATASETS.OWN.VAL_JSON), name)
+    if len(tested) > 1:
+        told = ", ".join(
+            f"runs.{name} on {' '.join(filter(None, of))}" for of, name in tested.items()
+        )
+        raise StudyError(f"runs are tested on different data, which cannot be compared: {told}")
 
 
 def _run(study: Study, entry: Entry, seed: int, cfg: CfgNode) -> Run:

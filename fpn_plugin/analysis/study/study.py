@@ -11,10 +11,10 @@ from typing import Callable, Sequence
 
 from fpn_plugin.analysis.study.execute import (
     lock,
-    recorded_seconds,
     remove_earlier_checkpoints,
     train,
 )
+from fpn_plugin.analysis.study.record import read_record
 from fpn_plugin.analysis.study.runs import BROKEN_OFF, DONE, OTHER, Run, check_folders
 from fpn_plugin.analysis.study.show import Display, Watcher, span
 from fpn_plugin.analysis.study.study_file import REPORT, Study
@@ -71,14 +71,15 @@ def run_study(study: Study, runs: Sequence[Run], script: Path, display: Display)
     outcome = Outcome()
     with lock(study.output) as held:
         waiting = [run for run in runs if run.state() != DONE]
-        display.say(f"{len(runs)} runs in {study.output}, {len(runs) - len(waiting)} of them done")
+        finished = [run for run in runs if run not in waiting]
+        display.say(f"{len(runs)} runs in {study.output}, {len(finished)} of them done")
         for number, run in enumerate(runs, 1):
-            if run not in waiting:
+            if run in finished:
                 outcome.done.append(run)
                 continue
             waiting.remove(run)
             title = f"run {number} of {len(runs)}, {run.title}"
-            rest = _rest(run, runs, list(waiting))
+            rest = _rest(run, [*finished, *outcome.done], list(waiting))
             watcher = Watcher(display, title, run.iterations, rest)
             going_on = f", going on at {run.reached()}" if run.state() == BROKEN_OFF else ""
             display.say(f"{title}: {run.iterations} iterations{going_on}")
@@ -106,15 +107,15 @@ def _finish(
         remove_earlier_checkpoints(run)
 
 
-def _rest(run: Run, runs: Sequence[Run], waiting: Sequence[Run]) -> Callable[[float], float]:
-    """The seconds that the runs after one will take, from those of that one and what others took.
+def _rest(run: Run, done: Sequence[Run], waiting: Sequence[Run]) -> Callable[[float], float]:
+    """The seconds that the runs after one will take, from its own and those that are done.
 
     A config takes as long as with another seed; one that has not run yet, as long as the mean.
     """
     known = {
         one.entry.name: seconds
-        for one in runs
-        if one is not run and one not in waiting and (seconds := recorded_seconds(one))
+        for one in done
+        if (seconds := read_record(one.folder).get("seconds"))
     }
 
     def rest(seconds: float) -> float:

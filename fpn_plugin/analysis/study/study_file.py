@@ -9,6 +9,7 @@ from typing import Any, Callable, Sequence
 
 import yaml
 
+from fpn_plugin.engine.size_bins import check_edges
 from fpn_plugin.registry import unknown_name
 
 REPORT = "report"
@@ -166,8 +167,11 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
         raise read.fail("seeds", [], "list of different seeds ≥ 0")
     if values["baseline"] and values["baseline"] not in [entry.name for entry in entries]:
         raise unknown_name(f"{path}: baseline", values["baseline"], [e.name for e in entries])
-    if sorted(values["size_bins"]) != list(values["size_bins"]):
-        raise read.fail("size_bins", list(values["size_bins"]), "list of growing sizes")
+    try:
+        check_edges(values["size_bins"])
+    except ValueError as error:
+        wanted = "list of growing sizes above 0"
+        raise read.fail("size_bins", list(values["size_bins"]), wanted) from error
     return Study(entries=entries, **values)
 
 

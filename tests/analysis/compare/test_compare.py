@@ -16,6 +16,8 @@ from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.analysis.compare.compare import compare
 from fpn_plugin.analysis.compare.costs import counts
+from fpn_plugin.analysis.compare.groups import group_runs
+from fpn_plugin.analysis.compare.runs import read_runs
 
 FILES = ["compare.html", "compare.json", "compare.md", "configs.csv", "runs.csv"]
 PICTURES = ["cost", "difference_bbox", "difference_segm", "loss", "sizes_bbox", "sizes_segm"]
@@ -94,8 +96,10 @@ def test_all_files_are_there_and_say_the_same(study: Study) -> None:
 def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) -> None:
     assert study.content["objects"] == {"0-4": 0, "4-16": 18, "16-64": 17, "64-inf": 12}
     lines = (study.report / "compare.md").read_text().splitlines()
-    row = next(line for line in lines if line.startswith("| 0-4 "))
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["0-4", "0", "–", "–"]
+    start = lines.index("## Box AP by size")
+    found = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[start + 2 :][:5]]
+    assert found[0] == ["config", "0-4"]
+    assert found[2:] == [["objects", "0"], ["fpn", "–"], ["pafpn", "–"]]
 
 
 @pytest.fixture
@@ -264,3 +268,62 @@ def test_the_tool(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         "16-64.5",
         "64.5-inf",
     ]
+
+
+def test_a_mean_does_not_leave_out_a_seed_that_detected_nothing(make: Any, tmp_path: Path) -> None:
+    folders = [make("a", SEED=0), make("b", None, *training(0, math.nan), SEED=1)]
+    report = report_on(folders, tmp_path / "report")
+    assert report["groups"][0]["metrics"]["bbox/AP"] == {"mean": None, "spread": None}
+    assert report["summary"].startswith("No box AP is known.")
+
+
+def test_seeds_that_were_not_set_are_several(make: Any, tmp_path: Path) -> None:
+    folders = [make(name, error, SEED=-1) for name, error in (("a", 0.3), ("b", 0.1))]
+    report = report_on(folders, tmp_path / "report")
+    assert "Seeds of one config spread by up to ±" in report["summary"]
+    assert not any("same seed" in note for note in report["notes"])
+
+
+def test_many_configs_have_a_row_for_each_value(make: Any, tmp_path: Path) -> None:
+    kinds = ("fpn", "pafpn", "bifpn", "channel_mapper", "top_down", "panet")
+    repeats = (1, 1, 2, 1, 1, 1)
+    folders = [
+        make(kind, MODEL__FPN__TOPOLOGY=kind, MODEL__FPN__REPEATS=times)
+        for kind, times in zip(kinds, repeats, strict=True)
+    ]
+    report_on(folders, tmp_path / "report", baseline=folders[1])
+    lines = (tmp_path / "report" / "compare.md").read_text().splitlines()
+    start = lines.index("## What the configs differ in")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start + 4 :][:8]]
+    assert rows[:2] == [
+        ["MODEL.FPN.REPEATS", "1", "REPEATS 1 + pafpn and 4 others"],
+        ["", "2", "REPEATS 2 + bifpn"],
+    ]
+    assert rows[2] == ["MODEL.FPN.TOPOLOGY", "pafpn", "REPEATS 1 + pafpn"]
+    assert rows[3] == ["", "fpn", "REPEATS 1 + fpn"]
+    start = lines.index("## Box AP: how often the row is better than the column")
+    assert [cell.strip() for cell in lines[start + 2].split("|")[1:-1]][1:] == list("123456")
+
+
+def test_few_images_are_told(make: Any, tmp_path: Path) -> None:
+    folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
+    notes = report_on(folders, tmp_path / "report")["notes"]
+    assert any(note.startswith("6 test images are few") for note in notes)
+
+
+def test_a_single_level_is_counted(make: Any, tmp_path: Path) -> None:
+    single = {
+        "MODEL__BACKBONE__NAME": "build_bottom_up_backbone",
+        "MODEL__RPN__IN_FEATURES": ["res4"],
+        "MODEL__ROI_HEADS__IN_FEATURES": ["res4"],
+        "MODEL__ANCHOR_GENERATOR__SIZES": [[32, 64]],
+    }
+    found = counts(group_runs(read_runs([make("a", **single)]))[0])
+    assert found["parameters"] > 1e6 and found["gflops"] > 0
+
+
+def test_runs_without_any_ap_are_refused(make: Any, tmp_path: Path) -> None:
+    folder = make("a")
+    Path(folder, "inference", "coco_instances_results.json").write_text("[]")
+    with pytest.raises(ValueError, match="none of the runs has an AP: a"):
+        report_on([folder], tmp_path / "report")

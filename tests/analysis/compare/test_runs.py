@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from comparing import write_run
 
-from fpn_plugin.analysis.compare.groups import config_differences, find_group, group_runs
+from fpn_plugin.analysis.compare.groups import (
+    config_differences,
+    find_group,
+    group_runs,
+    seeds,
+)
 from fpn_plugin.analysis.compare.runs import read_runs
 
 AP = {"iteration": 40, "bbox/AP": 30.0, "bbox/APs": float("nan")}
@@ -145,3 +150,29 @@ def test_a_group_is_found_by_name_or_folder(make: Any) -> None:
 def test_json_with_nan_is_read(make: Any) -> None:
     run = read_runs([make("a")])[0]
     assert json.dumps(run.metrics["bbox/APs"]) == "NaN"
+
+
+def entry(folder: str, name: str) -> None:
+    Path(folder, "study.json").write_text(json.dumps({"name": name}))
+
+
+def test_groups_are_called_as_their_study_calls_them(make: Any) -> None:
+    folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
+    entry(folders[0], "mine")
+    assert [group.name for group in group_runs(read_runs(folders))] == ["fpn", "pafpn"]
+    entry(folders[1], "other")
+    assert [group.name for group in group_runs(read_runs(folders))] == ["mine", "other"]
+    entry(folders[1], "mine")  # two studies with one name for two configs
+    assert [group.name for group in group_runs(read_runs(folders))] == ["fpn", "pafpn"]
+
+
+def test_two_names_of_a_study_for_one_config(make: Any) -> None:
+    folders = [make("a"), make("b")]
+    for folder, name in zip(folders, ("mine", "same"), strict=True):
+        entry(folder, name)
+    assert [group.name for group in group_runs(read_runs(folders))] == ["mine + same"]
+
+
+def test_seeds_that_were_not_set_are_not_the_same(make: Any) -> None:
+    runs = read_runs([make(name, SEED=seed) for name, seed in zip("abcd", (-1, -1, 3, 3))])
+    assert seeds(runs) == {3: 2}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from folders import load_tool
 from matrix import ROOT, start, write_config, write_study
 from tiny import write_dataset
 
-from fpn_plugin.analysis.study.execute import lock, read_record, train
+from fpn_plugin.analysis.compare import costs
+from fpn_plugin.analysis.study.execute import lock, train
+from fpn_plugin.analysis.study.record import read_record
 from fpn_plugin.analysis.study.runs import BROKEN_OFF, DONE, OTHER, TODO, Run, check_folders, plan
 from fpn_plugin.analysis.study.show import Display
 from fpn_plugin.analysis.study.study import compare_runs, run_study, status_text
@@ -23,17 +28,30 @@ SCRIPT = ROOT / "tools" / "train_net.py"
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
 
 
+@pytest.fixture(autouse=True)
+def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations are counted on these."""
+    monkeypatch.setattr(costs, "SIZE", (64, 64))
+
+
 @pytest.fixture(scope="module")
 def worked_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that is done, with the report of its comparison; trained once."""
     folder = tmp_path_factory.mktemp("study")
     write_config(folder, write_dataset(folder, images=4))
     path = write_study(folder, runs=RUNS, baseline="a", keep_checkpoints=False)
-    with start(path, "SOLVER.MAX_ITER", "3", "--only", "a,avg") as process:
-        out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert out.splitlines()[-1] == f"The report is in {folder / 'out' / 'report' / 'compare.html'}"
-    (folder / "said.txt").write_text(err)
+    out, err, tool = io.StringIO(), io.StringIO(), load_tool("study")
+    words = ["study.py", str(path), "SOLVER.MAX_ITER", "3", "--only", "a,avg"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(costs, "SIZE", (64, 64))
+        patch.setattr("sys.argv", words)
+        # what would outlive this: a handler of signals, and the loggers' levels
+        patch.setattr(tool.signal, "signal", lambda *args: None)
+        patch.setattr(tool, "hush", lambda: None)
+        assert tool.main() == 0, err.getvalue()
+    page = folder / "out" / "report" / "compare.html"
+    assert out.getvalue().splitlines()[-1] == f"The report is in {page}"
+    (folder / "said.txt").write_text(err.getvalue())
     return folder
 
 
@@ -86,6 +104,10 @@ def test_what_is_done_is_compared(copied: Path, monkeypatch: pytest.MonkeyPatch)
     compare_runs(study, outcome, quiet=True)
     assert outcome.report is not None and outcome.report.is_file()
     assert outcome.report.parent == study.output / "report"
+    content = json.loads((outcome.report.parent / "compare.json").read_text())
+    # as the study calls them
+    assert [group["name"] for group in content["groups"]] == list(RUNS)
+    assert content["baseline"] == "a"
 
 
 def test_another_config_is_refused_before_anything_starts(

@@ -68,6 +68,7 @@ def test_overrides_of_the_command_line_come_last_and_those_of_all_runs_first(
         ({"seeds": [True]}, ValueError, r"seeds: \[True\] is no list"),
         ({"seeds": 3}, ValueError, "seeds: 3 is no list"),
         ({"size_bins": [16, 8]}, ValueError, "size_bins: .16, 8. is no list of growing"),
+        ({"size_bins": [0, 8]}, ValueError, "size_bins: .0, 8. is no list of growing sizes above"),
         ({"baseline": "b"}, KeyError, "study.yaml: baseline: unknown name 'b'; choose from: a"),
         ({"keep_checkpoints": "no"}, ValueError, "keep_checkpoints: 'no' is no boolean"),
     ],
@@ -134,3 +135,14 @@ def test_a_config_that_cannot_be_trained_is_named(
     study = read_study(write(tmp_path, overrides=shared, **values))
     with pytest.raises(error, match=message):
         plan(study, only)
+
+
+def test_runs_that_are_tested_on_other_data_are_refused_before_they_are_trained(
+    tmp_path: Path,
+) -> None:
+    runs = {"a": {}, "b": {"DATASETS.TEST": ["scenes_val"]}}
+    shared = {"DATASETS.TRAIN": ["trees_train"], "DATASETS.TEST": ["trees_val"]}
+    study = read_study(write(tmp_path, overrides=shared, runs=runs))
+    with pytest.raises(ValueError, match="runs.a on trees_val, runs.b on scenes_val"):
+        plan(study)
+    assert len(plan(study, ["b"])) == 1
