@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator, Mapping
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor, nn
 
 from fpn_plugin import add_fpn_config
@@ -26,6 +28,16 @@ def zoo_config(path: str, *overrides: Any) -> CfgNode:
     cfg.merge_from_file(model_zoo.get_config_file(path))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *overrides])
     return cfg
+
+
+@contextmanager
+def own_datasets() -> Iterator[None]:
+    """Forget the datasets that are registered inside."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def small_maps(height: int = 64, width: int = 96, batch: int = 1) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import own_datasets
 from PIL import Image
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "wheels"
@@ -45,11 +45,8 @@ def wheel_cache() -> Path:
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Forget the datasets that a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    with own_datasets():
+        yield
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import subprocess
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 from folders import load_tool
+from helpers import own_datasets
 from matrix import ROOT, start, write_config, write_study
 from tiny import write_dataset
 
@@ -32,6 +34,13 @@ RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
 def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted on these."""
     monkeypatch.setattr(costs, "SIZE", (64, 64))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registry() -> Iterator[None]:
+    """Forget the own data that a study in this process registers."""
+    with own_datasets():
+        yield
 
 
 @pytest.fixture(scope="module")
