@@ -15,7 +15,7 @@ from typing import IO, Any, Callable, Iterator
 from fpn_plugin.analysis.benchmark.machine import facts
 from fpn_plugin.analysis.progress import watch
 from fpn_plugin.analysis.study.record import read_record, write_record
-from fpn_plugin.analysis.study.runs import FINAL, TODO, Run
+from fpn_plugin.analysis.study.runs import FINAL, PENDING, Run
 from fpn_plugin.analysis.study.study_file import StudyError
 from fpn_plugin.engine.checkpoint import list_checkpoints
 
@@ -60,7 +60,7 @@ def train(run: Run, script: Path, see: Callable[[str], None], held: int) -> floa
     Raises:
         RuntimeError: with the end of its output, if it fails.
     """
-    flags = [] if run.state() == TODO else ["--resume"]
+    flags = [] if run.state() == PENDING else ["--resume"]
     command = [sys.executable, str(script), *flags, *run.arguments()]
     record = _open_record(run, command)
     start, session = time.monotonic(), record["sessions"][-1]

@@ -16,7 +16,7 @@ from fpn_plugin.engine.setup import argument_parser, choose_device, load_config
 from fpn_plugin.registry import unknown_name
 
 FINAL = "model_final.pth"
-TODO, BROKEN_OFF, DONE, OTHER = "to do", "broken off", "done", "another config's"
+PENDING, BROKEN_OFF, DONE, OTHER = "to do", "broken off", "done", "another config's"
 # the metrics that Detectron2's evaluators give; with several test sets the set's name stands first
 _RESULT = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
 
@@ -56,9 +56,9 @@ class Run:
         return config_changes(str(self.folder), self.cfg, OUTER_KEYS)
 
     def state(self) -> str:
-        """TODO, BROKEN_OFF, DONE, or OTHER if its folder holds the run of another config."""
+        """PENDING, BROKEN_OFF, DONE, or OTHER if its folder holds the run of another config."""
         if not run_results(str(self.folder)):
-            return TODO
+            return PENDING
         if self.changes():
             return OTHER
         evaluated = (self.folder / FINAL).is_file() and self._evaluated()

@@ -21,7 +21,15 @@ from tiny import write_dataset
 from fpn_plugin.analysis.compare import costs
 from fpn_plugin.analysis.study.execute import lock, train
 from fpn_plugin.analysis.study.record import read_record
-from fpn_plugin.analysis.study.runs import BROKEN_OFF, DONE, OTHER, TODO, Run, check_folders, plan
+from fpn_plugin.analysis.study.runs import (
+    BROKEN_OFF,
+    DONE,
+    OTHER,
+    PENDING,
+    Run,
+    check_folders,
+    plan,
+)
 from fpn_plugin.analysis.study.show import Display
 from fpn_plugin.analysis.study.study import compare_runs, run_study, status_text
 from fpn_plugin.analysis.study.study_file import Study, read_study
@@ -125,7 +133,7 @@ def test_another_config_is_refused_before_anything_starts(
     monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
     study, runs = study_of(copied, "SOLVER.MAX_ITER", "5", "MODEL.DEVICE", "cpu")
     shutil.rmtree(runs[0].folder)
-    assert [run.state() for run in runs] == [TODO, OTHER]
+    assert [run.state() for run in runs] == [PENDING, OTHER]
     with pytest.raises(ValueError, match="avg/seed-0: SOLVER.MAX_ITER 3 -> 5\nNothing was started"):
         run_study(study, runs, SCRIPT, Display(quiet=True))
     told = status_text(runs, SCRIPT).splitlines()
