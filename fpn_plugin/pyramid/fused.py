@@ -22,6 +22,11 @@ from torch.autograd.function import once_differentiable
 Weights = Optional[List[float]]
 
 
+def is_watched() -> bool:
+    """Whether a tracer, compiler or exporter looks on, which is shown the plain operations."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
 def usable(maps: Sequence[Tensor], coarse: Sequence[bool], size: Sequence[int]) -> bool:
     """Whether :func:`weighted_sum` takes these maps, as things stand.
 
@@ -29,7 +34,7 @@ def usable(maps: Sequence[Tensor], coarse: Sequence[bool], size: Sequence[int]) 
         coarse: which of the maps are to be repeated.
         size: of the result.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if is_watched():
         return False
     first = next((x for x, small in zip(maps, coarse) if not small), None)
     if first is None or first.device.type != "cpu" or first.dim() != 4 or first.numel() == 0:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid.fused import memory_layout
+from fpn_plugin.pyramid.fused import is_watched, memory_layout
 from fpn_plugin.pyramid.resolve import ResolvedNode
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,7 +58,7 @@ def _kind(module: nn.Module) -> Hashable | None:
 
 def usable(convs: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether :func:`run` takes these convolutions of `x`, as things stand."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if is_watched():
         return False
     if not isinstance(x, Tensor) or x.numel() == 0:  # torch.fx writes down calls of proxies
         return False

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fpn_plugin.pyramid.fused import memory_layout
+from fpn_plugin.pyramid.fused import is_watched, memory_layout
 from fpn_plugin.pyramid.one_pass import is_interpreted
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -135,7 +135,7 @@ def usable(maps: Sequence[Tensor], coarse: Sequence[bool], size: Sequence[int]) 
         coarse: which of the maps are to be repeated.
         size: of the result.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if is_watched():
         return False
     first = maps[0]
     if len(maps) not in (2, 3) or first.device.type not in _DEVICES or first.dtype not in DTYPES:

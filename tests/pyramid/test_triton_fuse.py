@@ -392,10 +392,9 @@ def test_the_kernels_compile_for_gpus(
     sys.modules.pop(NAME, None)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_cpu_sums_and_the_kernel_agree(kernel: ModuleType, device: str) -> None:
-    """On what both take, they have the same bits."""
-    if device != "cpu":
-        pytest.skip("fused.py is for the CPU")
+    """On what both take, they have the same bits; fused.py is for the CPU."""
     for layout, coarse in itertools.product(LAYOUTS, COARSE):
         maps = [x.detach() for x in maps_for(coarse, device, layout, sizes=SIZES[0])]
         weights = torch.rand(len(coarse))
