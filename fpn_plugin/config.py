@@ -109,6 +109,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.PRECISION = "auto"
     # SGD (Detectron2's) or AdamW
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Stop when the loss exceeds so many times its usual value: the lowest median of 20 iterations
+    # in a row so far, but at least 1. 0: never. A loss that is not finite always stops training
+    cfg.SOLVER.MAX_LOSS_RATIO = 10000
     # The sides in pixels between the size bins by which COCO's evaluator gives AP as well, such as
     # [8, 16, 32, 64, 128, 256]; []: none
     cfg.TEST.SIZE_BINS = []

@@ -9,6 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import nn
 
+from fpn_plugin.engine.divergence import LossGuard
+from fpn_plugin.engine.watched import DivergenceRules, Watched, divergence_rules
 from fpn_plugin.registry import unknown_name
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,9 +83,10 @@ def build_step_trainer(
 
     Raises:
         KeyError: if `SOLVER.AMP.PRECISION` is unknown.
-        ValueError: for fp16 on the CPU.
+        ValueError: for fp16 on the CPU, or a bad `SOLVER.MAX_LOSS_RATIO`.
     """
-    return make_step_trainer(model, data_loader, optimizer, device_type(cfg), amp_dtype(cfg))
+    rules, device = divergence_rules(cfg), device_type(cfg)
+    return make_step_trainer(model, data_loader, optimizer, device, amp_dtype(cfg), rules)
 
 
 def make_step_trainer(
@@ -92,12 +95,17 @@ def make_step_trainer(
     optimizer: torch.optim.Optimizer,
     device: str,
     dtype: torch.dtype | None,
+    rules: DivergenceRules,
 ) -> SimpleTrainer:
     """:func:`build_step_trainer` for a kind of device and a type, None for full precision."""
+    watched = Watched(model, device, dtype, rules)
     if dtype is None:
-        return SimpleTrainer(model, data_loader, optimizer)
-    if device != "cuda":
-        return SimpleTrainer(Autocast(model, device, dtype), data_loader, optimizer)
-    # bfloat16 has float32's range: nothing to scale.
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    return AMPTrainer(model, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
+        steps = SimpleTrainer(watched, data_loader, optimizer)
+    elif device != "cuda":
+        steps = SimpleTrainer(Autocast(watched, device, dtype), data_loader, optimizer)
+    else:
+        # bfloat16 has float32's range: nothing to scale.
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        steps = AMPTrainer(watched, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
+    steps.register_hooks([LossGuard(watched)])
+    return steps

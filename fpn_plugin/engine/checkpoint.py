@@ -15,6 +15,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
+from fpn_plugin.engine.finite import refuse_non_finite
+
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
@@ -145,12 +147,16 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             name: the file's name without its ending.
             kwargs: more to save beside the model and the checkpointables.
+
+        Raises:
+            DivergedError: if a weight is not finite; nothing is written then.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = Path(self.save_dir, f"{name}.pth")
+        refuse_non_finite(data["model"], f"{path} is not written")
         logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(path.name)

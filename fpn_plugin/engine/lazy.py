@@ -2,9 +2,10 @@
 
 The parts of a config are Detectron2's: `model`, `optimizer`, `lr_multiplier`, `dataloader` and
 `train`. These entries of `train` are this plugin's: `channels_last`, `amp.precision` (auto, fp16 or
-bf16), `compile` ("", pyramid or backbone), `fold_norms` and `fast_roi_align`. A resumed run goes on
-with the model, the optimizer and the schedule; unlike
-:class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
+bf16), `compile` ("", pyramid or backbone), `fold_norms`, `fast_roi_align` and `max_loss_ratio`,
+which is `SOLVER.MAX_LOSS_RATIO`. A resumed run goes on with the model, the optimizer and the
+schedule; unlike :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in
+the data.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from detectron2.engine import (
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
@@ -35,11 +36,27 @@ from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.engine.amp import choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
 from fpn_plugin.engine.dense import LossNormalizerHook
+from fpn_plugin.engine.memory import explained, shown
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.watched import DivergenceRules, last_sizes
 
 logger = logging.getLogger(__name__)
 
+# what a user can lower, or switch on, when memory runs out
+_TRAINING_MEMORY = (
+    "dataloader.train.mapper.augmentations[0].short_edge_length",
+    "dataloader.train.mapper.augmentations[0].max_size",
+    "dataloader.train.total_batch_size",
+    "train.amp.enabled",
+    "model.backbone.recompute",
+    "model.backbone.out_channels",
+)
+_EVALUATION_MEMORY = (
+    "dataloader.test.mapper.augmentations[0].short_edge_length",
+    "dataloader.test.mapper.augmentations[0].max_size",
+    "train.amp.enabled",
+)
 _PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
 
 
@@ -130,6 +147,10 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
 
     Returns:
         the results of the last evaluation.
+
+    Raises:
+        DivergedError: before a step that would ruin the weights, with where that begins.
+        OutOfMemoryError: with what to lower.
     """
     model = build_model(cfg)
     cfg.optimizer.params.model = model
@@ -138,7 +159,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     # DDP on the CPU refuses device_ids; None leaves the choice to it
     device_ids = [comm.get_local_rank()] if _device_type(cfg) == "cuda" else None
     parallel = create_ddp_model(model, device_ids=device_ids, **cfg.train.get("ddp", {}))
-    trainer = make_step_trainer(parallel, loader, optimizer, _device_type(cfg), _dtype(cfg))
+    kind = _device_type(cfg), _dtype(cfg)
+    trainer = make_step_trainer(parallel, loader, optimizer, *kind, _rules(cfg))
     checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     goes_on = resume and checkpointer.has_checkpoint()
@@ -146,7 +168,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     start = trainer.iter + 1 if goes_on else 0
     if overwrite and comm.is_main_process():
         remove_old_run(cfg.train.output_dir)
-    trainer.train(start, cfg.train.max_iter)
+    with explained("training", lambda: _memory_hints(cfg, last_sizes(trainer.model))):
+        trainer.train(start, cfg.train.max_iter)
     return _last_results(trainer)
 
 
@@ -162,7 +185,8 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         settings.output_dir = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
     prepared = prepare_for_inference(model, _speed(cfg))
-    results = inference_on_dataset(prepared, loader, instantiate(settings))
+    with explained("evaluating", lambda: _present(cfg, _EVALUATION_MEMORY)):
+        results = inference_on_dataset(prepared, loader, instantiate(settings))
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -202,6 +226,23 @@ def _dtype(cfg: DictConfig) -> torch.dtype | None:
     if not amp.get("enabled", False):
         return None
     return choose_dtype(amp.get("precision", "auto"), _device_type(cfg), "train.amp.precision")
+
+
+def _rules(cfg: DictConfig) -> DivergenceRules:
+    ratio = cfg.train.get("max_loss_ratio", DivergenceRules.max_ratio)
+    keys = ("optimizer.lr", "train.amp.enabled")
+    advice = f"a lower rate, clipped gradients, no AMP: {', '.join(_present(cfg, keys))}"
+    return DivergenceRules(ratio, "train.max_loss_ratio", advice, cfg.train.output_dir)
+
+
+def _memory_hints(cfg: DictConfig, sizes: Sequence[tuple[int, ...]]) -> list[str]:
+    images, *others = _present(cfg, _TRAINING_MEMORY)
+    return [images + shown(sizes), *others]
+
+
+def _present(cfg: DictConfig, keys: Sequence[str]) -> list[str]:
+    """Keys with their values, or as absent."""
+    return [f"{key} ({OmegaConf.select(cfg, key, default='not set')})" for key in keys]
 
 
 def _speed(cfg: DictConfig) -> Speed:

@@ -18,9 +18,11 @@ from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.dense import LossNormalizerHook
 from fpn_plugin.engine.evaluation import build_evaluator
+from fpn_plugin.engine.memory import evaluation_hints, explained, training_hints
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.watched import last_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,17 @@ class Trainer(DefaultTrainer):
             self._adopt_seed(self._seed_hook.seed)
         start_at(self.data_loader, self.start_iter)
 
+    def train(self) -> Any:
+        """Detectron2's.
+
+        Raises:
+            DivergedError: before a step that would ruin the weights, with where that begins.
+            OutOfMemoryError: with what to lower.
+        """
+        model = self._trainer.model
+        with explained("training", lambda: training_hints(self.cfg, last_sizes(model))):
+            return super().train()
+
     def run_step(self) -> None:
         """One iteration.
 
@@ -135,8 +148,12 @@ class Trainer(DefaultTrainer):
 
         Detectron2 evaluates in fp32 whatever it trained in, so its AP of the same weights differs a
         little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
+
+        Raises:
+            OutOfMemoryError: with what to lower.
         """
-        return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
+        with explained("evaluating", lambda: evaluation_hints(cfg)):
+            return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from tiny import TRAIN, VAL
 
 from fpn_plugin.engine import lazy
+from fpn_plugin.engine.finite import DivergedError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
@@ -117,6 +118,7 @@ dataloader.train.dataset = L(load_coco_json)(
         (["--resume", "--overwrite"], "choose one"),
         (["train.amp.enabled=True", "+train.amp.precision=fp16"], "train.amp.precision 'fp16' nee"),
         (["train.amp.enabled=True", "+train.amp.precision=half"], "train.amp.precision.*'half'"),
+        (["+train.max_loss_ratio=0.5"], "train.max_loss_ratio: 0.5 is neither 0"),
     ],
 )
 def test_mistakes(
@@ -143,3 +145,14 @@ def test_channels_last() -> None:
     model = lazy.build_model(cfg)
     weight = model.backbone.get_submodule("fpn_output2").weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_run_that_diverges(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("optimizer.lr=1e20", "lr_multiplier.warmup_factor=1")
+    with pytest.raises(DivergedError, match="Iteration 1: ") as caught:
+        run(monkeypatch, tmp_path / "run", *keys)
+    assert "It begins in " in str(caught.value) and "optimizer.lr (1e+20)" in str(caught.value)
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000000.pth"
+    assert f"goes on from {tmp_path / 'run' / 'model_0000000.pth'}" in str(caught.value)

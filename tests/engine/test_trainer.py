@@ -72,7 +72,8 @@ def test_progress_line_has_an_eta(
 
 def test_full_precision_is_detectron2s_step(make_config: MakeConfig) -> None:
     trainer = Trainer(make_config())
-    assert type(trainer._trainer) is SimpleTrainer and trainer._trainer.model is trainer.model
+    assert type(trainer._trainer) is SimpleTrainer
+    assert trainer._trainer.model.model is trainer.model
 
 
 @pytest.mark.parametrize(

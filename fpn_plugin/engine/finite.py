@@ -1,0 +1,68 @@
+"""Numbers that are not finite: where among tensors they are, and the error that training ends
+with."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, Iterator, Mapping
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+_SHOWN = 3  # names in a message
+
+
+class DivergedError(FloatingPointError):
+    """Training has diverged, or was about to: a number is not finite, or the loss explodes."""
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether every element is; those of a type without infinity are."""
+    return not (x.is_floating_point() or x.is_complex()) or bool(torch.isfinite(x).all())
+
+
+def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those tensors that have an element that is NaN or infinite."""
+    return [name for name, x in named if not is_finite(x)]
+
+
+def listed(names: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a module's inputs or outputs, or of a sample, by where they stand in it.
+
+    What holds a `tensor` is looked into as well: Detectron2's boxes, masks and lists of images.
+    """
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Instances):
+        yield from tensors_of(value.get_fields(), name)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_of(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from tensors_of(item, f"{name}[{number}]")
+    elif isinstance(held := getattr(value, "tensor", None), Tensor):
+        yield name, held
+
+
+def refuse_non_finite(state: Mapping[str, Any], what: str) -> None:
+    """Refuse weights that no run can go on from.
+
+    Args:
+        state: a state dict.
+        what: is not done with it, for the message.
+
+    Raises:
+        DivergedError: naming the weights that are not finite.
+    """
+    if bad := non_finite(tensors_of(state)):
+        raise DivergedError(
+            f"{what}: {len(bad)} of its {len(state)} weights and statistics are not finite:"
+            f" {listed(bad)}. The checkpoints that are there stay as they are"
+        )

@@ -1,0 +1,115 @@
+"""Trainers whose data or model goes bad on the way, in ways that people meet."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from tiny import register, tiny_config
+from torch import Tensor, nn
+
+from fpn_plugin.engine.data import build_train_loader
+from fpn_plugin.engine.finite import DivergedError
+from fpn_plugin.engine.trainer import Trainer
+
+OURS = {"MODEL__BACKBONE__NAME": "build_pyramid_backbone", "SOLVER__MAX_ITER": 2}
+RETINA = {
+    **OURS,
+    "MODEL__META_ARCHITECTURE": "RetinaNet",
+    "MODEL__FPN__IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL__RETINANET__NUM_CLASSES": 2,
+    "SOLVER__BASE_LR": 1e-3,
+}
+Spoil = Callable[[dict[str, Any]], None]
+
+
+class At(HookBase):
+    """Does something to the model before the second iteration."""
+
+    def __init__(self, spoil: Callable[[Any], None]) -> None:
+        self.spoil = spoil
+
+    def before_step(self) -> None:
+        if self.trainer.iter == 1:
+            with torch.no_grad():
+                self.spoil(self.trainer.checkpointer.model)
+
+
+class SpoiltMapper:
+    """Detectron2's mapper, and then something bad: to each sample from the third on."""
+
+    def __init__(self, cfg: CfgNode, spoil: Spoil) -> None:
+        self.mapper = DatasetMapper(cfg, is_train=True)
+        self.spoil = spoil
+        self.calls = 0
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        sample = self.mapper(copy.deepcopy(record))
+        self.calls += 1
+        if self.calls > 2:
+            self.spoil(sample)
+        return sample
+
+
+def spoilt_trainer(spoil: Spoil) -> type[Trainer]:
+    """A trainer whose second batch is bad."""
+
+    class SpoiltTrainer(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> Any:
+            return build_train_loader(cfg, SpoiltMapper(cfg, spoil))
+
+    return SpoiltTrainer
+
+
+def nan_pixel(sample: dict[str, Any]) -> None:
+    sample["image"] = sample["image"].float()
+    sample["image"][1, 20, 30] = torch.nan
+
+
+def nan_box(sample: dict[str, Any]) -> None:
+    sample["instances"].gt_boxes.tensor[0, 2] = torch.nan
+
+
+class Root(nn.Module):
+    """Adds nothing, by a square root whose slope at zero is infinite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (0 * x).sqrt()
+
+
+def train_where_one_is_bad(json_file: str, output: str, overrides: dict[str, Any]) -> None:
+    """One of several processes, the last of which meets a bad image; leaves what it was told."""
+    register(Path(json_file))
+    last = comm.get_rank() == comm.get_world_size() - 1
+    kind = spoilt_trainer(nan_pixel) if last else Trainer
+    cfg = tiny_config(Path(output), **overrides)
+    trainer = kind(cfg)
+    try:
+        trainer.train()
+    except DivergedError as error:
+        Path(output, f"rank{comm.get_rank()}.txt").write_text(str(error))
+        raise
+
+
+def train_with_little_memory(json_file: str, output: str) -> None:
+    """Trains on images whose first map does not fit into what this process may still take."""
+    register(Path(json_file))
+    sizes = {"INPUT__MIN_SIZE_TRAIN": (3000,), "INPUT__MAX_SIZE_TRAIN": 4000}
+    trainer = Trainer(tiny_config(Path(output), **sizes))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, hard))
+    trainer.train()
+
+
+if __name__ == "__main__":
+    train_with_little_memory(*sys.argv[1:])

@@ -1,0 +1,267 @@
+"""Training stops before a step that would ruin the weights, and says where that begins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import pytest
+import torch
+from bad import (
+    OURS,
+    RETINA,
+    At,
+    Root,
+    nan_box,
+    nan_pixel,
+    spoilt_trainer,
+    train_where_one_is_bad,
+)
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer, launch
+from torch import Tensor, nn
+
+from fpn_plugin.engine.amp import make_step_trainer
+from fpn_plugin.engine.checkpoint import Checkpointer
+from fpn_plugin.engine.finite import DivergedError
+from fpn_plugin.engine.trainer import Trainer
+from fpn_plugin.engine.watched import DivergenceRules, divergence_rules
+
+MakeConfig = Callable[..., CfgNode]
+FIRST = "model_0000000.pth"
+
+
+def stopped(trainer: Trainer) -> str:
+    """What a run that stops in its second iteration says, after a look at what it leaves."""
+    with pytest.raises(DivergedError) as caught:
+        trainer.train()
+    folder, message = Path(trainer.cfg.OUTPUT_DIR), str(caught.value)
+    assert [file.name for file in folder.glob("*.pth")] == [FIRST]
+    assert (folder / "last_checkpoint").read_text() == FIRST
+    assert message.startswith("Iteration 1: ") and f"goes on from {folder / FIRST}" in message
+    assert "What may help: a lower SOLVER.BASE_LR (" in message
+    return message
+
+
+def config(make_config: MakeConfig, **overrides: Any) -> CfgNode:
+    return make_config(SOLVER__CHECKPOINT_PERIOD=1, TEST__EVAL_PERIOD=0, **{**OURS, **overrides})
+
+
+def infinite(path: str) -> Callable[[Any], None]:
+    def spoil(model: nn.Module) -> None:
+        model.get_parameter(path)[0, 0] = torch.inf
+
+    return spoil
+
+
+def overflow(model: Any) -> None:
+    """Finite weights, whose products are not."""
+    model.backbone.fpn_output4.weight.fill_(1e38)
+
+
+def root_of_zero(model: Any) -> None:
+    model.backbone.fpn_output3 = nn.Sequential(model.backbone.fpn_output3, Root())
+
+
+def bad_code(model: Any) -> None:
+    """What no module of its own computes: the anchors that the deltas are applied to."""
+    model.proposal_generator.box2box_transform.scale_clamp = torch.inf
+    model.proposal_generator.rpn_head.anchor_deltas.bias.fill_(1e30)
+
+
+SPOILT_MODELS = {
+    "a node's weight": (
+        infinite("backbone.fpn_lateral3.weight"),
+        r"the weights, before the step: pyramid node 'fpn_lateral3' \(backbone.fpn_lateral3.weight",
+    ),
+    "a head's weight": (
+        infinite("roi_heads.box_predictor.cls_score.weight"),
+        "the weights, before the step: roi_heads.box_predictor.cls_score.weight",
+    ),
+    "a node": (overflow, r"begins in pyramid node 'fpn_output4' \(backbone.fpn_output4\)"),
+    "a gradient": (
+        root_of_zero,
+        r"the loss is finite \(\d.*\), but gradients are not(.|\n)*begins in the gradient of what"
+        r" pyramid node 'fpn_output3' \(backbone.fpn_output3.0\) gives, as it comes back from"
+        r" pyramid node 'fpn_output3' \(backbone.fpn_output3.1\)",
+    ),
+    "a head's own code": (bad_code, r"a check of Detectron2 failed(.|\n)*in proposal_generator"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_MODELS)
+def test_a_model_that_goes_bad(name: str, make_config: MakeConfig) -> None:
+    spoil, expected = SPOILT_MODELS[name]
+    trainer = Trainer(config(make_config))
+    trainer.register_hooks([At(spoil)])
+    message = stopped(trainer)
+    assert re.search(expected, message), message
+    if name == "a gradient":  # the step was not taken
+        saved = torch.load(Path(trainer.cfg.OUTPUT_DIR, FIRST))["model"]
+        weights = dict(trainer.checkpointer.model.named_parameters())
+        assert all(torch.equal(x, weights[key]) for key, x in saved.items() if key in weights)
+
+
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (nan_pixel, r"the batch, before the model: 'image' of sample 0 \(.*\.png\)"),
+        (nan_box, r"the batch, before the model: 'instances.gt_boxes' of sample 0 \(.*\.png\)"),
+    ],
+)
+def test_data_that_goes_bad(
+    spoil: Callable[[dict[str, Any]], None], expected: str, make_config: MakeConfig
+) -> None:
+    message = stopped(spoilt_trainer(spoil)(config(make_config, SOLVER__AMP__ENABLED=True)))
+    assert re.search(expected, message), message
+    assert "SOLVER.AMP.ENABLED False (PRECISION is auto)" in message
+
+
+def test_a_loss_that_is_nan_is_named_and_the_run_goes_on(make_config: MakeConfig) -> None:
+    cfg = config(make_config, **{**RETINA, "SOLVER__MAX_ITER": 3})
+    torch.manual_seed(0)
+    message = stopped(spoilt_trainer(nan_pixel)(cfg))
+    assert "the loss is not finite (loss_cls nan, loss_box_reg nan)" in message
+
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 1
+    resumed.train()
+    torch.manual_seed(0)
+    unbroken = Trainer(config(make_config, output="b", **{**RETINA, "SOLVER__MAX_ITER": 3}))
+    unbroken.train()
+    pairs = zip(resumed.model.state_dict().items(), unbroken.model.state_dict().values())
+    assert [key for (key, one), other in pairs if not torch.equal(one, other)] == []
+
+
+def test_a_loss_that_explodes(make_config: MakeConfig) -> None:
+    torch.manual_seed(0)
+    cfg = config(make_config, SOLVER__BASE_LR=100.0, SOLVER__WARMUP_ITERS=0)
+    with pytest.raises(DivergedError) as caught:
+        Trainer(cfg).train()
+    message = str(caught.value)
+    assert re.search(r"explodes: \S+e\+\d+ is more than SOLVER.MAX_LOSS_RATIO \(10000\)", message)
+    assert re.search(r"loss_cls \S+e\+\d+ after [01]\.\d+, loss_box_reg", message)
+    assert re.search(r"begins in pyramid node '\w+' .*, the first part to give numbers", message)
+    assert "SOLVER.BASE_LR (100)" in message
+
+
+def test_a_sound_run_is_the_same_without_the_guard(make_config: MakeConfig) -> None:
+    def weights(guarded: bool, output: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        trainer = Trainer(config(make_config, output=output))
+        steps = trainer._trainer
+        if not guarded:
+            trainer._trainer = SimpleTrainer(trainer.model, steps.data_loader, steps.optimizer)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    one, other = weights(True, "a"), weights(False, "b")
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_two_processes_stop_together(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="DivergedError"):
+        args = (str(dataset), str(tmp_path), {**RETINA, "SOLVER__MAX_ITER": 3})
+        launch(train_where_one_is_bad, 2, dist_url="auto", args=args)
+    messages = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert re.search(r"'image' of sample 0 \(.*\.png\).* \(process 1\)\.", messages[0])
+
+
+class Toy(nn.Module):
+    """Its loss is what it is given, whatever its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        value = batch[0].reshape(1, 1)
+        return {"loss_a": (self.head(value) * 0).sum() + value.sum()}
+
+
+def toy(values: Sequence[float], ratio: float = 10000) -> SimpleTrainer:
+    model = Toy()
+    rules = DivergenceRules(ratio)
+    loader = [[torch.tensor(float(value))] for value in values]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return make_step_trainer(model, loader, optimizer, "cpu", None, rules)
+
+
+LOSSES = {
+    "high at first": ([1e6, 1e5, 1e4, 1e3, 10, 1, 5000], None),
+    "sudden": ([1, 2, 1, 1, 2e4], 4),
+    "negative": ([-1, -1, -2e4], 2),
+    "near zero": ([1e-6] * 30 + [100, 9000], None),
+    "slow": ([2.0**i for i in range(60)], 14),
+    "not a number": ([1, float("nan")], 1),
+    "infinite": ([float("inf")], 0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_when_it_stops(name: str) -> None:
+    values, at = LOSSES[name]
+    trainer = toy(values)
+    if at is None:
+        return trainer.train(0, len(values))
+    with pytest.raises(DivergedError, match=f"^Iteration {at}: the loss"):
+        trainer.train(0, len(values))
+
+
+def test_no_limit() -> None:
+    toy([1, 1e30], ratio=0).train(0, 2)
+    with pytest.raises(DivergedError, match="not finite"):
+        toy([1, float("inf")], ratio=0).train(0, 2)
+
+
+def test_a_resumed_run_stops_where_the_unbroken_one_would() -> None:
+    first = toy([1.0] * 5)
+    first.train(0, 5)
+    second = toy([9000.0, 20000.0])
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(DivergedError, match="^Iteration 6: .*10000.* times 1, "):
+        second.train(5, 7)
+
+
+@pytest.mark.parametrize("value", [-1, 1, 0.5, True, float("inf"), float("nan"), "no"])
+def test_a_bad_ratio(value: Any, make_config: MakeConfig) -> None:
+    cfg = make_config()
+    cfg.SOLVER.MAX_LOSS_RATIO = value
+    with pytest.raises(ValueError, match=f"SOLVER.MAX_LOSS_RATIO: {value!r} is neither 0"):
+        divergence_rules(cfg)
+
+
+def test_a_scaler_that_skips_each_step() -> None:
+    """As on a GPU in fp16, with torch's scaler for the CPU."""
+    trainer: Any = toy([1.0] * 30)
+    trainer.grad_scaler = scaler = torch.amp.GradScaler("cpu")
+    trainer.model.bare.head.weight.register_hook(lambda grad: grad + torch.inf)
+
+    def step() -> None:
+        loss = sum(trainer.model(next(trainer._data_loader_iter)).values())
+        trainer.optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        trainer.after_backward()
+        scaler.step(trainer.optimizer)
+        scaler.update()
+
+    trainer.run_step = step
+    with pytest.raises(DivergedError, match="^Iteration 20: .* 20 iterations in a row") as caught:
+        trainer.train(0, 30)
+    assert "the gradient of head.weight" in str(caught.value)
+
+
+def test_no_checkpoint_of_bad_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model_0000000")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    model[1].running_var[0] = torch.inf
+    model[0].weight.data[0, 0] = torch.nan
+    expected = "model_final.pth is not written: 2 of its 7 .*: 0.weight, 1.running_var"
+    with pytest.raises(DivergedError, match=expected):
+        checkpointer.save("model_final")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,0 +1,109 @@
+"""When memory runs out, the error says what to lower, with the values that the run has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+from bad import At
+from detectron2.config import CfgNode, LazyCall
+from tiny import TRAIN, VAL
+from torch import nn
+
+from fpn_plugin.engine import lazy
+from fpn_plugin.engine.memory import OutOfMemoryError, explained, is_out_of_memory
+from fpn_plugin.engine.trainer import Trainer
+
+MakeConfig = Callable[..., CfgNode]
+CONFIG = Path(__file__).parents[2] / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
+
+
+def test_a_process_that_may_take_no_more(dataset: Path, tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("bad.py"))
+    command = [sys.executable, script, str(dataset), str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    _, text = result.stderr.split("fpn_plugin.engine.memory.OutOfMemoryError: ")
+    assert text.startswith("Out of memory while training: ") and "DefaultCPUAllocator" in text
+    assert "- SOLVER.IMS_PER_BATCH (2), and SOLVER.BASE_LR (0.01) in proportion\n" in text
+    sizes = "; the last batch's images, height x width: "
+    assert f"- INPUT.MIN_SIZE_TRAIN ((3000,)) and MAX_SIZE_TRAIN (4000){sizes}3000x4000" in text
+    assert "SOLVER.AMP.ENABLED True" in text and "MODEL.FPN.RECOMPUTE True" in text
+    assert text.endswith("- MODEL.FPN.OUT_CHANNELS (32)\n")
+
+
+def exhausted(*args: Any) -> None:
+    """As CUDA's allocator says it."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_gpu_that_has_no_more(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    on = {"SOLVER__AMP__ENABLED": True, "MODEL__FPN__RECOMPUTE": True, "TEST__EVAL_PERIOD": 0}
+    trainer = Trainer(make_config(SOLVER__CHECKPOINT_PERIOD=1, **on))
+    trainer.register_hooks([At(lambda model: model.roi_heads.register_forward_hook(exhausted))])
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    text = str(caught.value)
+    assert type(caught.value.__cause__) is torch.OutOfMemoryError
+    assert text.startswith("Out of memory while training: CUDA out of memory. Tried to allocate 2")
+    assert "AMP" not in text and "RECOMPUTE" not in text
+    assert "height x width: " in text and text in caplog.text
+    assert Path(trainer.cfg.OUTPUT_DIR, "last_checkpoint").read_text() == "model_0000000.pth"
+
+
+def test_in_evaluation(make_config: MakeConfig) -> None:
+    cfg = make_config(DATASETS__TEST=(VAL,))
+    model = nn.Linear(1, 1)
+    model.register_forward_pre_hook(exhausted)
+    with pytest.raises(OutOfMemoryError, match="while evaluating") as caught:
+        Trainer.test(cfg, model)
+    assert "INPUT.MIN_SIZE_TEST (64) and MAX_SIZE_TEST (96)" in str(caught.value)
+    assert "SIZE_TRAIN" not in str(caught.value)
+
+
+class Loader:
+    """Takes what a training loader takes."""
+
+    def __init__(self, **settings: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        raise MemoryError
+
+
+def test_from_a_python_config(dataset: Path, tmp_path: Path) -> None:
+    cfg = lazy.load_config(
+        str(CONFIG),
+        [
+            "model.backbone.bottom_up.weights=''",
+            f"dataloader.train.dataset.names={TRAIN}",
+            f"train.output_dir={tmp_path}",
+        ],
+    )
+    cfg.dataloader.train = LazyCall(Loader)(**cfg.dataloader.train)
+    with pytest.raises(OutOfMemoryError, match="while training: MemoryError") as caught:
+        lazy.train(cfg)
+    text = str(caught.value)
+    assert "- dataloader.train.mapper.augmentations[0].short_edge_length ([320, 352" in text
+    assert "- dataloader.train.total_batch_size (2)\n" in text
+    assert "- model.backbone.recompute (not set)\n" in text
+
+
+@pytest.mark.parametrize("message", ["mat1 and mat2 shapes cannot be multiplied", "CUDA error"])
+def test_other_errors_are_left_alone(message: str) -> None:
+    error = RuntimeError(message)
+    assert not is_out_of_memory(error) and not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        with explained("training", list):
+            raise error
+    assert caught.value is error
+
+
+def test_the_allocator_of_main_memory() -> None:
+    with pytest.raises(OutOfMemoryError, match="while trying: .*DefaultCPUAllocator"):
+        with explained("trying", lambda: ["less"]):
+            torch.empty(2**60)
