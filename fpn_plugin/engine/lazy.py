@@ -28,7 +28,7 @@ from detectron2.engine import (
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
@@ -36,27 +36,15 @@ from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.engine.amp import choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
 from fpn_plugin.engine.dense import LossNormalizerHook
-from fpn_plugin.engine.memory import explained, shown
+from fpn_plugin.engine.eval_hook import EvalHook
+from fpn_plugin.engine.lazy_advice import divergence_rules, evaluation_hints, training_hints
+from fpn_plugin.engine.memory import explained
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
-from fpn_plugin.engine.watched import DivergenceRules, last_sizes
+from fpn_plugin.engine.watched import last_sizes
 
 logger = logging.getLogger(__name__)
 
-# what a user can lower, or switch on, when memory runs out
-_TRAINING_MEMORY = (
-    "dataloader.train.mapper.augmentations[0].short_edge_length",
-    "dataloader.train.mapper.augmentations[0].max_size",
-    "dataloader.train.total_batch_size",
-    "train.amp.enabled",
-    "model.backbone.recompute",
-    "model.backbone.out_channels",
-)
-_EVALUATION_MEMORY = (
-    "dataloader.test.mapper.augmentations[0].short_edge_length",
-    "dataloader.test.mapper.augmentations[0].max_size",
-    "train.amp.enabled",
-)
 _PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
 
 
@@ -160,7 +148,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     device_ids = [comm.get_local_rank()] if _device_type(cfg) == "cuda" else None
     parallel = create_ddp_model(model, device_ids=device_ids, **cfg.train.get("ddp", {}))
     kind = _device_type(cfg), _dtype(cfg)
-    trainer = make_step_trainer(parallel, loader, optimizer, *kind, _rules(cfg))
+    trainer = make_step_trainer(parallel, loader, optimizer, *kind, divergence_rules(cfg))
     checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     goes_on = resume and checkpointer.has_checkpoint()
@@ -168,7 +156,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     start = trainer.iter + 1 if goes_on else 0
     if overwrite and comm.is_main_process():
         remove_old_run(cfg.train.output_dir)
-    with explained("training", lambda: _memory_hints(cfg, last_sizes(trainer.model))):
+    with explained("training", lambda: training_hints(cfg, last_sizes(trainer.model))):
         trainer.train(start, cfg.train.max_iter)
     return _last_results(trainer)
 
@@ -185,7 +173,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         settings.output_dir = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
     prepared = prepare_for_inference(model, _speed(cfg))
-    with explained("evaluating", lambda: _present(cfg, _EVALUATION_MEMORY)):
+    with explained("evaluating", lambda: evaluation_hints(cfg)):
         results = inference_on_dataset(prepared, loader, instantiate(settings))
     if comm.is_main_process():
         print_csv_format(results)
@@ -204,7 +192,7 @@ def _hooks(
     ]
     if main:
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
-    chosen.append(hooks.EvalHook(settings.eval_period, lambda: evaluate(cfg, model)))
+    chosen.append(EvalHook(settings.eval_period, lambda: evaluate(cfg, model)))
     if main:
         writers = default_writers(settings.output_dir, settings.max_iter)
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
@@ -226,23 +214,6 @@ def _dtype(cfg: DictConfig) -> torch.dtype | None:
     if not amp.get("enabled", False):
         return None
     return choose_dtype(amp.get("precision", "auto"), _device_type(cfg), "train.amp.precision")
-
-
-def _rules(cfg: DictConfig) -> DivergenceRules:
-    ratio = cfg.train.get("max_loss_ratio", DivergenceRules.max_ratio)
-    keys = ("optimizer.lr", "train.amp.enabled")
-    advice = f"a lower rate, clipped gradients, no AMP: {', '.join(_present(cfg, keys))}"
-    return DivergenceRules(ratio, "train.max_loss_ratio", advice, cfg.train.output_dir)
-
-
-def _memory_hints(cfg: DictConfig, sizes: Sequence[tuple[int, ...]]) -> list[str]:
-    images, *others = _present(cfg, _TRAINING_MEMORY)
-    return [images + shown(sizes), *others]
-
-
-def _present(cfg: DictConfig, keys: Sequence[str]) -> list[str]:
-    """Keys with their values, or as absent."""
-    return [f"{key} ({OmegaConf.select(cfg, key, default='not set')})" for key in keys]
 
 
 def _speed(cfg: DictConfig) -> Speed:

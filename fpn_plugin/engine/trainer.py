@@ -17,6 +17,7 @@ from fpn_plugin.engine.amp import build_step_trainer, device_type
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.dense import LossNormalizerHook
+from fpn_plugin.engine.eval_hook import evaluated_when_done
 from fpn_plugin.engine.evaluation import build_evaluator
 from fpn_plugin.engine.memory import evaluation_hints, explained, training_hints
 from fpn_plugin.engine.optimizer import build_optimizer
@@ -110,7 +111,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's, and in the main process that of `TEST.VIS_PERIOD`."""
-        hooks = super().build_hooks()
+        hooks = evaluated_when_done(super().build_hooks())
         if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
             # here, as it needs matplotlib
             from fpn_plugin.engine.visualize import build_visualize_hook

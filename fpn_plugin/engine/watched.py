@@ -117,11 +117,12 @@ class Watched(nn.Module):
             losses = self.model(batch)
         except (FloatingPointError, AssertionError) as error:
             # the other processes go on, and can't be asked
-            alone = comm.get_world_size() > 1 and rerunning_needs_all(self.bare)
-            origin = "" if alone else self._look()
+            alone = comm.get_world_size() > 1
+            origin = "" if alone and rerunning_needs_all(self.bare) else self._look()
             if not origin and isinstance(error, AssertionError):
                 raise  # about something else
-            raise self.error(f"a check of Detectron2 failed: {error}".strip(), origin) from error
+            said = str(error).rstrip(".") or type(error).__name__
+            raise self.error(f"a check of Detectron2 failed: {said}", origin, alone) from error
         self.losses = {"total_loss": losses} if isinstance(losses, Tensor) else dict(losses)
         return losses
 
@@ -146,17 +147,18 @@ class Watched(nn.Module):
             large=large,
         )
 
-    def error(self, what: str, origin: str) -> DivergedError:
+    def error(self, what: str, origin: str, alone: bool = False) -> DivergedError:
         """What training ends with.
 
         Args:
             what: has happened.
             origin: where it began; "" if nobody knows.
+            alone: whether other processes go on, of which one may still write a checkpoint.
         """
         lines = [
             f"Iteration {get_event_storage().iter}: {what}.",
             f"It begins in {origin}." if origin else "Where it begins was not found.",
-            _what_is_kept(self.rules.folder),
+            _what_is_kept("" if alone else self.rules.folder),
             f"What may help: {self.rules.advice}.",
         ]
         return DivergedError("\n".join(lines))
@@ -176,12 +178,14 @@ def last_sizes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _what_is_kept(folder: str) -> str:
-    """What of the run is left to go on from."""
+    """What of the run is left to go on from.
+
+    Args:
+        folder: of the checkpoints; "" if it is not known which will be the last.
+    """
+    taken = "The step was not taken, and no checkpoint was written of it"
     try:
-        found = find_checkpoint(folder) if folder else ""
+        found = find_checkpoint(folder) if folder else "the last one"
     except ValueError:  # none is whole
         found = ""
-    taken = "The step was not taken, and no checkpoint was written of it"
-    if not found:
-        return f"{taken}; there is none yet."
-    return f"{taken}: --resume goes on from {found}."
+    return f"{taken}: --resume goes on from {found}." if found else f"{taken}; there is none yet."
