@@ -21,8 +21,8 @@ Shows = Callable[[nn.Module, Any, Any], bool]
 # Losses grow as the outputs do that they are taken of, and those of a sound network, except boxes
 # in pixels, stay far below this.
 LARGE = 1000.0
-# what Detectron2 and torch raise when they meet such numbers
-_BROKEN = (FloatingPointError, AssertionError, RuntimeError, ValueError, IndexError)
+# what Detectron2 and torch raise when they meet such numbers, beside FloatingPointError
+_BROKEN = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
 class Trace:
@@ -125,8 +125,10 @@ def find_origin(
         try:
             with torch.autocast(device, dtype, enabled=dtype is not None):
                 losses = model(batch)
-        except _BROKEN as error:
+        except FloatingPointError as error:
             return trace.first or f"{trace.running}, in its own code ({error})"
+        except _BROKEN:  # may be about something else
+            return trace.first
         if trace.first or gradients is None:
             return trace.first
         return gradients.run(losses)
@@ -205,7 +207,7 @@ class GradientTrace:
 
     def run(self, losses: Any) -> str:
         """The backward pass: where the first gradient is that is not finite, or ""."""
-        total = sum(x for _, x in tensors_of(losses) if x.requires_grad)
+        total = sum(x.sum() for _, x in tensors_of(losses) if x.requires_grad)
         if isinstance(total, Tensor):
             weights = [x for x in self.model.parameters() if x.requires_grad]
             torch.autograd.grad(total, weights, allow_unused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from pathlib import Path
@@ -21,12 +22,14 @@ from bad import (
 )
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, launch
+from detectron2.structures import Boxes, Instances
 from tiny import VAL
 from torch import Tensor, nn
 
 from fpn_plugin.engine.amp import make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer
-from fpn_plugin.engine.finite import DivergedError
+from fpn_plugin.engine.diagnose import Trace, _is_broken, find_origin, random_state
+from fpn_plugin.engine.finite import DivergedError, is_finite, non_finite, tensors_of
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.watched import DivergenceRules, divergence_rules
 
@@ -222,6 +225,19 @@ def test_when_it_stops(name: str) -> None:
         trainer.train(0, len(values))
 
 
+@pytest.mark.parametrize("value, error", [(float("nan"), DivergedError), (1.0, AssertionError)])
+def test_detectron2s_assertions(value: float, error: type[Exception]) -> None:
+    """They are about numbers that are not finite, or about something else."""
+
+    def check(*args: Any) -> None:
+        raise AssertionError("Box tensor contains infinite or NaN!")
+
+    trainer = toy([value])
+    trainer.model.bare.register_forward_hook(check)
+    with pytest.raises(error, match="Box tensor contains infinite or NaN!"):
+        trainer.train(0, 1)
+
+
 def test_no_limit() -> None:
     toy([1, 1e30], ratio=0).train(0, 2)
     with pytest.raises(DivergedError, match="not finite"):
@@ -231,10 +247,10 @@ def test_no_limit() -> None:
 def test_a_resumed_run_stops_where_the_unbroken_one_would() -> None:
     first = toy([1.0] * 5)
     first.train(0, 5)
-    second = toy([9000.0, 20000.0])
+    second = toy([20000.0])
     second.load_state_dict(first.state_dict())
-    with pytest.raises(DivergedError, match="^Iteration 6: .*10000.* times 1, "):
-        second.train(5, 7)
+    with pytest.raises(DivergedError, match="^Iteration 5: .*10000.* times 1, .* after 1"):
+        second.train(5, 6)
 
 
 @pytest.mark.parametrize("value", [-1, 1, 0.5, True, float("inf"), float("nan"), "no"])
@@ -276,3 +292,50 @@ def test_no_checkpoint_of_bad_weights(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=expected):
         checkpointer.save("model_final")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_is_finite() -> None:
+    large = torch.full((4,), 3e38)
+    assert is_finite(large) and is_finite(large.half().long()) and is_finite(torch.zeros(0))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not is_finite(torch.tensor([1.0, bad, -bad, 1.0]))
+        assert not is_finite(torch.tensor([bad], dtype=torch.bfloat16))
+    boxes = Boxes(torch.tensor([[0, 0, 1, torch.nan]]))
+    sample = {"image": torch.ones(1), "instances": Instances((1, 1), gt_boxes=boxes), "id": 3}
+    assert non_finite(tensors_of([sample])) == ["[0].instances.gt_boxes"]
+
+
+def test_code_between_two_parts() -> None:
+    class Between(nn.Sequential):
+        def forward(self, batch: Any) -> Any:
+            return self[1](self[0](torch.ones(1, 1)).abs().neg().log())
+
+    trace = Trace(model := nn.Sequential(Between(nn.Linear(1, 1), nn.Identity())), _is_broken)
+    with trace:
+        model(())
+    assert trace.first == "0, in its own code before 0.1 runs"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Drawing(nn.Sequential):
+    """Draws in its forward pass, and notes what."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.drawn: list[float] = []
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        self.drawn.append(float(torch.rand(1)))
+        return {"loss": super().forward(batch).square().mean()}
+
+
+def test_looking_for_it_changes_nothing() -> None:
+    model, batch, random = Drawing(), torch.randn(4, 2), random_state("cpu")
+    model(batch)["loss"].backward()
+    before = copy.deepcopy((model.state_dict(), [x.grad for x in model.parameters()]))
+    state = torch.get_rng_state()
+    assert find_origin(model, batch, device="cpu", dtype=None, random=random, backward=True) == ""
+    assert model.drawn[0] == model.drawn[1] and torch.equal(state, torch.get_rng_state())
+    after = model.state_dict(), [x.grad for x in model.parameters()]
+    assert all(torch.equal(one, after[0][key]) for key, one in before[0].items())
+    assert all(torch.equal(one, other) for one, other in zip(before[1], after[1]))

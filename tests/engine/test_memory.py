@@ -59,8 +59,9 @@ def test_in_evaluation(make_config: MakeConfig) -> None:
     cfg = make_config(DATASETS__TEST=(VAL,))
     model = nn.Linear(1, 1)
     model.register_forward_pre_hook(exhausted)
-    with pytest.raises(OutOfMemoryError, match="while evaluating") as caught:
-        Trainer.test(cfg, model)
+    with pytest.raises(OutOfMemoryError, match="^Out of memory while evaluating") as caught:
+        with explained("training", list):
+            Trainer.test(cfg, model)
     assert "INPUT.MIN_SIZE_TEST (64) and MAX_SIZE_TEST (96)" in str(caught.value)
     assert "SIZE_TRAIN" not in str(caught.value)
 
