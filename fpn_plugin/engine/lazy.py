@@ -35,6 +35,9 @@ from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.engine.amp import choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
 from fpn_plugin.engine.dense import LossNormalizerHook
+from fpn_plugin.engine.faults import explained
+from fpn_plugin.engine.folder_lock import hold
+from fpn_plugin.engine.metrics import trim_metrics
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
 
@@ -68,7 +71,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     Raises:
         FileNotFoundError: if the config file or `train.init_checkpoint` does not exist.
         ValueError: if the config lacks a part, or an evaluation has no weights.
-        FileExistsError: if `train.output_dir` holds another run's results.
+        FileExistsError: if `train.output_dir` holds another run's results, or another is at work.
     """
     setup_logger(name="fpn_plugin")
     cfg = load_config(args.config_file, args.opts)
@@ -146,7 +149,10 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     start = trainer.iter + 1 if goes_on else 0
     if overwrite and comm.is_main_process():
         remove_old_run(cfg.train.output_dir)
-    trainer.train(start, cfg.train.max_iter)
+    elif resume and comm.is_main_process():
+        trim_metrics(cfg.train.output_dir, start)
+    with explained(cfg.train.output_dir, "dataloader.train.num_workers"):
+        trainer.train(start, cfg.train.max_iter)
     return _last_results(trainer)
 
 
@@ -235,6 +241,8 @@ def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
 def _claim(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Let a training run have `train.output_dir`, or refuse; nothing in it is changed."""
     folder, weights = cfg.train.output_dir, cfg.train.init_checkpoint
+    if args.machine_rank == 0:
+        hold(folder, "train.output_dir")
     found = run_results(folder) if args.machine_rank == 0 else []
     if args.resume and args.overwrite:
         raise ValueError(
