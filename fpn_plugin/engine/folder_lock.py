@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import socket
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -74,6 +76,23 @@ def release(folder: str) -> None:
     handle = _held.pop(str(Path(folder).resolve() / LOCK), None)
     if handle is not None:
         os.close(handle)
+
+
+class Shared:
+    """This process's locks, for processes that it spawns: pass it as one of their arguments.
+
+    They hold them too, so a folder stays locked until the last of them is gone.
+    """
+
+    def __reduce__(self) -> Any:
+        return _adopt, ({path: DupFd(handle) for path, handle in _held.items()},)
+
+
+def _adopt(handles: dict[str, Any]) -> Shared:
+    for path, handle in handles.items():
+        _held[path] = handle.detach()
+        os.set_inheritable(_held[path], False)
+    return Shared()
 
 
 def _own_description() -> bytes:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing as mp
+import signal
 from datetime import timedelta
 from typing import Any, Callable
 
 from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from fpn_plugin.engine.folder_lock import Shared
 
 
 class RankError(RuntimeError):
@@ -39,16 +43,27 @@ def launch_ranks(main: Callable[..., Any], args: Any, arguments: tuple[Any, ...]
     """
     try:
         launch(
-            main,
+            _run_rank,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=arguments,
+            args=(Shared(), main, *arguments),
             timeout=timedelta(minutes=args.rank_timeout),
         )
     except (ProcessExitedException, ProcessRaisedException) as error:
         raise RankError(_describe(error, args)) from error
+
+
+def _run_rank(locks: Shared, main: Callable[..., Any], *arguments: Any) -> None:
+    """One of the processes, or the only one.
+
+    torch sends SIGINT to ranks whose parent died. Where a shell started the run in the background,
+    they would ignore it and train on for ever.
+    """
+    if mp.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main(*arguments)
 
 
 def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any) -> str:
