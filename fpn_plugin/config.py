@@ -165,6 +165,9 @@ def _add_speed_keys(cfg: CfgNode) -> None:
     cfg.DATALOADER.PREFETCH_FACTOR = 0
     # Keep decoded training images in memory, up to so many megabytes in each worker; 0: none
     cfg.DATALOADER.CACHE_IMAGES = 0
+    # A training image that cannot be read: raise (an error that names it) or skip (another one in
+    # its place; OUTPUT_DIR/skipped.json lists and counts them)
+    cfg.DATALOADER.ON_ERROR = "raise"
 
 
 def _add_visual_keys(cfg: CfgNode) -> None:

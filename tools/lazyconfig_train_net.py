@@ -14,12 +14,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse  # noqa: E402
 from typing import Any  # noqa: E402
 
-from detectron2.engine import default_argument_parser, launch  # noqa: E402
+from detectron2.engine import default_argument_parser  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the datasets)
 from fpn_plugin.engine import lazy  # noqa: E402
 from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
+from fpn_plugin.engine.launch import add_rank_timeout, launch_ranks  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that train.output_dir holds"
     )
+    add_rank_timeout(parser)
     return parser.parse_args()
 
 
@@ -43,11 +45,4 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> Any:
 if __name__ == "__main__":
     arguments = parse_args()
     config = lazy.setup(arguments)
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(config, arguments),
-    )
+    launch_ranks(main, arguments, (config, arguments))

@@ -16,12 +16,12 @@ import argparse  # noqa: E402
 from typing import Any  # noqa: E402
 
 from detectron2.config import CfgNode  # noqa: E402
-from detectron2.engine import launch  # noqa: E402
 from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
+from fpn_plugin.engine.launch import launch_ranks  # noqa: E402
 from fpn_plugin.engine.run_folder import remove_old_run  # noqa: E402
 from fpn_plugin.engine.setup import argument_parser, begin, prepare_launch, setup  # noqa: E402
 from fpn_plugin.engine.trainer import Trainer  # noqa: E402
@@ -48,11 +48,4 @@ if __name__ == "__main__":
     arguments = argument_parser().parse_args()
     config = setup(arguments)
     prepare_launch(config, arguments.num_gpus * arguments.num_machines)
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(config, arguments),
-    )
+    launch_ranks(main, arguments, (config, arguments))

@@ -204,9 +204,13 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
     for name in training + testing:
         _require_registered(name)
-    reports = [
-        check_dataset(name, level, True, masks, name in cfg.DATASETS.TEST) for name in training
-    ]
+    # Bad training images are skipped when they come, unless AP is computed from them too.
+    skip = cfg.DATALOADER.ON_ERROR == "skip" and level in ("auto", "full", "headers")
+    reports = []
+    for name in training:
+        tested = name in cfg.DATASETS.TEST
+        pictures = "annotations" if skip and not tested else level
+        reports.append(check_dataset(name, pictures, True, masks, tested))
     reports += [check_dataset(name, level, False, masks) for name in testing]
     if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
         _compare_classes([report for report in reports if report.level != "off"])

@@ -12,7 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from .annotation_checks import image_file_name
 from .findings import Findings
 
-__all__ = ["check_pictures", "upright_size"]
+__all__ = ["READ_ERRORS", "check_pictures", "upright_size"]
+
+# what Pillow raises for a file that it cannot read or decode; FileNotFoundError is an OSError
+READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
@@ -67,7 +70,7 @@ def _fault(image: dict[str, Any], name: str, folder: str, decode: bool) -> str |
         return f"the file {path} does not exist"
     except UnidentifiedImageError:
         return f"the file {path} is not an image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READ_ERRORS as error:
         return f"the file {path} cannot be read to its end: {error}"
     if size != (image["width"], image["height"]):
         note = " (turned as its EXIF tag says)" if turned else ""

@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import nn
 
-from fpn_plugin.engine.divergence import LossGuard
-from fpn_plugin.engine.watched import DivergenceRules, Watched, divergence_rules
+from fpn_plugin.engine.faults.divergence import LossGuard
+from fpn_plugin.engine.faults.watched import DivergenceRules, Watched, divergence_rules
 from fpn_plugin.registry import unknown_name
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -15,7 +15,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
-from fpn_plugin.engine.finite import refuse_non_finite
+from fpn_plugin.engine.faults.finite import refuse_non_finite
+from fpn_plugin.engine.faults.saving import first_cause, save_error, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,15 @@ def find_checkpoint(folder: str) -> str:
     )
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replace a file in one step: whoever reads it, also after a kill, sees the old or the new."""
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], needed: int = 0) -> None:
+    """Replace a file in one step: whoever reads it, also after a kill, sees the old or the new.
+
+    Args:
+        needed: about how many bytes it will have, for the error; 0: unknown.
+
+    Raises:
+        SaveError: if it cannot be written; nothing of it stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -95,9 +103,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        # torch.save fails once more when it ends the file that it could not write
+        cause = first_cause(error, OSError, KeyboardInterrupt)
+        if isinstance(cause, OSError):
+            raise save_error(path, cause, needed) from error
+        raise cause or error
     _sync_folder(path.parent)
 
 
@@ -150,6 +162,7 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             DivergedError: if a weight is not finite; nothing is written then.
+            SaveError: if there is no room; what was saved before is still there.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -158,7 +171,7 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(self.save_dir, f"{name}.pth")
         refuse_non_finite(data["model"], f"{path} is not written")
         logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(data, file))
+        write_atomically(path, lambda file: torch.save(data, file), tensor_bytes(data))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -21,7 +21,8 @@ from detectron2.data import (
 from detectron2.utils import comm
 from PIL import Image
 
-from fpn_plugin.data.image_checks import upright_size
+from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
+from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
 from fpn_plugin.engine.image_cache import CachedMapper
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
@@ -84,31 +85,58 @@ class SeededDataset(torchdata.Dataset):
         dataset: dataset dicts by index.
         mapper: a dataset dict -> the model's input, or None to refuse it.
         seed: the run's seed.
+        skip: whether an image that cannot be read is treated as if it were refused. The sample that
+            comes in its place has the files and their errors under "skipped".
     """
 
     def __init__(
-        self, dataset: torchdata.Dataset, mapper: Callable[[dict], Any], seed: int
+        self,
+        dataset: torchdata.Dataset,
+        mapper: Callable[[dict], Any],
+        seed: int,
+        skip: bool = False,
     ) -> None:
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
+        self.skip = skip
         self.rank = comm.get_rank()
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, token: Token) -> Any:
+        skipped: list[tuple[str, str]] = []
         for attempt in range(_MAPPER_TRIES):
             # The seed covers which image replaces a refused one, so a retry needs its own.
             seed = derive_seed(self.seed, SAMPLE_STREAM, self.rank, token.position, attempt)
             index = token.item if attempt == 0 else seed % len(self)
             with seeded(seed):
-                sample = self.mapper(self.dataset[index])
+                sample = self._map(index, skipped)
             if sample is not None:
-                return sample
+                return {**sample, SKIPPED: skipped} if skipped else sample
+        first = f" ({': '.join(skipped[0])})" if skipped else ""
         raise ValueError(
             f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {token.item}"
+            f"{first}"
         )
+
+    def _map(self, index: int, skipped: list[tuple[str, str]]) -> Any:
+        """The sample of an image, or None."""
+        try:
+            return self.mapper(self.dataset[index])
+        except READ_ERRORS as error:
+            fault = image_fault(error)
+            if fault is None:
+                raise
+            file = str(self.dataset[index].get("file_name", "without a file"))
+            if not self.skip:
+                raise ImageError(
+                    f"training image {file} (index {index} of DATASETS.TRAIN) cannot be used:"
+                    f" {fault}. Repair or remove it, or set {KEY} to 'skip'"
+                ) from error
+            skipped.append((file, fault))
+            return None
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> Any:
@@ -125,13 +153,17 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     Raises:
         ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes, or a key of
             DATALOADER does not fit.
+        KeyError: if DATALOADER.ON_ERROR is unknown.
     """
     batch_size = _batch_per_process(cfg)
+    skip = check_on_error(cfg.DATALOADER.ON_ERROR) == "skip"
     dataset = _training_dicts(cfg)
     mapper = mapper or DatasetMapper(cfg, is_train=True)
     if cfg.DATALOADER.CACHE_IMAGES:
         mapper = CachedMapper(mapper, cfg.DATALOADER.CACHE_IMAGES, cfg.INPUT.FORMAT)
     if isinstance(dataset, torchdata.IterableDataset):
+        if skip:
+            raise ValueError(f"{KEY} 'skip': DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a stream")
         logger.warning(
             "DATASETS.TRAIN %s is a stream: a resumed run starts it over", cfg.DATASETS.TRAIN
         )
@@ -142,7 +174,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         dataset = DatasetFromList(dataset, copy=False)
     sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), batch_size, groups)
     return build_detection_train_loader(
-        SeededDataset(dataset, mapper, cfg.SEED),
+        SeededDataset(dataset, mapper, cfg.SEED, skip),
         mapper=None,
         sampler=sampler,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -19,7 +19,8 @@ from fpn_plugin.registry import unknown_name
 FORMATS = ("BGR", "RGB", "YUV-BT.601")
 """The values of `INPUT.FORMAT` that Detectron2 makes from an image's RGB."""
 
-_PREFIX = "decoded://"
+PREFIX = "decoded://"
+"""Of the names that are answered from memory; they show in errors."""
 
 
 class _DecodedImages(PathHandler):
@@ -36,10 +37,10 @@ class _DecodedImages(PathHandler):
         self.images: dict[str, bytes] = {}
 
     def _get_supported_prefixes(self) -> list[str]:
-        return [_PREFIX]
+        return [PREFIX]
 
     def _open(self, path: str, mode: str = "r", *args: Any, **kwargs: Any) -> io.BytesIO:
-        name = path[len(_PREFIX) :]
+        name = path[len(PREFIX) :]
         found = self.images.get(name)
         if found is None:
             pixels = read_image(name, "RGB")
@@ -84,7 +85,7 @@ class CachedMapper:
         # one handler serves the prefix: that of the mapper which is reading
         PathManager.register_handler(self._images, allow_override=True)
         name = record["file_name"]
-        sample = self.mapper({**record, "file_name": _PREFIX + name})
+        sample = self.mapper({**record, "file_name": PREFIX + name})
         if sample is not None:
             sample["file_name"] = name
         return sample

@@ -36,12 +36,14 @@ from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.engine.amp import choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
 from fpn_plugin.engine.dense import LossNormalizerHook
-from fpn_plugin.engine.eval_hook import EvalHook
-from fpn_plugin.engine.lazy_advice import divergence_rules, evaluation_hints, training_hints
-from fpn_plugin.engine.memory import explained
+from fpn_plugin.engine.faults.eval_hook import EvalHook
+from fpn_plugin.engine.faults.explained import explained
+from fpn_plugin.engine.faults.lazy_advice import divergence_rules, evaluation_hints, training_hints
+from fpn_plugin.engine.faults.watched import last_sizes
+from fpn_plugin.engine.folder_lock import hold
+from fpn_plugin.engine.metrics import trim_metrics
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
-from fpn_plugin.engine.watched import last_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     Raises:
         FileNotFoundError: if the config file or `train.init_checkpoint` does not exist.
         ValueError: if the config lacks a part, or an evaluation has no weights.
-        FileExistsError: if `train.output_dir` holds another run's results.
+        FileExistsError: if `train.output_dir` holds another run's results, or another is at work.
     """
     setup_logger(name="fpn_plugin")
     cfg = load_config(args.config_file, args.opts)
@@ -138,6 +140,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
 
     Raises:
         DivergedError: before a step that would ruin the weights, with where that begins.
+        SaveError: if there is no room for a checkpoint or an evaluation's results.
+        WorkerError: if a process that loads data died.
         OutOfMemoryError: with what to lower.
     """
     model = build_model(cfg)
@@ -156,7 +160,13 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     start = trainer.iter + 1 if goes_on else 0
     if overwrite and comm.is_main_process():
         remove_old_run(cfg.train.output_dir)
-    with explained("training", lambda: training_hints(cfg, last_sizes(trainer.model))):
+    elif resume and comm.is_main_process():
+        trim_metrics(cfg.train.output_dir, start)
+
+    def hints() -> list[str]:
+        return training_hints(cfg, last_sizes(trainer.model))
+
+    with explained("training", cfg.train.output_dir, hints, "dataloader.train.num_workers"):
         trainer.train(start, cfg.train.max_iter)
     return _last_results(trainer)
 
@@ -173,7 +183,8 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         settings.output_dir = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
     prepared = prepare_for_inference(model, _speed(cfg))
-    with explained("evaluating", lambda: evaluation_hints(cfg)):
+    folder, key = cfg.train.output_dir, "dataloader.test.num_workers"
+    with explained("evaluating", folder, lambda: evaluation_hints(cfg), key):
         results = inference_on_dataset(prepared, loader, instantiate(settings))
     if comm.is_main_process():
         print_csv_format(results)
@@ -247,6 +258,8 @@ def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
 def _claim(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Let a training run have `train.output_dir`, or refuse; nothing in it is changed."""
     folder, weights = cfg.train.output_dir, cfg.train.init_checkpoint
+    if args.machine_rank == 0:
+        hold(folder, "train.output_dir")
     found = run_results(folder) if args.machine_rank == 0 else []
     if args.resume and args.overwrite:
         raise ValueError(

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 DEMO = "demo.txt"
+# a result of Detectron2's evaluators among the metrics, after a dataset's name if there are several
+RESULT_KEY = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
 # A resumed run that differs in one of these sections will not be the run that was interrupted …
 _COMPARED = ("MODEL", "DATASETS", "DATALOADER", "INPUT", "SOLVER")
 # … except for where it runs, what it no longer reads, and what its batches do not depend on.

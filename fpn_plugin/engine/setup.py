@@ -18,6 +18,8 @@ from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
 from fpn_plugin.engine.evaluation import check_evaluators
+from fpn_plugin.engine.folder_lock import hold
+from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.overrides import merge_overrides
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
 from fpn_plugin.heads.auto import resolve_heads
@@ -33,6 +35,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )
+    add_rank_timeout(parser)
     for flag in _OWN_FLAGS:
         kind = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
         option, key = "--" + flag.replace("_", "-"), flag.upper()
@@ -45,7 +48,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a run, with its output folder claimed; for once, before processes are launched.
 
-    A training run's folder is left as it is, also with `--overwrite`.
+    A training run's folder is locked, and else left as it is, also with `--overwrite`.
 
     Args:
         args: of :func:`argument_parser`.
@@ -54,7 +57,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileNotFoundError: if the config file or `MODEL.WEIGHTS` does not exist.
         KeyError: for a config key that does not exist.
         ValueError: for a bad value, no data, or an evaluation without weights.
-        FileExistsError: if OUTPUT_DIR holds another run's results.
+        FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
     setup_logger(name="fpn_plugin")
     cfg = register_own(load_config(args))
@@ -65,10 +68,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.eval_only:
         _prepare_eval(cfg, args.resume, args.machine_rank)
     else:
-        if args.machine_rank == 0:
-            claim_output_dir(cfg, args.resume, args.overwrite)
-        if not (args.resume and find_checkpoint(cfg.OUTPUT_DIR)):
+        # Before a folder is made; both flags are refused below.
+        if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
             _require_weights(cfg)
+        if args.machine_rank == 0:
+            hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before anyone looks at what is in it
+            claim_output_dir(cfg, args.resume, args.overwrite)
     cfg.freeze()
     return cfg
 

@@ -8,22 +8,28 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from fpn_plugin.engine.amp import build_step_trainer, device_type
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.dense import LossNormalizerHook
-from fpn_plugin.engine.eval_hook import evaluated_when_done
 from fpn_plugin.engine.evaluation import build_evaluator
-from fpn_plugin.engine.memory import evaluation_hints, explained, training_hints
+from fpn_plugin.engine.faults.eval_hook import evaluated_when_done
+from fpn_plugin.engine.faults.explained import explained
+from fpn_plugin.engine.faults.memory import evaluation_hints, training_hints
+from fpn_plugin.engine.faults.skipping import CountedLoader, SkipCounter, TestMapper
+from fpn_plugin.engine.faults.watched import last_sizes
+from fpn_plugin.engine.metrics import FlushMetrics, MissedEvaluation, build_writers, trim_metrics
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
-from fpn_plugin.engine.watched import last_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,8 @@ class Trainer(DefaultTrainer):
         cfg: the config with the run's seed in it.
     """
 
+    iter: int
+
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own __init__ would wrap and train the model in ways that need CUDA.
         super(DefaultTrainer, self).__init__()
@@ -51,7 +59,9 @@ class Trainer(DefaultTrainer):
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
+        skips = cfg.DATALOADER.ON_ERROR == "skip"
+        self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
+        data_loader = self._counted_loader()
         # DDP on the CPU refuses device_ids; None leaves the choice to it.
         device_ids = [comm.get_local_rank()] if device_type(cfg) == "cuda" else None
         self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
@@ -59,7 +69,8 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._seed_hook = SeedHook(cfg.SEED)
-        self.register_hooks([self._seed_hook, LossNormalizerHook(model), *self.build_hooks()])
+        first = (self._seed_hook, LossNormalizerHook(model), self._skips)
+        self.register_hooks([*first, *self.build_hooks()])
 
     @property
     def model(self) -> nn.Module:
@@ -83,17 +94,33 @@ class Trainer(DefaultTrainer):
         if self._seed_hook.seed != self.cfg.SEED:
             self._adopt_seed(self._seed_hook.seed)
         start_at(self.data_loader, self.start_iter)
+        if resume and comm.is_main_process():
+            trim_metrics(self.cfg.OUTPUT_DIR, self.start_iter)
 
     def train(self) -> Any:
-        """Detectron2's.
+        """Train to the end.
+
+        Returns:
+            the results of the last evaluation.
 
         Raises:
             DivergedError: before a step that would ruin the weights, with where that begins.
+            SaveError: if there is no room for a checkpoint or an evaluation's results.
+            WorkerError: if a process that loads data died.
             OutOfMemoryError: with what to lower.
         """
         model = self._trainer.model
-        with explained("training", lambda: training_hints(self.cfg, last_sizes(model))):
+
+        def hints() -> list[str]:
+            return training_hints(self.cfg, last_sizes(model))
+
+        with explained("training", self.cfg.OUTPUT_DIR, hints):
             return super().train()
+
+    def after_train(self) -> None:
+        """Called at the end; the last evaluation's iteration is that of an unbroken run."""
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     def run_step(self) -> None:
         """One iteration.
@@ -107,11 +134,21 @@ class Trainer(DefaultTrainer):
     def _adopt_seed(self, seed: int) -> None:
         logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)
         self.cfg = _with_seed(self.cfg, seed)
-        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
+        self._trainer.reset_data_loader(self._counted_loader)
+
+    def _counted_loader(self) -> Any:
+        loader = self.build_train_loader(self.cfg)
+        return CountedLoader(loader, self._skips) if self._skips else loader
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, and in the main process that of `TEST.VIS_PERIOD`."""
+        """Detectron2's, what keeps metrics.json whole, and in the main process that of
+        `TEST.VIS_PERIOD`."""
         hooks = evaluated_when_done(super().build_hooks())
+        if comm.is_main_process():
+            place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
+            hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        evaluate = lambda: self.test(self.cfg, self.model)  # noqa: E731
+        hooks.insert(0, MissedEvaluation(self.cfg.TEST.EVAL_PERIOD, evaluate, self.cfg.OUTPUT_DIR))
         if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
             # here, as it needs matplotlib
             from fpn_plugin.engine.visualize import build_visualize_hook
@@ -119,6 +156,11 @@ class Trainer(DefaultTrainer):
             model = self.checkpointer.model  # without DDP around it
             hooks.insert(-1, build_visualize_hook(self.cfg, model))  # the writers come last
         return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """Of the main process alone."""
+        self._writers = build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        return self._writers
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -136,6 +178,12 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's, whose errors name the image."""
+        mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """By the dataset's `evaluator_type`."""
         return build_evaluator(cfg, dataset_name)
@@ -151,9 +199,9 @@ class Trainer(DefaultTrainer):
         little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
 
         Raises:
-            OutOfMemoryError: with what to lower.
+            SaveError, WorkerError, OutOfMemoryError: as in training.
         """
-        with explained("evaluating", lambda: evaluation_hints(cfg)):
+        with explained("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
             return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
 
 

@@ -38,6 +38,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `crash_child.OVERRIDES` that nothing disturbed."""
+    from crash_child import OVERRIDES, Child  # not for every test: it loads the trainer
+
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    child = Child(str(dataset), str(folder), OVERRIDES)
+    assert child.end() == 0, child.error
+    return folder
+
+
 @pytest.fixture
 def make_config(dataset: Path, tmp_path: Path) -> Callable[..., CfgNode]:
     """Makes tiny configs that write to this test's own folder."""

@@ -31,7 +31,7 @@ def fill(folder: Path, names: Iterable[str]) -> None:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from fpn_plugin.engine.amp import make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer
-from fpn_plugin.engine.diagnose import Trace, _is_broken, find_origin, random_state
-from fpn_plugin.engine.finite import DivergedError, is_finite, non_finite, tensors_of
+from fpn_plugin.engine.faults.diagnose import Trace, _is_broken, find_origin, random_state
+from fpn_plugin.engine.faults.finite import DivergedError, is_finite, non_finite, tensors_of
+from fpn_plugin.engine.faults.watched import DivergenceRules, divergence_rules
 from fpn_plugin.engine.trainer import Trainer
-from fpn_plugin.engine.watched import DivergenceRules, divergence_rules
 
 MakeConfig = Callable[..., CfgNode]
 FIRST = "model_0000000.pth"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
@@ -11,14 +10,19 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.study.study_file import Entry, Study, StudyError
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.engine.run_folder import OUTER_KEYS, config_changes, metric_lines, run_results
+from fpn_plugin.engine.run_folder import (
+    OUTER_KEYS,
+    RESULT_KEY,
+    config_changes,
+    metric_lines,
+    run_results,
+)
 from fpn_plugin.engine.setup import argument_parser, choose_device, load_config
 from fpn_plugin.registry import unknown_name
 
 FINAL = "model_final.pth"
 PENDING, BROKEN_OFF, DONE, OTHER = "to do", "broken off", "done", "another config's"
 # the metrics that Detectron2's evaluators give; with several test sets the set's name stands first
-_RESULT = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Run:
         """Whether the evaluation after the last iteration left its numbers."""
         lines = metric_lines(str(self.folder))
         last = [x for x in lines if x.get("iteration", -1) >= self.iterations - 1]
-        return any(_RESULT.search(key) for line in last for key in line)
+        return any(RESULT_KEY.search(key) for line in last for key in line)
 
 
 def plan(study: Study, only: Sequence[str] = ()) -> list[Run]:

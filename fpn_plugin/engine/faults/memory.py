@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from typing import Callable, Iterator, Sequence
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -27,27 +26,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in _TEXTS)
 
 
-@contextlib.contextmanager
-def explained(doing: str, hints: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Say of what runs inside, if memory runs out, what to lower.
+def memory_error(error: BaseException, doing: str, hints: Sequence[str]) -> OutOfMemoryError:
+    """What to raise where memory ran out.
 
     Args:
-        doing: what it does, for the message.
-        hints: gives what may help.
-
-    Raises:
-        OutOfMemoryError: from the original error.
+        doing: what ran, for the message.
+        hints: what may help.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
-            raise
-        lines = [f"Out of memory while {doing}: {str(error) or type(error).__name__}"]
-        lines += ["What to lower, the first that you can do without:"]
-        text = "\n- ".join(["\n".join(lines), *hints()])
-        logger.error(text)  # the log has it too, beside the trace of the original
-        raise OutOfMemoryError(text) from error
+    lines = [f"Out of memory while {doing}: {str(error) or type(error).__name__}"]
+    lines += ["What to lower, the first that you can do without:"]
+    text = "\n- ".join(["\n".join(lines), *hints])
+    logger.error(text)  # the log has it too, beside the trace of the original
+    return OutOfMemoryError(text)
 
 
 def training_hints(cfg: CfgNode, sizes: Sequence[tuple[int, ...]] = ()) -> list[str]:

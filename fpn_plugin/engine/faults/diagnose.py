@@ -14,7 +14,7 @@ from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from fpn_plugin.engine.finite import is_finite, listed, non_finite, tensors_of
+from fpn_plugin.engine.faults.finite import is_finite, listed, non_finite, tensors_of
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 
 Shows = Callable[[nn.Module, Any, Any], bool]

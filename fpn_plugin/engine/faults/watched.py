@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin.engine.checkpoint import find_checkpoint
-from fpn_plugin.engine.diagnose import find_origin, random_state, rerunning_needs_all
-from fpn_plugin.engine.finite import DivergedError
+from fpn_plugin.engine.faults.diagnose import find_origin, random_state, rerunning_needs_all
+from fpn_plugin.engine.faults.finite import DivergedError
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Watched(nn.Module):
         return losses
 
     def find_origin(self, backward: bool = False, large: bool = False) -> str:
-        """Where it began in the last step: :func:`fpn_plugin.engine.diagnose.find_origin`.
+        """Where it began in the last step: :func:`fpn_plugin.engine.faults.diagnose.find_origin`.
 
         All processes must ask; each looks at its own images.
         """

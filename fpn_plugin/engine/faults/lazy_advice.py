@@ -7,8 +7,8 @@ from typing import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from fpn_plugin.engine.memory import shown
-from fpn_plugin.engine.watched import DivergenceRules
+from fpn_plugin.engine.faults.memory import shown
+from fpn_plugin.engine.faults.watched import DivergenceRules
 
 _RATE = ("optimizer.lr", "train.amp.enabled")
 _TRAINING = (

@@ -14,9 +14,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor
 
-from fpn_plugin.engine.diagnose import LARGE
-from fpn_plugin.engine.finite import listed, non_finite
-from fpn_plugin.engine.watched import Watched
+from fpn_plugin.engine.faults.diagnose import LARGE
+from fpn_plugin.engine.faults.finite import listed, non_finite
+from fpn_plugin.engine.faults.watched import Watched
 
 WINDOW = 20  # iterations whose median loss is compared with
 # A gradient scaler starts at 65536 and halves its scale at each skip: after 20 it is below 1, and

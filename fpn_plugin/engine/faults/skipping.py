@@ -1,0 +1,164 @@
+"""`DATALOADER.ON_ERROR`: training images that cannot be read stop the run, or are replaced."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from fpn_plugin.data.image_checks import READ_ERRORS
+from fpn_plugin.engine.checkpoint import write_atomically
+from fpn_plugin.engine.image_cache import PREFIX
+from fpn_plugin.registry import unknown_name
+
+logger = logging.getLogger(__name__)
+
+KEY = "DATALOADER.ON_ERROR"
+ON_ERROR = ("raise", "skip")
+REPORT = "skipped.json"
+# a sample's entry for the images that it stands in for: pairs of file and error
+SKIPPED = "skipped"
+# the machine's fault, not the image's
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class ImageError(ValueError):
+    """An image cannot be read or mapped; the message names the file."""
+
+
+def check_on_error(value: str) -> str:
+    """The value of `DATALOADER.ON_ERROR`, if it is one.
+
+    Raises:
+        KeyError: otherwise.
+    """
+    if value not in ON_ERROR:
+        raise unknown_name(KEY, value, ON_ERROR)
+    return value
+
+
+def image_fault(error: Exception) -> str | None:
+    """What is wrong with an image for which a mapper raised one of `READ_ERRORS`.
+
+    Returns:
+        a text, or None if the machine is to blame: no memory, too many open files.
+    """
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        return None
+    return f"{type(error).__name__}: {error}".replace(PREFIX, "")
+
+
+class TestMapper:
+    """A mapper whose errors name the test image: left out, it would make AP another measure.
+
+    Args:
+        mapper: a dataset dict -> the model's input.
+        dataset: the dataset's name.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, mapper: Callable[[dict], Any], dataset: str) -> None:
+        self.mapper = mapper
+        self.dataset = dataset
+
+    def __call__(self, record: dict) -> Any:
+        try:
+            return self.mapper(record)
+        except READ_ERRORS as error:
+            fault = image_fault(error)
+            if fault is None:
+                raise
+            raise ImageError(
+                f"test image {record['file_name']} of {self.dataset} (DATASETS.TEST) cannot be"
+                f" used: {fault}. {KEY} 'skip' is for training alone: AP needs all test images"
+            ) from error
+
+
+class CountedLoader:
+    """A training loader that hands the records of skipped images to a :class:`SkipCounter`."""
+
+    def __init__(self, loader: Any, counter: SkipCounter) -> None:
+        self.loader = loader
+        self.counter = counter
+
+    @property
+    def dataset(self) -> Any:
+        """The loader's own."""
+        return self.loader.dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            for sample in batch:
+                if SKIPPED in sample:
+                    self.counter.pending += sample.pop(SKIPPED)
+            yield batch
+
+
+class SkipCounter(HookBase):
+    """Counts the skipped images of all processes, and lists them in `skipped.json`.
+
+    An image counts each time that it was drawn for a batch which the run trained on and had to be
+    replaced. The counts are part of the checkpoint, so those of a run that was killed and resumed
+    are those of an unbroken one. The file is written when an image is skipped for the first time,
+    and at the end; the log lists it at the end.
+
+    Args:
+        folder: where the file goes.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.pending: list[tuple[str, str]] = []  # of the batch that is trained on
+        self._times: Counter[str] = Counter()
+        self._errors: dict[str, str] = {}
+
+    def after_step(self) -> None:
+        """Called by the trainer after each iteration, before the checkpoint's hook."""
+        found = [pair for pairs in comm.gather(self.pending) for pair in pairs]
+        self.pending = []
+        fresh = sorted({pair for pair in found if pair[0] not in self._times})
+        for file, fault in found:
+            self._times[file] += 1
+            self._errors.setdefault(file, fault)
+        for file, fault in fresh:
+            logger.warning("Training image %s is skipped: %s", file, fault)
+        if fresh:
+            self._write()
+
+    def after_train(self) -> None:
+        """Called by the trainer at the end, also after an error."""
+        if self._times and comm.is_main_process():
+            self._write()
+            lines = [
+                f"{n} x {file}: {self._errors[file]}" for file, n in sorted(self._times.items())
+            ]
+            logger.warning(
+                "%s 'skip': %d training images were replaced, %d times in all (%s):\n  %s",
+                *(KEY, len(lines), sum(self._times.values()), REPORT, "\n  ".join(lines)),
+            )
+
+    def _write(self) -> None:
+        report = json.dumps(self._report(), indent=1, sort_keys=True).encode() + b"\n"
+        write_atomically(Path(self.folder, REPORT), lambda file: file.write(report))
+
+    def _report(self) -> dict[str, dict[str, Any]]:
+        return {
+            file: {"times": times, "error": self._errors[file]}
+            for file, times in self._times.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts go into the checkpoint."""
+        return self._report()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counts of the run that goes on."""
+        self._times = Counter({file: entry["times"] for file, entry in state.items()})
+        self._errors = {file: entry["error"] for file, entry in state.items()}

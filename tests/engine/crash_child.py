@@ -1,0 +1,243 @@
+"""Training in a process that can be killed, and a parent that hears what it is doing."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from tiny import VAL, register, tiny_config
+
+from fpn_plugin.engine.faults.skipping import SkipCounter
+from fpn_plugin.engine.folder_lock import hold
+from fpn_plugin.engine.metrics import MetricsWriter, PatientWriter
+from fpn_plugin.engine.trainer import Trainer
+
+# forked from a process that has imported everything: a start takes no seconds
+CONTEXT = multiprocessing.get_context("forkserver")
+# By names that need no path of the tests': the server of Python 3.11 and before has not got it.
+CONTEXT.set_forkserver_preload(
+    ["fpn_plugin.engine.trainer", "detectron2.model_zoo", "torch.utils.tensorboard"]
+)
+
+# a tiny run with AMP, workers and evaluations
+OVERRIDES: dict[str, Any] = {
+    "MODEL__RESNETS__DEPTH": 50,  # ResNet-18's widths are fixed
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 16,
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 8,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
+    "SOLVER__MAX_ITER": 8,
+    "SOLVER__CHECKPOINT_PERIOD": 2,
+    "SOLVER__AMP__ENABLED": True,
+    "TEST__EVAL_PERIOD": 4,
+    "DATASETS__TEST": (VAL,),
+    "DATALOADER__NUM_WORKERS": 2,
+}
+PATIENCE = 60.0  # seconds, on a busy machine; what is waited for takes a few
+
+
+class Reporter(HookBase):
+    """Tells the parent about each step."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+
+    def before_step(self) -> None:
+        self.tell("step")
+
+
+class ReportingTrainer(Trainer):
+    """Says when it trains, saves and evaluates; writes metrics.json in each iteration."""
+
+    tell: Callable[[str], None]
+
+    def build_hooks(self) -> list[Any]:
+        hooks = super().build_hooks()
+        for hook in hooks:
+            if isinstance(hook, PeriodicWriter):
+                hook._period = 1
+        return [*hooks, Reporter(self.tell)]
+
+    @classmethod
+    def test(cls, *args: Any, **kwargs: Any) -> Any:
+        cls.tell("evaluating")
+        results = super().test(*args, **kwargs)
+        cls.tell("step")
+        return results
+
+
+def reporting_trainer(pipe: Connection, output: str, overrides: dict[str, Any]) -> Trainer:
+    """The trainer of the tiny detector, from always the same first weights."""
+
+    def tell(phase: str) -> None:
+        pipe.send((phase, [child.pid for child in multiprocessing.active_children()]))
+
+    torch.manual_seed(0)
+    ReportingTrainer.tell = staticmethod(tell)
+    trainer = ReportingTrainer(tiny_config(Path(output), **overrides))
+    save = trainer.checkpointer.save
+
+    def reported_save(name: str, **kwargs: Any) -> None:
+        tell("saving")
+        save(name, **kwargs)
+        tell("step")
+
+    trainer.checkpointer.save = reported_save  # type: ignore[method-assign]
+    return trainer
+
+
+def run(
+    pipe: Connection,
+    json_file: str,
+    output: str,
+    overrides: dict[str, Any],
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
+) -> None:
+    """Train, or go on where an earlier one was killed; an error's text goes to the parent."""
+    # as in a run of its own: else the loader's workers would come from another fork server
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it
+    register(Path(json_file))
+    try:
+        trainer = reporting_trainer(pipe, output, overrides)
+        prepare(trainer)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+    except Exception as error:
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        raise
+
+
+class FullDisk(HookBase):
+    """From an iteration on, no file can become larger than half of a checkpoint."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**6, 2 * 10**6))
+
+
+def run_out_of_room(pipe: Connection, *args: Any) -> None:
+    """:func:`run` in which the second checkpoint cannot be written."""
+    add_hook = lambda trainer: trainer.register_hooks([FullDisk(2)])  # noqa: E731
+    run(pipe, *args, prepare=add_hook)
+
+
+def write_metrics(pipe: Connection, path: str) -> None:
+    """Write lines of metrics, the second of three while there is no room for it."""
+    writer = PatientWriter(MetricsWriter(path))
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with EventStorage() as storage:
+        for number in range(3):
+            storage.iter = number
+            storage.put_scalar("loss", float(number))
+            room = 40 if number == 1 else limit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit))
+            writer.write()
+            pipe.send((Path(path).read_text(), []))
+        writer.close()
+
+
+def hold_folder(pipe: Connection, folder: str) -> None:
+    """Hold a folder's lock in a process that has a child, as one with a data loader's worker."""
+    hold(folder, "OUTPUT_DIR")
+    worker = os.fork()
+    if worker:
+        pipe.send(("held", [worker]))
+    time.sleep(PATIENCE)
+
+
+def lose_a_rank(folder: str) -> None:
+    """One of two processes: both skip images, then one is killed and the other waits for it."""
+    counter = SkipCounter(folder)
+    rank = comm.get_rank()
+    counter.pending = [("both.jpg", "broken"), (f"{rank}.jpg", "broken")]
+    counter.after_step()
+    comm.synchronize()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.synchronize()
+    time.sleep(PATIENCE)
+
+
+class Child:
+    """A process of :func:`run`, or of another function of its signature, seen by its parent."""
+
+    def __init__(self, *args: Any, target: Callable[..., None] = run) -> None:
+        self._pipe, other = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=target, args=(other, *args))
+        self.process.start()
+        other.close()
+        self.phase, self.error = "starting", ""
+        self.workers: set[int] = set()
+
+    def hear(self, timeout: float = PATIENCE) -> bool:
+        """Take in the next message; False if there is none in time, or none any more."""
+        try:
+            if not self._pipe.poll(timeout):
+                return False
+            phase, detail = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return False
+        if phase == "error":
+            self.error = detail
+        else:
+            self.phase = phase
+            self.workers |= set(detail)
+        return True
+
+    def wait_for(self, phase: str, times: int) -> bool:
+        """Hear until it says this for so many times; False if it ends before."""
+        for _ in waits(step=0):
+            if self.hear(0.02):
+                times -= self.phase == phase
+            elif self.process.exitcode is not None:
+                return False
+            if not times:
+                return True
+        return False
+
+    def kill(self, number: int = signal.SIGKILL) -> int | None:
+        """Send a signal; its exit code."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+        return self.end()
+
+    def end(self) -> int | None:
+        """Wait for its end; its exit code."""
+        # Not until the pipe ends: the workers of a killed process hold it open for a while.
+        for _ in waits():
+            if self.process.exitcode is not None and not self.hear(0):
+                break
+            self.hear(0.02)
+        return self.process.exitcode
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and not dead and merely not yet collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def waits(seconds: float = PATIENCE, step: float = 0.02) -> Iterator[float]:
+    """The seconds that have passed, again and again, until the time is over."""
+    start = time.monotonic()
+    while (passed := time.monotonic() - start) < seconds:
+        yield passed
+        time.sleep(step)
