@@ -21,6 +21,7 @@ from fpn_plugin.engine.evaluation import build_evaluator
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,10 @@ class Trainer(DefaultTrainer):
         self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        adapt = WarmStart(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.FPN.WARM_START else None
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, adapt=adapt, trainer=weakref.proxy(self)
+        )
         self._seed_hook = SeedHook(cfg.SEED)
         self.register_hooks([self._seed_hook, LossNormalizerHook(model), *self.build_hooks()])
 

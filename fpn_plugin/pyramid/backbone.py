@@ -15,16 +15,18 @@ from fpn_plugin.config import (
     extra_levels_for,
     size_divisibility_for,
     validate_config,
+    warm_settings,
 )
 from fpn_plugin.heads.auto import require_resolved
 from fpn_plugin.heads.inputs import validate_heads
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
-from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
+from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.one_pass import use_triton
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
+from fpn_plugin.pyramid.warm import combine
 
 
 class PyramidBackbone(GraphExecutor, Backbone):
@@ -51,6 +53,11 @@ class PyramidBackbone(GraphExecutor, Backbone):
         recompute: whether training makes fused maps again instead of keeping them.
         merge_projections: whether the 1x1 convolutions that read one map run as one.
         triton: whether a Triton kernel fuses maps on CUDA.
+        warm_from: another pyramid, by the names of the arguments from `in_features` to
+            `activation`: this one starts as that one (see `warm.py`).
+
+    Attributes:
+        warm_start: the two pyramids as one; None without `warm_from`.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the config key or node, the value and what
@@ -86,25 +93,36 @@ class PyramidBackbone(GraphExecutor, Backbone):
         recompute: bool = False,
         merge_projections: bool = False,
         triton: bool = False,
+        warm_from: Mapping[str, Any] | None = None,
     ) -> None:
         shapes = bottom_up.output_shape()
-        levels = feature_levels(shapes, in_features)
-        if graph:
-            made = add_extra_levels(parse_graph(levels, graph), extra_levels)
-        else:
-            style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"), activation)
-            made = build_graph(topology, levels, style, repeats, extra_levels, inner_levels)
-        defaults = Defaults(
+        made, defaults = _graph_and_defaults(
+            shapes,
+            in_features,
             out_channels,
-            _operator(fuse_type, "FUSE_TYPE"),
-            _operator(upsample, "UPSAMPLE"),
-            _operator(downsample, "DOWNSAMPLE"),
-            norm,
-            activation,
-            norm_eps,
-            norm_momentum,
+            topology=topology,
+            graph=graph,
+            repeats=repeats,
+            extra_levels=extra_levels,
+            inner_levels=inner_levels,
+            fuse_type=fuse_type,
+            upsample=upsample,
+            downsample=downsample,
+            lateral=lateral,
+            block=block,
+            norm=norm,
+            norm_eps=norm_eps,
+            norm_momentum=norm_momentum,
+            activation=activation,
         )
-        super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
+        channels = {name: shape.channels for name, shape in shapes.items()}
+        warm = None
+        if warm_from:
+            warm = combine(_graph_and_defaults(shapes, **warm_from), (made, defaults), channels)
+            made = warm.graph
+        channels = {name: channels[name] for name in made.inputs}
+        super().__init__(made, channels, defaults, warm.own if warm else None)
+        self.warm_start = warm
         use_triton(self, triton)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
@@ -140,6 +158,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "recompute": fpn.RECOMPUTE,
             "merge_projections": fpn.MERGE_PROJECTIONS,
             "triton": fpn.TRITON,
+            "warm_from": warm_settings(cfg),
         }
 
     @property
@@ -176,6 +195,46 @@ class PyramidBackbone(GraphExecutor, Backbone):
         for name in ("size_divisibility", "padding_constraints"):
             setattr(module, name, getattr(self, name))
         return module
+
+
+def _graph_and_defaults(
+    shapes: Mapping[str, ShapeSpec],
+    in_features: Sequence[str],
+    out_channels: int,
+    *,
+    topology: str = "fpn",
+    graph: Sequence[Mapping[str, Any]] = (),
+    repeats: int = 1,
+    extra_levels: str = "none",
+    inner_levels: int = -1,
+    fuse_type: OperatorLike = "sum",
+    upsample: OperatorLike = "nearest",
+    downsample: OperatorLike = "maxpool",
+    lateral: OperatorLike = "conv1x1",
+    block: OperatorLike = "conv3x3",
+    norm: str = "",
+    norm_eps: float = 0.0,
+    norm_momentum: float = 0.0,
+    activation: str = "",
+) -> tuple[Graph, Defaults]:
+    """What the arguments of `PyramidBackbone` come to, on a network with maps of these shapes."""
+    levels = feature_levels(shapes, in_features)
+    if graph:
+        made = add_extra_levels(parse_graph(levels, graph), extra_levels)
+    else:
+        style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"), activation)
+        made = build_graph(topology, levels, style, repeats, extra_levels, inner_levels)
+    defaults = Defaults(
+        out_channels,
+        _operator(fuse_type, "FUSE_TYPE"),
+        _operator(upsample, "UPSAMPLE"),
+        _operator(downsample, "DOWNSAMPLE"),
+        norm,
+        activation,
+        norm_eps,
+        norm_momentum,
+    )
+    return made, defaults
 
 
 def _operator(value: OperatorLike, key: str) -> Operator:

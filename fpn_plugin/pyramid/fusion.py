@@ -153,3 +153,27 @@ class ChannelFast(FastNormalized):
     """`fast_normalized` with a weight per input and channel (automl's `channel_fastattn`)."""
 
     per_channel = True
+
+
+@FUSIONS.register("blend")
+class Blend(Fusion):
+    """`old + w · (new - old)`, w learned from 0, unbounded, a weight per channel.
+
+    The node's first input is "old", its second is "new". At first it passes the old map on bit for
+    bit: a warm start (MODEL.FPN.WARM_START) lets a new path in through it.
+    """
+
+    arity = 2
+
+    def __init__(self, channels: int, count: int, norm: str = "") -> None:
+        super().__init__(channels, count)
+        self.weights = nn.Parameter(torch.zeros(channels))
+
+    def normalized_weights(self) -> Tensor:
+        """What the maps are multiplied by, shape `(2, C)`."""
+        return torch.stack([1 - self.weights, self.weights])
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        old, new = maps
+        share = self.weights.type_as(old)[:, None, None]  # (C, 1, 1)
+        return old + share * (new - old)
