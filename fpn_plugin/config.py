@@ -24,6 +24,8 @@ PYRAMID_KEYS = (
     *("OUT_CHANNELS", "FUSE_TYPE", "UPSAMPLE", "DOWNSAMPLE", "LATERAL", "BLOCK"),
     *("NORM", "NORM_EPS", "NORM_MOMENTUM", "ACTIVATION"),
 )
+# MODEL.FPN.WARM_START_FROM of a checkpoint that has no pyramid
+NO_PYRAMID = {"TOPOLOGY": "none"}
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
@@ -64,13 +66,14 @@ def _add_pyramid_keys(cfg: CfgNode) -> None:
     # Of all norms in the pyramid; 0 is the layer's own (EfficientDet: 0.001 and 0.01)
     fpn.NORM_EPS = 0.0
     fpn.NORM_MOMENTUM = 0.0
-    # Start from MODEL.WEIGHTS, a checkpoint with another pyramid or width: its pyramid is built too,
-    # and on every level the new one comes in by a learned weight from 0, so that the model begins
+    # Start from MODEL.WEIGHTS, a checkpoint with another pyramid or width: its pyramid is built,
+    # too, and on every level the new one comes in by a learned weight from 0: the model begins
     # by computing what the checkpoint computed. The structure follows from the config: leave it on
     # to resume and to evaluate
     fpn.WARM_START = False
-    # What the checkpoint's pyramid is, by the names of the keys here. Filled from the config.yaml
-    # beside the checkpoint, or from the names in it where it is Detectron2's FPN
+    # What the checkpoint's pyramid is, by the names of the keys here (TOPOLOGY none: it has none).
+    # Filled from the config.yaml beside the checkpoint, or from the names in it where it is
+    # Detectron2's FPN
     fpn.WARM_START_FROM = CfgNode(new_allowed=True)
     # A pyramid of one's own: a list of nodes ({name, level, inputs, fuse, block, output}) instead
     # of TOPOLOGY. LATERAL, BLOCK and REPEATS do not apply to it: a node names its own block
@@ -223,13 +226,13 @@ def pyramid_settings(cfg: CfgNode) -> dict[str, Any]:
 
 def warm_settings(cfg: CfgNode) -> dict[str, Any]:
     """`MODEL.FPN.WARM_START_FROM` by the argument names of `PyramidBackbone`; {} without a warm
-    start.
+    start, or from a checkpoint without a pyramid.
 
     Raises:
         ValueError: (KeyError for an unknown key) naming it, where it does not say enough.
     """
     fpn = cfg.MODEL.FPN
-    if not fpn.WARM_START:
+    if not fpn.WARM_START or fpn.WARM_START_FROM == NO_PYRAMID:
         return {}
     where = "MODEL.FPN.WARM_START_FROM"
     if not fpn.WARM_START_FROM:

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """Turn a checkpoint into one of another pyramid, as MODEL.FPN.WARM_START does when training starts.
 
-    python tools/convert_weights.py --config-file FILE --weights model.pth --output folder/new.pth
-        [KEY VALUE …]                          for that config's pyramid, with a config.yaml beside
-    python tools/convert_weights.py --to detectron2 --weights model.pth --output d2.pth
-                                               ours, a plain fpn, for Detectron2's own FPN
+convert_weights.py --config-file FILE --weights model.pth --output folder/new.pth [KEY VALUE …]
+    for that config's pyramid; the config.yaml that the file goes with is written beside it
+convert_weights.py --to detectron2 --weights model.pth --output d2.pth
+    a plain fpn of ours for Detectron2's own FPN
 
-What the checkpoint's pyramid is follows from the config.yaml beside it, or from its names. No file
-is replaced.
+What the checkpoint's pyramid is follows from the config.yaml beside it, or from its names.
 """
 
 import os
@@ -20,7 +19,7 @@ import argparse  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders)
-from fpn_plugin.engine.convert import to_config, to_detectron2  # noqa: E402
+from fpn_plugin.engine.convert import check_output, to_config, to_detectron2  # noqa: E402
 from fpn_plugin.engine.setup import argument_parser, load_config  # noqa: E402
 
 
@@ -32,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     add("--weights", required=True, metavar="FILE", help="the checkpoint")
     add("--output", required=True, metavar="FILE", help="the file to write")
     add("--to", choices=("config", "detectron2"), default="config", help="default: config")
+    add("--overwrite", action="store_true", help="replace files that are there")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
     if (args.to == "config") != bool(args.config_file):
@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     setup_logger(name="fpn_plugin")
+    check_output(args.output, args.weights, args.to == "config", args.overwrite)
     if args.to == "detectron2":
         to_detectron2(args.weights, args.output)
         return

@@ -124,8 +124,6 @@ class Checkpointer(DetectionCheckpointer):
         model: as in Detectron2.
         save_dir: a local folder.
         save_to_disk: by default, in the main process.
-        adapt: makes the model's state of that in the file that training starts from; not of one to
-            resume from or to evaluate.
         checkpointables: as in Detectron2.
     """
 
@@ -135,10 +133,8 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         save_to_disk: bool | None = None,
-        adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         **checkpointables: Any,
     ) -> None:
-        self._adapt, self._starts = adapt, False
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         if self.save_dir and self.save_to_disk:
             remove_leftovers(self.save_dir)
@@ -163,20 +159,6 @@ class Checkpointer(DetectionCheckpointer):
         """Let `last_checkpoint` name this file."""
         content = last_filename_basename.encode()
         write_atomically(Path(self.save_dir, TAG), lambda file: file.write(content))
-
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Go on from the checkpoint of the folder, or else load `path`, adapted."""
-        self._starts = not (resume and self.has_checkpoint())
-        try:
-            return super().resume_or_load(path, resume=resume)
-        finally:
-            self._starts = False
-
-    def _load_file(self, filename: str) -> Any:
-        loaded = super()._load_file(filename)
-        if self._starts and self._adapt is not None:
-            loaded["model"] = self._adapt(loaded["model"])
-        return loaded
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to resume from; see, also for what it raises, `find_checkpoint`."""

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.engine.checkpoint import Checkpointer, write_atomically
-from fpn_plugin.engine.run_folder import CONFIG, recorded_config
+from fpn_plugin.engine.checkpoint import write_atomically
+from fpn_plugin.engine.run_folder import CONFIG
 from fpn_plugin.engine.trainer import Trainer
-from fpn_plugin.engine.warm_source import FROM, WEIGHTS, describe_checkpoint
-from fpn_plugin.engine.warm_start import WarmStart
+from fpn_plugin.engine.warm_source import FROM, WEIGHTS, describe_checkpoint, recorded_model
+from fpn_plugin.engine.warm_start import start_warm
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +29,32 @@ _DETECTRON2 = {
     "BLOCK": ("conv3x3",),
     "ACTIVATION": ("",),
     "NORM_EPS": (0.0,),
+    "EXTRA_LEVELS": ("maxpool", "conv_c5"),
 }
 
 
-def check_output(output: str, *others: str) -> None:
+def check_output(output: str, weights: str, with_config: bool, overwrite: bool) -> None:
     """Refuse to replace a file.
+
+    Args:
+        with_config: whether a config.yaml is written beside it.
+        overwrite: whether files may be replaced; not those of the checkpoint itself.
 
     Raises:
         FileExistsError: naming --output and the file.
+        ValueError: naming --output, if it would replace a file that belongs to `weights`.
     """
-    for path in (Path(output), *(Path(output).with_name(name) for name in others)):
-        if path.exists():
-            raise FileExistsError(f"--output {output!r}: {path} exists; choose another folder")
+    files = [Path(output), *([Path(output).with_name(CONFIG)] if with_config else [])]
+    kept = {Path(weights).resolve(), Path(weights).with_name(CONFIG).resolve()}
+    for file in files:
+        if file.resolve() in kept:
+            raise ValueError(
+                f"--output {output!r}: {file} belongs to --weights; take another folder"
+            )
+        if file.exists() and not overwrite:
+            raise FileExistsError(
+                f"--output {output!r}: {file} exists; give --overwrite or take another folder"
+            )
 
 
 def to_config(cfg: CfgNode, output: str) -> None:
@@ -51,14 +64,13 @@ def to_config(cfg: CfgNode, output: str) -> None:
         cfg: resolved, with `MODEL.FPN.WARM_START`.
 
     Raises:
-        FileExistsError: if one of the two files exists.
+        ValueError: what :func:`start_warm` raises.
     """
-    check_output(output, CONFIG)
     model = Trainer.build_model(cfg)
-    adapt = WarmStart(model, cfg.MODEL.WEIGHTS)
-    Checkpointer(model, adapt=adapt).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    start_warm(model, cfg)
     _write(output, {"model": model.state_dict()})
-    Path(output).with_name(CONFIG).write_text(cfg.dump())
+    text = cfg.dump()
+    write_atomically(Path(output).with_name(CONFIG), lambda file: file.write(text.encode()))
     logger.info("Wrote %s and, beside it, the %s that it goes with (%s)", output, CONFIG, FROM)
 
 
@@ -68,25 +80,24 @@ def to_detectron2(weights: str, output: str) -> None:
     The names are the same; what is checked is that Detectron2 would compute the same from them.
 
     Raises:
-        FileExistsError: if the file exists.
         ValueError: naming MODEL.WEIGHTS, the key and its value, where it would not.
     """
-    check_output(output)
     where = f"{WEIGHTS} {weights!r} cannot become Detectron2's FPN"
-    model = recorded_config(str(Path(weights).parent)).get("MODEL", {})
+    model = recorded_model(weights)
     if model.get("FPN", {}).get("WARM_START"):
         raise ValueError(f"{where}: it holds two pyramids (MODEL.FPN.WARM_START: True)")
     settings = describe_checkpoint(weights)
     for key, choices in _DETECTRON2.items():
-        if settings[key] not in choices:
+        if key in settings and settings[key] not in choices:
             valid = " or ".join(repr(choice) for choice in choices)
             raise ValueError(f"{where}: MODEL.FPN.{key} is {settings[key]!r}, not {valid}")
     network = model.get("BOTTOM_UP", {}).get("NAME", "build_resnet_backbone")
     if network != "build_resnet_backbone":
         logger.warning("MODEL.BOTTOM_UP.NAME is %r, which Detectron2 has no FPN on", network)
-    state: dict[str, Tensor] = read_state_dict(weights, WEIGHTS)
-    _write(output, {"model": state, "__author__": "fpn_plugin"})
-    logger.info("Wrote %s for MODEL.BACKBONE.NAME build_resnet_fpn_backbone", output)
+    _write(output, {"model": read_state_dict(weights, WEIGHTS), "__author__": "fpn_plugin"})
+    builder = "retinanet_resnet" if settings["EXTRA_LEVELS"] == "conv_c5" else "resnet"
+    name = f"build_{builder}_fpn_backbone"
+    logger.info("Wrote %s for MODEL.BACKBONE.NAME %s", output, name)
 
 
 def _write(output: str, data: dict[str, Any]) -> None:

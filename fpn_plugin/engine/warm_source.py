@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from detectron2.config import CfgNode, get_cfg
-from torch import Tensor
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.config import PYRAMID_KEYS, add_fpn_config, pyramid_settings
+from fpn_plugin.config import NO_PYRAMID, PYRAMID_KEYS, add_fpn_config, pyramid_settings
 from fpn_plugin.engine.run_folder import recorded_config
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ _TOP = re.compile(r"backbone\.top_block\.p\d+\.(weight|bias)")
 
 
 def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) -> None:
-    """Fill `MODEL.FPN.WARM_START_FROM`, in place, where `WARM_START` is on and it is empty.
+    """Fill `MODEL.FPN.WARM_START_FROM`, in place, where `WARM_START` is on.
 
     Args:
         checkpoint: of the run that goes on, if one does: it is loaded as it is.
@@ -35,53 +34,69 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
             does not go with this config.
     """
     fpn = cfg.MODEL.FPN
-    if not fpn.WARM_START:
-        return
-    if cfg.MODEL.BACKBONE.NAME != _OURS:
-        raise ValueError(
-            f"{KEY}: True starts a pyramid of ours, but MODEL.BACKBONE.NAME is"
-            f" {cfg.MODEL.BACKBONE.NAME!r}: use {_OURS!r}"
-        )
     path, key = (checkpoint, "OUTPUT_DIR") if checkpoint else (cfg.MODEL.WEIGHTS, WEIGHTS)
-    if not path:
-        if fpn.WARM_START_FROM:
-            return
-        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
-    recorded = _recorded_model(path)
-    if fpn.WARM_START_FROM and not recorded:
-        return  # nothing is known but what the config says
-    source = dict(recorded.get("FPN", {}).get("WARM_START_FROM") or {})
-    if recorded.get("FPN", {}).get("WARM_START"):
+    recorded = recorded_model(path)
+    record = recorded.get("FPN", {})
+    if not fpn.WARM_START:
+        if record.get("WARM_START"):
+            logger.warning("%s: False, but %s (%s) holds two pyramids: set it", KEY, path, key)
+        return
+    _check_target(cfg, path)
+    if record.get("WARM_START"):  # a warm-started checkpoint, which is loaded as it is
         if not checkpoint:
             _check_same_target(cfg, recorded, path)
-    elif checkpoint or evaluates:
+        fpn.WARM_START_FROM = _node(record["WARM_START_FROM"])
+    elif (checkpoint or evaluates) and (recorded or not fpn.WARM_START_FROM):
         raise ValueError(
-            f"{KEY}: True, but {path} ({key}) is of a run without it, and would be loaded as it"
-            " is: leave it out"
+            f"{KEY}: True, but no config.yaml of a run with it is beside {path} ({key}), which"
+            f" would be loaded as it is: leave it out, or say {FROM}"
         )
-    else:
-        source = describe_checkpoint(path)
-    fpn.WARM_START_FROM = CfgNode(source, new_allowed=True)
+    elif recorded or not fpn.WARM_START_FROM:
+        fpn.WARM_START_FROM = _node(describe_checkpoint(path))
     if checkpoint:
         logger.info("--resume: %s goes on as it is; %s adapts nothing", checkpoint, KEY)
 
 
 def describe_checkpoint(path: str) -> dict[str, Any]:
-    """The pyramid of a checkpoint, by the keys of `MODEL.FPN`.
+    """The pyramid of a checkpoint, by the keys of `MODEL.FPN`; `NO_PYRAMID` if it has none.
 
     Raises:
-        ValueError: naming MODEL.WEIGHTS, if it has none that is known.
+        FileNotFoundError: if there is no such file.
+        ValueError: naming MODEL.WEIGHTS, if it is none of a detector, or its pyramid is unknown.
     """
-    recorded = _recorded_model(path)
+    recorded = recorded_model(path)
     if recorded.get("BACKBONE", {}).get("NAME") == _OURS:
         return pyramid_settings(_settled(recorded))
     shapes = {name: tuple(x.shape) for name, x in read_state_dict(path, WEIGHTS).items()}
-    return _detectron2_fpn(shapes, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
+    names = [name for name in shapes if name.startswith("backbone.")]
+    if not names:
+        raise ValueError(
+            f"{KEY}: {WEIGHTS} {path!r} is no checkpoint of a detector: it has no names as"
+            f" backbone.fpn_lateral2.weight, but {', '.join(list(shapes)[:3])}, ... The weights of"
+            " a network alone go to MODEL.BOTTOM_UP.WEIGHTS"
+        )
+    own = [name for name in names if not name.startswith("backbone.bottom_up.")]
+    if not own or own == names:  # Detectron2's C4 detectors have backbone.res4.…
+        return dict(NO_PYRAMID)
+    other = [name for name in own if not _FPN.fullmatch(name) and not _TOP.fullmatch(name)]
+    if other:
+        raise ValueError(
+            f"{KEY}: {WEIGHTS} {path!r} has more than Detectron2's FPN ({other[0]}), and no"
+            f" config.yaml of its run is beside it: put it there, or say in {FROM} what it is"
+        )
+    return _detectron2_fpn(shapes, own, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
 
 
-def _recorded_model(path: str) -> Mapping[str, Any]:
+def recorded_model(path: str) -> Mapping[str, Any]:
     """`MODEL` of the run whose folder a checkpoint lies in; {} if there is none."""
-    return {} if "://" in path else recorded_config(str(Path(path).parent)).get("MODEL", {})
+    if not path or "://" in path:
+        return {}
+    found: Mapping[str, Any] = recorded_config(str(Path(path).parent)).get("MODEL", {})
+    return found
+
+
+def _node(settings: Mapping[str, Any]) -> CfgNode:
+    return CfgNode(dict(settings), new_allowed=True)
 
 
 def _settled(recorded: Mapping[str, Any]) -> CfgNode:
@@ -95,71 +110,60 @@ def _settled(recorded: Mapping[str, Any]) -> CfgNode:
     return cfg
 
 
+def _check_target(cfg: CfgNode, path: str) -> None:
+    if cfg.MODEL.BACKBONE.NAME != _OURS:
+        raise ValueError(
+            f"{KEY}: True starts a pyramid of ours, but MODEL.BACKBONE.NAME is"
+            f" {cfg.MODEL.BACKBONE.NAME!r}: use {_OURS!r}"
+        )
+    if not path and not cfg.MODEL.FPN.WARM_START_FROM:
+        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
+
+
 def _check_same_target(cfg: CfgNode, recorded: Mapping[str, Any], path: str) -> None:
     """A warm-started checkpoint can be trained on and evaluated, but not started from anew."""
     then, now = pyramid_settings(_settled(recorded)), pyramid_settings(cfg)
-    changed = [f"MODEL.FPN.{key} {then[key]!r} -> {now[key]!r}" for key in now]
-    changed = [text for text, key in zip(changed, now) if then[key] != now[key]]
+    changed = [key for key in now if then[key] != now[key]]
     if changed:
+        texts = [f"MODEL.FPN.{key} {then[key]!r} -> {now[key]!r}" for key in changed]
         raise ValueError(
             f"{KEY}: {WEIGHTS} {path!r} was itself started that way, and holds two pyramids; it"
-            f" cannot become a third ({'; '.join(changed)}). Start from the first checkpoint"
+            f" cannot become a third ({'; '.join(texts)}). Start from the first checkpoint"
         )
 
 
 def _detectron2_fpn(
-    shapes: Mapping[str, tuple[int, ...]], path: str, fuse: str
+    shapes: Mapping[str, tuple[int, ...]], names: list[str], path: str, fuse: str
 ) -> dict[str, Any]:
     """The settings of Detectron2's own FPN, from its names and shapes."""
-    names = [name for name in shapes if name.startswith("backbone.")]
-    names = [name for name in names if not name.startswith("backbone.bottom_up.")]
     laterals = sorted({int(m[2]) for m in map(_FPN.fullmatch, names) if m})
     if not laterals:
-        raise ValueError(
-            f"{KEY}: {WEIGHTS} {path!r} is a checkpoint without a pyramid: no config.yaml of a run"
-            " is beside it, and it has no names as backbone.fpn_lateral2.weight"
-        )
-    other = [name for name in names if not _FPN.fullmatch(name) and not _TOP.fullmatch(name)]
-    if other:
-        raise ValueError(
-            f"{KEY}: {WEIGHTS} {path!r} has more than Detectron2's FPN ({other[0]}), and no"
-            f" config.yaml of its run is beside it: put it there, or say in {FROM} what it is"
-        )
+        raise ValueError(f"{KEY}: {WEIGHTS} {path!r} has {names[0]}, but no backbone.fpn_lateral…")
     lateral = f"backbone.fpn_lateral{laterals[-1]}"
     width, channels = shapes[f"{lateral}.weight"][:2]
+    tops = [name for name in names if _TOP.fullmatch(name) and name.endswith("weight")]
+    extra = "maxpool"
+    if tops:
+        if width == channels:
+            raise ValueError(
+                f"{KEY}: {WEIGHTS} {path!r}: {tops[0]} may read the network's last map or the"
+                f" pyramid's, as both have {width} channels; say in {FROM} what the pyramid is"
+            )
+        extra = "conv_c5" if shapes[min(tops)][1] == channels else "conv_p5"
     return {
         **pyramid_settings(_settled({})),
         "IN_FEATURES": [f"res{level}" for level in laterals],
         "OUT_CHANNELS": width,
         "FUSE_TYPE": fuse,
-        "NORM": _norm(lateral, shapes),
-        "EXTRA_LEVELS": _extra(shapes, width, channels),
+        "NORM": _norm(f"{lateral}.norm.", shapes),
+        "EXTRA_LEVELS": extra,
     }
 
 
-def _norm(lateral: str, shapes: Mapping[str, Any]) -> str:
-    if f"{lateral}.norm.weight" not in shapes:
+def _norm(prefix: str, shapes: Mapping[str, Any]) -> str:
+    """`MODEL.FPN.NORM`; one without statistics is taken for GN, which Detectron2's zoo has."""
+    if f"{prefix}weight" not in shapes:
         return ""
-    return "BN" if f"{lateral}.norm.running_mean" in shapes else "GN"
-
-
-def _extra(shapes: Mapping[str, tuple[int, ...]], width: int, channels: int) -> str:
-    first = min((name for name in shapes if _TOP.fullmatch(name)), default="")
-    if not first:
-        return "maxpool"
-    taken = shapes[first.rpartition(".")[0] + ".weight"][1]
-    return "conv_c5" if taken == channels and channels != width else "conv_p5"
-
-
-def check_state(state: Mapping[str, Tensor], path: str, names: list[str]) -> None:
-    """Refuse a checkpoint that lacks some of these names.
-
-    Raises:
-        ValueError: naming MODEL.FPN.WARM_START_FROM.
-    """
-    lost = [name for name in names if name not in state]
-    if lost:
-        raise ValueError(
-            f"{FROM} does not describe {WEIGHTS} {path!r}: it has no {', '.join(lost[:3])}"
-            f"{', ...' if len(lost) > 3 else ''}"
-        )
+    if f"{prefix}running_mean" not in shapes:
+        return "GN"
+    return "BN" if f"{prefix}num_batches_tracked" in shapes else "FrozenBN"

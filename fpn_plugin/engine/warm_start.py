@@ -7,93 +7,165 @@ channels where the width differs (`widths.py`).
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Mapping
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fpn_plugin.engine.warm_source import WEIGHTS, check_state
-from fpn_plugin.engine.widths import INEXACT, resize
+from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.engine.warm_report import (
+    ADAPTED,
+    COPIED,
+    EXACTLY,
+    FRESH,
+    LOST,
+    ROUNDED,
+    Row,
+    few,
+    node_lines,
+    verdict_lines,
+)
+from fpn_plugin.engine.warm_source import FROM, KEY, WEIGHTS
+from fpn_plugin.engine.widths import INEXACT, resize, shapes_at_width
 from fpn_plugin.pyramid.backbone import PyramidBackbone
-from fpn_plugin.pyramid.blocks_compound import FeatureSelection
-from fpn_plugin.pyramid.warm import GATE, PREFIX, Origin, WarmPyramid
+from fpn_plugin.pyramid.warm import GATE, Origin, WarmPyramid
 
 logger = logging.getLogger(__name__)
 
-COPIED, ADAPTED, FRESH = "copied", "adapted", "fresh"
 
+def start_warm(model: nn.Module, cfg: CfgNode) -> None:
+    """Load `MODEL.WEIGHTS` into a model with another pyramid, and log what became of every node.
 
-@dataclass(frozen=True)
-class Row:
-    """What became of one tensor of the model.
+    Args:
+        model: built from `cfg`, which has `MODEL.FPN.WARM_START`.
 
-    Attributes:
-        group: the node, or the part of the detector, that it belongs to.
-        kind: `COPIED`, `ADAPTED` or `FRESH`.
-        remark: how it was adapted, or whose copy it is.
-        own: whether it belongs to what the checkpoint computes.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the key, if it is no checkpoint, or not the one that the config tells of.
     """
+    path, width = cfg.MODEL.WEIGHTS, cfg.MODEL.FPN.OUT_CHANNELS
+    old = cfg.MODEL.FPN.WARM_START_FROM.get("OUT_CHANNELS", width)
+    shapes = shapes_at_width(cfg, old) if old != width else None
+    load_adapted(model, path, shapes)
 
-    name: str
-    group: str
-    kind: str
-    remark: str = ""
-    own: bool = True
+
+def load_adapted(
+    model: nn.Module,
+    path: str,
+    shapes: Mapping[str, torch.Size] | None = None,
+    key: str = WEIGHTS,
+) -> None:
+    """Load a file into a model with another pyramid; the arguments and errors of `WarmStart`.
+
+    Args:
+        key: the config's key that names the file, for messages.
+    """
+    start = WarmStart(model, f"{key} {path!r}", shapes)
+    model.load_state_dict(start(read_state_dict(path, key)))
+
+
+def holds_two_pyramids(model: nn.Module) -> bool:
+    """Whether a model was built to start as one with another pyramid."""
+    modules = model.modules()
+    return any(isinstance(item, PyramidBackbone) and item.warm_start for item in modules)
+
+
+def find_pyramid(model: nn.Module) -> tuple[str, PyramidBackbone]:
+    """A model's pyramid, and what its tensors' names begin with."""
+    return next(
+        (f"{name}.", item)
+        for name, item in model.named_modules()
+        if isinstance(item, PyramidBackbone)
+    )
 
 
 class WarmStart:
-    """Makes a model's state of a checkpoint's, and logs what became of every node.
+    """Makes a model's state of a checkpoint's.
 
     Args:
-        model: a detector with a `PyramidBackbone` that has `warm_from`.
-        path: of the checkpoint, for messages.
+        model: a detector with a `PyramidBackbone`.
+        source: what the checkpoint is called in messages.
+        shapes: of the model's tensors at the width of the checkpoint's pyramid; None: at its own.
 
     Attributes:
         rows: what became of each tensor, after a call.
-        reasons: why the model does not compute what the checkpoint did; none: it does.
+        reasons: why the model's pyramid does not compute what the checkpoint's did; none: it does.
+
+    Raises:
+        ValueError: if the widths differ and there are no `shapes`.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        modules = model.named_modules()
-        found = next((name, item) for name, item in modules if isinstance(item, PyramidBackbone))
-        self.model, self.path = model, path
-        self.prefix, self.backbone = f"{found[0]}.", found[1]
-        warm = self.backbone.warm_start
-        assert warm is not None  # the config has WARM_START
-        self.warm: WarmPyramid = warm
-        self.selections = tuple(path for path in warm.origins if self._selects(path))
+    def __init__(
+        self, model: nn.Module, source: str, shapes: Mapping[str, torch.Size] | None = None
+    ) -> None:
+        self.model, self.source = model, source
+        self.prefix, self.backbone = find_pyramid(model)
+        self.warm: WarmPyramid | None = self.backbone.warm_start
+        self.origins = self.warm.origins if self.warm else {}
+        width = self.backbone.defaults.channels
+        self.widths = (self.warm.width if self.warm else width, width)
+        if shapes is None and self.widths[0] != width:
+            raise ValueError(
+                f"{source} has a pyramid of {self.widths[0]} channels, not {width}:"
+                " another width takes MODEL.FPN.OUT_CHANNELS of a YAML config"
+            )
+        self.shapes = shapes or {name: x.shape for name, x in model.state_dict().items()}
         self.rows: list[Row] = []
         self.reasons: list[str] = []
 
-    def __call__(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's state, complete, from that of the checkpoint.
 
         Raises:
-            ValueError: naming MODEL.FPN.WARM_START_FROM, if the checkpoint has another pyramid.
+            ValueError: naming MODEL.WEIGHTS, if its pyramid is not that of
+                MODEL.FPN.WARM_START_FROM, or nothing of it fits.
         """
-        state = {name: torch.as_tensor(x) for name, x in given.items()}
         wanted = self.model.state_dict()
-        if all(name in state and state[name].shape == x.shape for name, x in wanted.items()):
-            logger.info("%s %s is of this very model: nothing is adapted", WEIGHTS, self.path)
-            return state
-        self._check(state, wanted)
+        if all(name in given and given[name].shape == x.shape for name, x in wanted.items()):
+            logger.info("%s: %s is of this very model: nothing to do", KEY, self.source)
+            return {name: given[name] for name in wanted}
+        state = dict(given) if self.warm else self._below_pyramid(given, wanted)
+        self._check(state)
         self.rows = []
-        made = {name: self._make(name, state, x) for name, x in wanted.items()}
+        made = {name: self._make(name, state, now) for name, now in wanted.items()}
         self.reasons = self._reasons()
         logger.info("%s", self.report())
         return made
 
-    def _check(self, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-        names = [(name, self._origin(name)) for name in wanted]
-        sources = [source for _, (source, origin) in names if origin and origin.exact]
-        check_state(state, self.path, [name for name in sources if not _counts(name)])
+    def _below_pyramid(
+        self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state of a detector without a pyramid, whose network is not below one.
 
-    def _selects(self, path: str) -> bool:
-        """Whether a part is a feature selection that begins as a plain 1x1 convolution."""
-        module = self.backbone.get_submodule(path)
-        plain = self.warm.origins[path].operator == "conv1x1"
-        return plain and isinstance(module, FeatureSelection)
+        In Detectron2's C4 detectors the network's last stage is part of the heads.
+        """
+        own = f"{self.prefix}bottom_up."
+        state = {}
+        for name, x in given.items():
+            inner = name.removeprefix(self.prefix).removeprefix("roi_heads.")
+            state[name if name in wanted or own + inner not in wanted else own + inner] = x
+        if not any(name.startswith(own) for name in state):
+            raise ValueError(
+                f"{self.source}: nothing of it fits the network"
+                f" (MODEL.BOTTOM_UP.NAME): it has {few(list(given))}"
+            )
+        return state
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a checkpoint that lacks a part of the old pyramid, or has it in another shape."""
+        where = f"{self.source} is not as {FROM} says"
+        for name, shape in self.shapes.items():
+            source, origin = self._origin(name)
+            if origin is None or not origin.exact or _counts(name):
+                continue
+            if source not in state:
+                raise ValueError(f"{where}: it has no {source}")
+            if state[source].shape != shape:
+                raise ValueError(
+                    f"{where}: {source} has the shape {tuple(state[source].shape)} in it, and"
+                    f" {tuple(shape)} in that pyramid on this network (MODEL.BOTTOM_UP.NAME)"
+                )
 
     def _origin(self, name: str) -> tuple[str, Origin | None]:
         """The name in the checkpoint of what a tensor gets, and for a pyramid's what it is there;
@@ -102,37 +174,33 @@ class WarmStart:
         if not name.startswith(self.prefix) or inner.startswith("bottom_up."):
             return name, None
         path = inner
-        while path and path not in self.warm.origins:
+        while path and path not in self.origins:
             path = path.rpartition(".")[0]
         if not path:
             return "", None
-        origin, rest = self.warm.origins[path], inner[len(path) :]
-        if path in self.selections:
-            rest = rest.replace(".conv.", ".", 1)  # its attention has no counterpart
-        return self.prefix + origin.path + rest, origin
+        origin = self.origins[path]
+        return self.prefix + origin.path + inner[len(path) :], origin
 
     def _make(self, name: str, state: Mapping[str, Tensor], now: Tensor) -> Tensor:
+        """One tensor of the model's state; what became of it goes to `rows`."""
         source, origin = self._origin(name)
-        group, own = self._group(name), origin is None or origin.exact
-        own = own and bool(source)
-        tensor = state.get(source)
-        owner_name, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
-        if tensor is not None and (source == name or origin is not None):
-            widths = (self.warm.width, self.backbone.defaults.channels)
-            fitted = resize(owner, leaf, tensor, now.shape, widths)
-            if fitted is not None:
-                self.rows.append(_row(name, group, source, fitted is tensor, widths, own))
-                # an even attention makes 1.5 x of x
-                even = self._selecting(name, "conv.weight")
-                return (fitted / 1.5 if even else fitted).to(now.dtype)
-        self.rows.append(Row(name, group, FRESH, "", own))
-        if self._selecting(name, "attention.weight"):
-            return torch.zeros_like(now)
-        return now if own or GATE in name else _awake(name, now)
-
-    def _selecting(self, name: str, tensor: str) -> bool:
-        return name in [f"{self.prefix}{path}.{tensor}" for path in self.selections]
+        group, own = self._group(name), bool(source) and (origin is None or origin.exact)
+        found = state.get(source)
+        if found is None or found.shape != self.shapes[name]:
+            shapes = () if found is None else (tuple(found.shape), tuple(self.shapes[name]))
+            remark = "the checkpoint's is {}, not {}".format(*shapes) if shapes else ""
+            gate = group.startswith(GATE)
+            self.rows.append(Row(name, group, FRESH, "zero" if gate else remark, own))
+            return now if own or gate else _awake(name, now)
+        kind, remarks = COPIED, [] if own else [f"from {source}"]
+        if now.shape != found.shape:
+            owner, _, leaf = name.rpartition(".")
+            found = resize(self.model.get_submodule(owner), leaf, found, now.shape, self.widths)
+            verb = "grown" if self.widths[1] > self.widths[0] else "cut"
+            kind = ADAPTED
+            remarks.insert(0, "{} from {} to {} channels".format(verb, *self.widths))
+        self.rows.append(Row(name, group, kind, "; ".join(remarks), own))
+        return found.to(now.dtype)
 
     def _group(self, name: str) -> str:
         inner = name[len(self.prefix) :]
@@ -144,9 +212,13 @@ class WarmStart:
         return max((x for x in steps if inner.startswith((f"{x}.", f"{x}_"))), key=len)
 
     def _reasons(self) -> list[str]:
-        lost = [name for name in self._lost() if name.startswith(self.prefix)]
-        reasons = [f"the checkpoint has no {few(lost)}, or of another shape"] if lost else []
-        old, new = self.warm.width, self.backbone.defaults.channels
+        if self.warm is None:
+            return ["the checkpoint has no pyramid"]
+        old, new = self.widths
+        apart = sorted(self.shapes.keys() ^ self.model.state_dict().keys())
+        reasons = [f"{few(apart)} is there at {old} or at {new} channels alone"] if apart else []
+        lost = [name for name in self._lost() if name.startswith(self.prefix) and name not in apart]
+        reasons += [f"the checkpoint has no {few(lost)}, or of another shape"] if lost else []
         if new < old:
             reasons.append(f"{old - new} of {old} channels were let go")
         elif new > old:
@@ -162,72 +234,33 @@ class WarmStart:
         return [name for name in lost if not _counts(name) and not name.startswith("pixel_")]
 
     def _normalises_groups(self) -> bool:
-        kept = [self.model.get_submodule(row.name.rpartition(".")[0]) for row in self.rows]
-        names = ("GroupNorm", "LayerNorm")
-        return any(type(module).__name__ in names for module in kept)
+        names = [row.name.rpartition(".")[0] for row in self.rows if row.kind == ADAPTED]
+        kinds = {type(self.model.get_submodule(name)).__name__ for name in names}
+        return bool(kinds & {"GroupNorm", "LayerNorm"})
 
     def verdict(self) -> dict[str, str]:
-        """What each output of the pyramid is at first: "exactly", "up to rounding" or "no"."""
-        kept = "exactly" if self.backbone.defaults.channels == self.warm.width else "up to rounding"
-        kept = "no" if self.reasons else kept
-        return {
-            name: kept if name in self.warm.gates else "no" for name in self.backbone.output_shape()
-        }
+        """How far each level of the pyramid, and "the detector", computes what the checkpoint
+        computed: `EXACTLY`, `ROUNDED` or `LOST`."""
+        kept = EXACTLY if self.widths[0] == self.widths[1] else ROUNDED
+        kept = LOST if self.reasons else kept
+        gates = self.warm.gates if self.warm else {}
+        levels = {name: kept if name in gates else LOST for name in self.backbone.output_shape()}
+        whole = LOST if LOST in levels.values() or self._lost() else kept
+        return {**levels, "the detector": whole}
 
     def report(self) -> str:
         """A line per node and part of the detector, and one per output."""
-        groups: dict[str, list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault(row.group, []).append(row)
-        for step in self.backbone.steps:
-            groups.setdefault(step.node.name, [])
-        lines = [f"{_label(name):<28} {_summary(rows)}" for name, rows in groups.items()]
-        for name, kept in self.verdict().items():
-            how = "a level that the checkpoint lacks"
-            if name in self.warm.gates:
-                gate = self.warm.gates[name]
-                how = f"the new pyramid comes in by {gate}" if gate else "the same node in both"
-            lines.append(f"{name:<28} the checkpoint's function: {kept} ({how})")
+        lines = node_lines(self.rows, [step.node.name for step in self.backbone.steps])
+        lines += verdict_lines(self.verdict(), self.warm.gates if self.warm else {})
         lines += [f"not preserved: {reason}" for reason in self.reasons]
         heads = [name for name in self._lost() if not name.startswith(self.prefix)]
-        lines += [f"the heads begin anew in part: {few(heads)}"] if heads else []
-        head = f"MODEL.FPN.WARM_START from {self.path}, node by node:"
+        lines += [f"not preserved: the heads begin anew in part: {few(heads)}"] if heads else []
+        head = f"{KEY} from {self.source}, node by node:"
         return "\n  ".join([head, *lines])
-
-
-def few(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _counts(name: str) -> bool:
     return name.endswith("num_batches_tracked")
-
-
-def _label(name: str) -> str:
-    return f"{name[len(PREFIX):]} (old)" if name.startswith(PREFIX) else name
-
-
-def _row(
-    name: str, group: str, source: str, same: bool, widths: tuple[int, int], own: bool
-) -> Row:
-    remark = "" if own else f"from {source}"
-    if same:
-        return Row(name, group, COPIED, remark, own)
-    how = f"{'grown' if widths[1] > widths[0] else 'cut'} from {widths[0]} to {widths[1]} channels"
-    return Row(name, group, ADAPTED, "; ".join(filter(None, (how, remark))), own)
-
-
-def _summary(rows: list[Row]) -> str:
-    if not rows:
-        return "nothing to learn"
-    texts = []
-    for kind in (COPIED, ADAPTED, FRESH):
-        of_kind = [row for row in rows if row.kind == kind]
-        remarks = list(dict.fromkeys(row.remark for row in of_kind if row.remark))
-        if of_kind:
-            count = "" if len(of_kind) == len(rows) else f" {len(of_kind)} of {len(rows)}"
-            texts.append(f"{kind}{count}" + (f" ({few(remarks, 2)})" if remarks else ""))
-    return ", ".join(texts)
 
 
 def _awake(name: str, now: Tensor) -> Tensor:

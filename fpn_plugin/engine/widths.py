@@ -4,11 +4,16 @@ Growing from `C` to `C'` channels, new channel `j` is a copy of channel `j * C /
 side by side, so that groups of channels (group norm, deformable groups) keep their members. Who
 reads a map splits each weight among the copies, in random shares that sum to one, so that the
 copies learn different things. Cutting takes the same channels and lets the others go.
+
+Which axes of a tensor follow the width is not guessed from its shape: it is where the model at the
+old width differs from the model at the new one.
 """
 
 from __future__ import annotations
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.deformable import ModulatedConv
@@ -18,27 +23,31 @@ INEXACT = ("non_local", "pixel_shuffle")
 _MATRICES = (nn.Conv2d, nn.Linear, ModulatedConv)
 
 
+def shapes_at_width(cfg: CfgNode, width: int) -> dict[str, torch.Size]:
+    """The shapes of a model's tensors, by name, if `MODEL.FPN.OUT_CHANNELS` were `width`."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FPN.OUT_CHANNELS = width
+    cfg.MODEL.DEVICE, cfg.MODEL.BOTTOM_UP.WEIGHTS = "cpu", ""
+    with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay what they were
+        return {name: x.shape for name, x in build_model(cfg).state_dict().items()}
+
+
 def resize(
     owner: nn.Module, leaf: str, given: Tensor, wanted: torch.Size, widths: tuple[int, int]
-) -> Tensor | None:
-    """A tensor of `owner` in the shape that it has for another width of the pyramid.
+) -> Tensor:
+    """A tensor of `owner` in the shape that it has at another width of the pyramid.
 
     Args:
         leaf: the tensor's own name, such as "weight".
+        given: in the shape that it has at the old width.
         widths: of the pyramid, old and new.
-
-    Returns:
-        None where the shapes differ by more than the width.
     """
-    if given.dim() != len(wanted):
-        return None
     reads = 1 if isinstance(owner, _MATRICES) else 0
     reading = leaf == "weight" and isinstance(owner, (*_MATRICES, nn.ConvTranspose2d))
     for axis, size in enumerate(wanted):
         if given.shape[axis] == size:
             continue
-        if given.shape[axis] * widths[1] != size * widths[0]:
-            return None
         if reading and axis == reads:
             given = _split(given, axis, size, widths)
         else:

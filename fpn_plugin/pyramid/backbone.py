@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, Sequence
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
@@ -20,7 +21,7 @@ from fpn_plugin.config import (
 from fpn_plugin.heads.auto import require_resolved
 from fpn_plugin.heads.inputs import validate_heads
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
-from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator
+from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
 from fpn_plugin.pyramid.one_pass import use_triton
 from fpn_plugin.pyramid.pyramid import GraphExecutor
@@ -53,8 +54,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         recompute: whether training makes fused maps again instead of keeping them.
         merge_projections: whether the 1x1 convolutions that read one map run as one.
         triton: whether a Triton kernel fuses maps on CUDA.
-        warm_from: another pyramid, by the names of the arguments from `in_features` to
-            `activation`: this one starts as that one (see `warm.py`).
+        warm_from: a pyramid on the same network, as which this one starts (see `warm.py`); what is
+            taken of it is its structure, not its weights.
 
     Attributes:
         warm_start: the two pyramids as one; None without `warm_from`.
@@ -93,51 +94,51 @@ class PyramidBackbone(GraphExecutor, Backbone):
         recompute: bool = False,
         merge_projections: bool = False,
         triton: bool = False,
-        warm_from: Mapping[str, Any] | None = None,
+        warm_from: PyramidBackbone | None = None,
     ) -> None:
         shapes = bottom_up.output_shape()
-        made, defaults = _graph_and_defaults(
-            shapes,
-            in_features,
+        levels = feature_levels(shapes, in_features)
+        if graph:
+            made = add_extra_levels(parse_graph(levels, graph), extra_levels)
+        else:
+            style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"), activation)
+            made = build_graph(topology, levels, style, repeats, extra_levels, inner_levels)
+        defaults = Defaults(
             out_channels,
-            topology=topology,
-            graph=graph,
-            repeats=repeats,
-            extra_levels=extra_levels,
-            inner_levels=inner_levels,
-            fuse_type=fuse_type,
-            upsample=upsample,
-            downsample=downsample,
-            lateral=lateral,
-            block=block,
-            norm=norm,
-            norm_eps=norm_eps,
-            norm_momentum=norm_momentum,
-            activation=activation,
+            _operator(fuse_type, "FUSE_TYPE"),
+            _operator(upsample, "UPSAMPLE"),
+            _operator(downsample, "DOWNSAMPLE"),
+            norm,
+            activation,
+            norm_eps,
+            norm_momentum,
         )
         channels = {name: shape.channels for name, shape in shapes.items()}
         warm = None
-        if warm_from:
-            warm = combine(_graph_and_defaults(shapes, **warm_from), (made, defaults), channels)
-            made = warm.graph
-        channels = {name: channels[name] for name in made.inputs}
-        super().__init__(made, channels, defaults, warm.own if warm else None)
+        if warm_from is not None:
+            warm = combine((warm_from.graph, warm_from.defaults), (made, defaults), channels)
+        whole, own = (warm.graph, warm.own) if warm else (made, None)
+        super().__init__(whole, {name: channels[name] for name in whole.inputs}, defaults, own)
         self.warm_start = warm
         use_triton(self, triton)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
         self.recompute = recompute
         self.merge_projections = merge_projections
-        own = made.size_divisibility()
-        self._size_divisibility = max(own, bottom_up.size_divisibility, size_divisibility)
+        # images padded in another way than the checkpoint's would make its function another one
+        padded = warm_from.graph if warm_from is not None else made
+        self._size_divisibility = max(
+            padded.size_divisibility(), bottom_up.size_divisibility, size_divisibility
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """The constructor's arguments, from `MODEL.FPN` and `MODEL.BOTTOM_UP`."""
         fpn = cfg.MODEL.FPN
         validate_config(cfg)
+        bottom_up = build_bottom_up(cfg, input_shape)
         return {
-            "bottom_up": build_bottom_up(cfg, input_shape),
+            "bottom_up": bottom_up,
             "in_features": fpn.IN_FEATURES,
             "out_channels": fpn.OUT_CHANNELS,
             "topology": fpn.TOPOLOGY,
@@ -158,7 +159,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "recompute": fpn.RECOMPUTE,
             "merge_projections": fpn.MERGE_PROJECTIONS,
             "triton": fpn.TRITON,
-            "warm_from": warm_settings(cfg),
+            "warm_from": _blueprint(bottom_up, warm_settings(cfg)),
         }
 
     @property
@@ -197,44 +198,21 @@ class PyramidBackbone(GraphExecutor, Backbone):
         return module
 
 
-def _graph_and_defaults(
-    shapes: Mapping[str, ShapeSpec],
-    in_features: Sequence[str],
-    out_channels: int,
-    *,
-    topology: str = "fpn",
-    graph: Sequence[Mapping[str, Any]] = (),
-    repeats: int = 1,
-    extra_levels: str = "none",
-    inner_levels: int = -1,
-    fuse_type: OperatorLike = "sum",
-    upsample: OperatorLike = "nearest",
-    downsample: OperatorLike = "maxpool",
-    lateral: OperatorLike = "conv1x1",
-    block: OperatorLike = "conv3x3",
-    norm: str = "",
-    norm_eps: float = 0.0,
-    norm_momentum: float = 0.0,
-    activation: str = "",
-) -> tuple[Graph, Defaults]:
-    """What the arguments of `PyramidBackbone` come to, on a network with maps of these shapes."""
-    levels = feature_levels(shapes, in_features)
-    if graph:
-        made = add_extra_levels(parse_graph(levels, graph), extra_levels)
-    else:
-        style = Style(_operator(lateral, "LATERAL"), _operator(block, "BLOCK"), activation)
-        made = build_graph(topology, levels, style, repeats, extra_levels, inner_levels)
-    defaults = Defaults(
-        out_channels,
-        _operator(fuse_type, "FUSE_TYPE"),
-        _operator(upsample, "UPSAMPLE"),
-        _operator(downsample, "DOWNSAMPLE"),
-        norm,
-        activation,
-        norm_eps,
-        norm_momentum,
-    )
-    return made, defaults
+def _blueprint(bottom_up: Backbone, settings: Mapping[str, Any]) -> PyramidBackbone | None:
+    """The pyramid that a checkpoint has, without memory for weights; None if there is none.
+
+    Raises:
+        ValueError: naming MODEL.FPN.WARM_START_FROM, if it cannot be built on this network.
+    """
+    if not settings:
+        return None
+    try:
+        with torch.device("meta"):
+            return PyramidBackbone(bottom_up, **settings)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"MODEL.FPN.WARM_START_FROM: the checkpoint's pyramid: {error.args[0]}"
+        ) from error
 
 
 def _operator(value: OperatorLike, key: str) -> Operator:

@@ -161,19 +161,25 @@ class Blend(Fusion):
 
     The node's first input is "old", its second is "new". At first it passes the old map on bit for
     bit: a warm start (MODEL.FPN.WARM_START) lets a new path in through it.
+
+    Args:
+        scale: what the parameter is multiplied by to give w: an optimizer whose steps are as long
+            as its learning rate, whatever the gradient, moves w that much faster.
     """
 
     arity = 2
 
-    def __init__(self, channels: int, count: int, norm: str = "") -> None:
+    def __init__(self, channels: int, count: int, norm: str = "", scale: float = 10.0) -> None:
         super().__init__(channels, count)
+        self.scale = scale
         self.weights = nn.Parameter(torch.zeros(channels))
 
     def normalized_weights(self) -> Tensor:
         """What the maps are multiplied by, shape `(2, C)`."""
-        return torch.stack([1 - self.weights, self.weights])
+        share = self.scale * self.weights
+        return torch.stack([1 - share, share])
 
     def forward(self, maps: List[Tensor]) -> Tensor:
         old, new = maps
-        share = self.weights.type_as(old)[:, None, None]  # (C, 1, 1)
+        share = (self.scale * self.weights).type_as(old)[:, None, None]  # (C, 1, 1)
         return old + share * (new - old)

@@ -17,8 +17,6 @@ from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
 
 PREFIX = "warm."
 GATE = "warm_gate"
-# what can take the weights of what, beside the operator itself
-_TAKES = {"fsm": ("conv1x1",)}
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,10 @@ class Origin:
 
     Attributes:
         path: of the part in the old pyramid.
-        operator: of that part.
         exact: whether the part computes there what it does here, on the same maps.
     """
 
     path: str
-    operator: str
     exact: bool
 
 
@@ -168,7 +164,7 @@ def _own_origins(old: tuple[ResolvedNode, ...], shared: set[str]) -> dict[str, O
     for step in old:
         for part in step.parts():
             path = part.path if step.node.name in shared else PREFIX + part.path
-            found[path] = Origin(part.path, part.operator.name, True)
+            found[path] = Origin(part.path, True)
     return found
 
 
@@ -186,16 +182,14 @@ def _relatives(
     for part, role in _roles(new, outputs[1], shared):
         for other in (names.get(part.path), roles.get(role)):
             if other is not None and part.path not in found and _fits(other, part):
-                found[part.path] = Origin(other.path, other.operator.name, False)
+                found[part.path] = Origin(other.path, False)
     return found
 
 
 def _fits(old: Part, new: Part) -> bool:
-    operators = (new.operator.name, *_TAKES.get(new.operator.name, ()))
-    sizes = (new.kind, new.in_channels, new.out_channels, new.amount)
-    return old.operator.name in operators and sizes == (
-        *(old.kind, old.in_channels, old.out_channels, old.amount),
-    )
+    fields = ("kind", "in_channels", "out_channels", "amount")
+    alike = all(getattr(old, field) == getattr(new, field) for field in fields)
+    return alike and old.operator.name == new.operator.name
 
 
 def _roles(

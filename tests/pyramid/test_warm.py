@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CHANNELS, LEVELS, assert_same, randomize, small_maps
+from helpers import CHANNELS, assert_same, levels_of, randomize, small_maps
+from torch import nn
 
 from fpn_plugin.pyramid.compose import build_graph
+from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Graph, op
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
@@ -17,12 +19,13 @@ from fpn_plugin.pyramid.topologies import TOPOLOGIES, Style
 from fpn_plugin.pyramid.warm import WarmPyramid, combine
 
 STACKED = {"bfp": "fpn+bfp", "asff": "fpn+asff"}
-NAMES = [STACKED.get(name, name) for name in TOPOLOGIES.names() if name != "simple"]
+NAMES = [STACKED.get(name, name) for name in TOPOLOGIES.names()]
+FIVE_LEVELS = ("bifpn", "qufpn", "nas_fpn", "fpg", "hrfpn", "simple")
 
 
-def a_pyramid(topology: str, levels: dict[str, int] = LEVELS, **defaults: Any) -> Any:
-    extra = "none" if topology in ("bifpn", "qufpn", "nas_fpn", "fpg", "hrfpn") else "maxpool"
-    graph = build_graph(topology, levels, Style(), extra_levels=extra)
+def a_pyramid(topology: str, levels: dict[str, int] | None = None, **defaults: Any) -> Any:
+    extra = "none" if topology in FIVE_LEVELS else "maxpool"
+    graph = build_graph(topology, levels or levels_of(topology), Style(), extra_levels=extra)
     return graph, Defaults(32, **defaults)
 
 
@@ -32,23 +35,32 @@ def both(old: tuple[Graph, Defaults], new: tuple[Graph, Defaults]) -> tuple[Pyra
     return randomize(Pyramid(warm.graph, channels, new[1], warm.own)), warm
 
 
-@pytest.mark.parametrize("old_name, new_name", [("fpn", name) for name in NAMES]
-                         + [(name, "fpn") for name in NAMES] + [("bifpn", "pafpn")])
-def test_the_whole_begins_as_the_old_pyramid(old_name: str, new_name: str) -> None:
-    old = a_pyramid(old_name, norm="GN")
-    merged, warm = both(old, a_pyramid(new_name, fuse=op("weighted"), norm="GN"))
-    before = randomize(Pyramid(old[0], CHANNELS, old[1]))
+def close_gates(merged: Pyramid, warm: WarmPyramid) -> None:
+    for gate in filter(None, warm.gates.values()):
+        nn.init.zeros_(merged.get_parameter(f"{gate}_fuse.weights"))
+
+
+@pytest.mark.parametrize("old_name", NAMES)
+def test_any_pyramid_begins_as_any_other(old_name: str) -> None:
+    old = a_pyramid(old_name, norm="LN")
+    before = randomize(Pyramid(old[0], CHANNELS, old[1])).eval()
     state = before.state_dict()
-    for path, origin in warm.origins.items():
-        if origin.exact:
-            start = f"{origin.path}."
-            part = {n[len(start) :]: x for n, x in state.items() if n.startswith(start)}
-            merged.get_submodule(path).load_state_dict(part)
-    for name, gate in warm.gates.items():
-        if gate:
-            merged.get_submodule(f"{gate}_fuse").weights.data.zero_()
-    maps = small_maps(70, 90)  # odd sizes on the way
-    assert_same(merged.eval()(maps), before.eval()(maps))
+    # sides of odd maps on the way, except where all is made from one map
+    maps = small_maps(*((64, 96) if old_name == "simple" else (38, 54)))
+    expected = before(maps)
+    for new_name in NAMES:
+        merged, warm = both(old, a_pyramid(new_name, fuse=op("weighted"), norm="LN"))
+        for path, origin in warm.origins.items():
+            if origin.exact:
+                start = f"{origin.path}."
+                part = {n[len(start) :]: x for n, x in state.items() if n.startswith(start)}
+                merged.get_submodule(path).load_state_dict(part)
+        close_gates(merged, warm)
+        found = merged.eval()(maps)
+        common = {name: found[name] for name in expected if name in found}
+        assert warm.gates.keys() == common.keys()
+        assert len(common) >= (4 if "simple" in (old_name, new_name) else 5), new_name
+        assert_same({name: expected[name] for name in common}, common)
 
 
 @pytest.mark.parametrize("name", ["pafpn", "pafpn_mmdet", "fpn+bfp", "fpn+asff"])
@@ -80,8 +92,8 @@ def test_another_style_is_another_pyramid(change: dict[str, Any]) -> None:
 
 def test_roles_give_new_parts_their_first_weights() -> None:
     origins = combine(a_pyramid("fpn"), a_pyramid("fapn"), CHANNELS).origins
-    assert origins["fapn_lateral3"].path == "fpn_lateral3"
     assert origins["fapn_output3"].path == "fpn_output3"
+    assert "fapn_lateral3" not in origins  # a feature selection is no plain convolution
     origins = combine(a_pyramid("fpn"), a_pyramid("bifpn"), CHANNELS).origins
     assert origins["bifpn_td4_edge0.project"].path == "fpn_lateral4"
     assert origins["bifpn_out4_edge0.project"].path == "fpn_lateral4"
@@ -101,16 +113,12 @@ def test_levels_that_the_old_pyramid_lacks_are_new() -> None:
         combine(only, high, CHANNELS)
 
 
-def test_every_new_parameter_learns_within_two_steps() -> None:
-    merged, warm = both(a_pyramid("fpn"), a_pyramid("bifpn", fuse=op("fast_normalized")))
-    gates = [merged.get_submodule(f"{gate}_fuse") for gate in warm.gates.values() if gate]
-    for gate in gates:
-        gate.weights.data.zero_()  # type: ignore[union-attr, operator]
-    optimizer = torch.optim.SGD(merged.parameters(), lr=0.01)
-    seen = set()
-    for _ in range(2):
-        optimizer.zero_grad()
-        sum(x.square().mean() for x in merged(small_maps()).values()).backward()
-        seen |= {n for n, p in merged.named_parameters() if p.grad is not None and p.grad.any()}
-        optimizer.step()
-    assert seen == {name for name, _ in merged.named_parameters()}
+def test_a_gate_opens_by_its_parameter() -> None:
+    gate = FUSIONS.get("blend")(3, 2)
+    old, new = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
+    assert torch.equal(gate([old, new]), old)
+    gate.weights.data = torch.tensor([0.0, 0.5, 1.0]) / gate.scale
+    mixed = gate([old, new])
+    assert torch.equal(mixed[:, 0], old[:, 0]) and torch.allclose(mixed[:, 2], new[:, 2])
+    assert torch.allclose(mixed[:, 1], (old + new)[:, 1] / 2)
+    assert torch.allclose(gate.normalized_weights(), torch.tensor([[1, 0.5, 0], [0, 0.5, 1]]))
