@@ -91,6 +91,7 @@ class WarmStart:
     Attributes:
         rows: what became of each tensor, after a call.
         reasons: why the model's pyramid does not compute what the checkpoint's did; none: it does.
+        left: what of the checkpoint is not in the model.
 
     Raises:
         ValueError: if the widths differ and there are no `shapes`.
@@ -113,6 +114,7 @@ class WarmStart:
         self.shapes = shapes or {name: x.shape for name, x in model.state_dict().items()}
         self.rows: list[Row] = []
         self.reasons: list[str] = []
+        self.left: list[str] = []
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's state, complete, from that of the checkpoint.
@@ -130,6 +132,8 @@ class WarmStart:
         self.rows = []
         made = {name: self._make(name, state, now) for name, now in wanted.items()}
         self.reasons = self._reasons()
+        taken = {self._origin(row.name)[0] for row in self.rows if row.kind != FRESH}
+        self.left = [name for name in state if name not in taken and not _is_constant(name)]
         logger.info("%s", self.report())
         return made
 
@@ -157,7 +161,7 @@ class WarmStart:
         where = f"{self.source} is not as {FROM} says"
         for name, shape in self.shapes.items():
             source, origin = self._origin(name)
-            if origin is None or not origin.exact or _counts(name):
+            if origin is None or not origin.exact or _is_constant(name):
                 continue
             if source not in state:
                 raise ValueError(f"{where}: it has no {source}")
@@ -231,7 +235,7 @@ class WarmStart:
     def _lost(self) -> list[str]:
         """What the model has in common with other checkpoints, but not with this one."""
         lost = [row.name for row in self.rows if row.own and row.kind == FRESH]
-        return [name for name in lost if not _counts(name) and not name.startswith("pixel_")]
+        return [name for name in lost if not _is_constant(name)]
 
     def _normalises_groups(self) -> bool:
         names = [row.name.rpartition(".")[0] for row in self.rows if row.kind == ADAPTED]
@@ -255,12 +259,15 @@ class WarmStart:
         lines += [f"not preserved: {reason}" for reason in self.reasons]
         heads = [name for name in self._lost() if not name.startswith(self.prefix)]
         lines += [f"not preserved: the heads begin anew in part: {few(heads)}"] if heads else []
+        lines += [f"in the checkpoint alone: {few(self.left)}"] if self.left else []
         head = f"{KEY} from {self.source}, node by node:"
         return "\n  ".join([head, *lines])
 
 
-def _counts(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
+def _is_constant(name: str) -> bool:
+    """Whether a tensor is none that a checkpoint must have, or that anything is lost with."""
+    constants = ("num_batches_tracked", "pixel_mean", "pixel_std")
+    return name.endswith(constants) or "anchor_generator." in name
 
 
 def _awake(name: str, now: Tensor) -> Tensor:
