@@ -109,6 +109,10 @@ def test_evaluation_and_resume_keep_the_structure(
     detector = load_detector(read_config(record, own, ["DATASETS.TEST", "()"]))
     assert_same(seen(before, inputs), seen(detector.model, inputs))
 
+    with pytest.raises(ValueError, match="WARM_START: True, but no config.yaml of a run with it"):
+        opts = ["MODEL.FPN.WARM_START", "True", *DATA]
+        read_config(str(tmp_path / "tiny.yaml"), str(trained), opts)
+
     with pytest.raises(ValueError, match=r"WARM_START: .*two pyramids.*TOPOLOGY 'pafpn' -> 'fpn'"):
         run(tmp_path / "third", own, "MODEL.FPN.TOPOLOGY", "fpn")
     log.clear()
@@ -242,6 +246,10 @@ def test_names_that_do_not_tell_enough(tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "ours.pth")
     with pytest.raises(ValueError, match=r"more than Detectron2's FPN \(backbone.pafpn_output3"):
         describe_checkpoint(str(tmp_path / "ours.pth"))
+    cfg = a_config(tmp_path, {}, a_config(tmp_path, PAFPN))
+    cfg.MODEL.WEIGHTS = str(tmp_path / "ours.pth")
+    resolve_warm_start(cfg)
+    assert cfg.MODEL.FPN.WARM_START_FROM.TOPOLOGY == "pafpn"
     same = {"backbone.bottom_up.stem.weight": torch.zeros(1)}
     same["backbone.fpn_lateral5.weight"] = torch.zeros(8, 8, 1, 1)
     same["backbone.top_block.p6.weight"] = torch.zeros(8, 8, 3, 3)
