@@ -249,7 +249,8 @@ class WarmStart:
         kept = LOST if self.reasons else kept
         gates = self.warm.gates if self.warm else {}
         levels = {name: kept if name in gates else LOST for name in self.backbone.output_shape()}
-        whole = LOST if LOST in levels.values() or self._lost() else kept
+        changed = self._lost() or (self.warm and self.warm.left)
+        whole = LOST if LOST in levels.values() or changed else kept
         return {**levels, "the detector": whole}
 
     def report(self) -> str:
@@ -259,6 +260,8 @@ class WarmStart:
         lines += [f"not preserved: {reason}" for reason in self.reasons]
         heads = [name for name in self._lost() if not name.startswith(self.prefix)]
         lines += [f"not preserved: the heads begin anew in part: {few(heads)}"] if heads else []
+        if self.warm and self.warm.left:
+            lines.append(f"not preserved: the heads get no {few(self.warm.left)} any more")
         lines += [f"in the checkpoint alone: {few(self.left)}"] if self.left else []
         head = f"{KEY} from {self.source}, node by node:"
         return "\n  ".join([head, *lines])

@@ -29,6 +29,9 @@ from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
 from fpn_plugin.pyramid.warm import combine
 
+# what Detectron2's ResNet can give beside its stem
+_STAGES = frozenset(("res2", "res3", "res4", "res5"))
+
 
 class PyramidBackbone(GraphExecutor, Backbone):
     """A bottom-up network and the pyramid on its maps.
@@ -136,7 +139,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         """The constructor's arguments, from `MODEL.FPN` and `MODEL.BOTTOM_UP`."""
         fpn = cfg.MODEL.FPN
         validate_config(cfg)
-        bottom_up = build_bottom_up(cfg, input_shape)
+        warm = warm_settings(cfg)
+        bottom_up = _network(cfg, input_shape, warm.get("in_features", ()))
         return {
             "bottom_up": bottom_up,
             "in_features": fpn.IN_FEATURES,
@@ -159,7 +163,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "recompute": fpn.RECOMPUTE,
             "merge_projections": fpn.MERGE_PROJECTIONS,
             "triton": fpn.TRITON,
-            "warm_from": _blueprint(bottom_up, warm_settings(cfg)),
+            "warm_from": _blueprint(bottom_up, warm),
         }
 
     @property
@@ -196,6 +200,17 @@ class PyramidBackbone(GraphExecutor, Backbone):
         for name in ("size_divisibility", "padding_constraints"):
             setattr(module, name, getattr(self, name))
         return module
+
+
+def _network(cfg: CfgNode, input_shape: ShapeSpec, more: Sequence[str]) -> Backbone:
+    """The network underneath, which gives these maps as well."""
+    if missing := set(more) - set(cfg.MODEL.FPN.IN_FEATURES):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.FPN.IN_FEATURES = sorted({*cfg.MODEL.FPN.IN_FEATURES, *missing})
+        given = {*cfg.MODEL.RESNETS.OUT_FEATURES, *(missing & _STAGES)}
+        cfg.MODEL.RESNETS.OUT_FEATURES = sorted(given)
+    return build_bottom_up(cfg, input_shape)
 
 
 def _blueprint(bottom_up: Backbone, settings: Mapping[str, Any]) -> PyramidBackbone | None:

@@ -41,6 +41,7 @@ class WarmPyramid:
         own: the defaults of the old pyramid's nodes, by name.
         origins: where parts get their weights from, by path; the others are new.
         gates: the gate of each output ("p3"); "" for an output that both have in common.
+        left: the outputs of the old pyramid that the new one does not give.
         width: the channels of the old pyramid as it was trained.
         operators: the names of all operators in the old pyramid.
     """
@@ -49,6 +50,7 @@ class WarmPyramid:
     own: Mapping[str, Defaults]
     origins: Mapping[str, Origin]
     gates: Mapping[str, str]
+    left: tuple[str, ...]
     width: int
     operators: frozenset[str]
 
@@ -101,7 +103,8 @@ def combine(
         **_relatives(old_steps, new_steps, outputs, shared),
     }
     operators = frozenset(part.operator.name for step in old_steps for part in step.parts())
-    return WarmPyramid(graph, own, origins, gates, trained.channels, operators)
+    left = tuple(name for name in old_outputs if name not in new_outputs)
+    return WarmPyramid(graph, own, origins, gates, left, trained.channels, operators)
 
 
 def _leading_to(graph: Graph, outputs: list[str]) -> Graph:

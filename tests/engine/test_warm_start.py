@@ -215,6 +215,24 @@ def test_a_checkpoint_of_another_network_or_pyramid_is_refused(tmp_path: Path) -
         WarmStart(model, "a.pth")
 
 
+def test_a_finer_level_that_heads_lose_is_said(tmp_path: Path) -> None:
+    levels = {"IN_FEATURES": ["res3", "res4", "res5"]}
+    heads = {"MODEL__RPN__IN_FEATURES": ["p3", "p4", "p5", "p6"]}
+    heads |= {"MODEL__ROI_HEADS__IN_FEATURES": ["p3", "p4", "p5"]}
+    target = a_config(
+        tmp_path,
+        {**TARGETS["pafpn"], **levels},
+        a_config(tmp_path, {}),
+        **heads,
+        MODEL__ANCHOR_GENERATOR__SIZES=[[32], [64], [128], [256]],
+    )
+    start = WarmStart(build_model(target), "old.pth")
+    start(build_model(a_config(tmp_path, {})).state_dict())
+    verdict = start.verdict()
+    assert verdict.pop("the detector") == "no" and set(verdict.values()) == {"exactly"}
+    assert "not preserved: the heads get no p2 any more" in start.report()
+
+
 def test_images_are_padded_as_the_checkpoints_were(tmp_path: Path) -> None:
     warmed: Warmed = warm(tmp_path, {}, BIFPN)
     alone: Any = build_model(a_config(tmp_path, BIFPN))
