@@ -14,10 +14,12 @@ EXTRAS = {
     "lvis": ["lvis>=0.5.3"],
     "cityscapes": ["cityscapesscripts>=2.2"],
     "fast_eval": ["faster-coco-eval>=1.8,<2"],  # TEST.FAST_COCO_EVAL
+    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # tools/export.py to ONNX
 }
 EXTRAS["dev"] = [
     *EXTRAS["timm"],
     *EXTRAS["fast_eval"],
+    *EXTRAS["export"],
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6",

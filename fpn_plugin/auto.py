@@ -5,11 +5,13 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from fpn_plugin.bottom_up.pixels import resolve_pixels
+from fpn_plugin.engine.warm_source import resolve_warm_start
 from fpn_plugin.heads.auto import resolve_heads
 
 
 def resolve_config(cfg: CfgNode, checkpoint: str = "") -> CfgNode:
-    """Replace what a config leaves to the plugin: `auto` in the heads' keys, pixel statistics.
+    """Replace what a config leaves to the plugin: `auto` in the heads' keys, pixel statistics,
+    what a warm start starts from.
 
     Call it when the config is complete and not frozen, before the model and the data are built;
     the tools do. A config without such values stays as it is; a second call changes nothing.
@@ -24,5 +26,6 @@ def resolve_config(cfg: CfgNode, checkpoint: str = "") -> CfgNode:
         ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
     """
     resolve_heads(cfg)
+    resolve_warm_start(cfg, checkpoint)
     resolve_pixels(cfg, checkpoint)
     return cfg

@@ -47,7 +47,7 @@ def config(path: str, *overrides: Any) -> Any:
         (
             MASK,
             ["MODEL.FPN.FUSE_TYPE", "add"],
-            "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*asff, attention, avg, channel_fast",
+            "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*asff, attention, avg, blend, channel_fast",
         ),
         (
             MASK,

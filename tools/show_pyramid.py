@@ -70,6 +70,7 @@ def main() -> None:
         "topology": topology,
         "bottom-up": cfg.MODEL.BOTTOM_UP.NAME,
         "extra levels": extra_levels_for(cfg),
+        **({"starts as": fpn.WARM_START_FROM.get("TOPOLOGY", "fpn")} if fpn.WARM_START else {}),
     }
     print(settings_text(backbone, names), node_table(backbone, complexity), sep="\n\n")
     print("", totals_text(complexity, head_features(cfg)), sep="\n")

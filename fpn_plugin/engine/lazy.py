@@ -44,6 +44,7 @@ from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.metrics import trim_metrics
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.warm_start import holds_two_pyramids, load_adapted
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,10 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     goes_on = resume and checkpointer.has_checkpoint()
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    if holds_two_pyramids(model) and not goes_on:
+        load_adapted(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
+    else:
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if goes_on else 0
     if overwrite and comm.is_main_process():
         remove_old_run(cfg.train.output_dir)

@@ -22,6 +22,7 @@ from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.overrides import merge_overrides
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
+from fpn_plugin.engine.warm_source import resolve_warm_start
 from fpn_plugin.heads.auto import resolve_heads
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             cfg.DATASETS.OWN[flag.upper()] = path
     resolve_heads(cfg)
     goes_on = getattr(args, "resume", False) and not args.overwrite  # with both: an error, later
-    args.pixels = resolve_pixels(cfg, find_checkpoint(cfg.OUTPUT_DIR) if goes_on else "")
+    checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if goes_on else ""
+    resolve_warm_start(cfg, checkpoint, getattr(args, "eval_only", False))
+    args.pixels = resolve_pixels(cfg, checkpoint)
     return cfg
 
 

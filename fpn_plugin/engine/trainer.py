@@ -30,6 +30,7 @@ from fpn_plugin.engine.metrics import FlushMetrics, MissedEvaluation, build_writ
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.warm_start import start_warm
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,16 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last whole checkpoint in `OUTPUT_DIR`, or else load `MODEL.WEIGHTS`.
 
+        With `MODEL.FPN.WARM_START` these are fitted to the model.
+
         Raises:
             ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
             RuntimeError: if some processes see another checkpoint than the rest.
         """
-        super().resume_or_load(resume)
+        if self.cfg.MODEL.FPN.WARM_START and not (resume and self.checkpointer.has_checkpoint()):
+            start_warm(self.checkpointer.model, self.cfg)
+        else:
+            super().resume_or_load(resume)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, Sequence
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
@@ -15,6 +16,7 @@ from fpn_plugin.config import (
     extra_levels_for,
     size_divisibility_for,
     validate_config,
+    warm_settings,
 )
 from fpn_plugin.heads.auto import require_resolved
 from fpn_plugin.heads.inputs import validate_heads
@@ -25,6 +27,10 @@ from fpn_plugin.pyramid.one_pass import use_triton
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
+from fpn_plugin.pyramid.warm import combine
+
+# what Detectron2's ResNet can give beside its stem
+_STAGES = frozenset(("res2", "res3", "res4", "res5"))
 
 
 class PyramidBackbone(GraphExecutor, Backbone):
@@ -51,6 +57,11 @@ class PyramidBackbone(GraphExecutor, Backbone):
         recompute: whether training makes fused maps again instead of keeping them.
         merge_projections: whether the 1x1 convolutions that read one map run as one.
         triton: whether a Triton kernel fuses maps on CUDA.
+        warm_from: a pyramid on the same network, as which this one starts (see `warm.py`); what is
+            taken of it is its structure, not its weights.
+
+    Attributes:
+        warm_start: the two pyramids as one; None without `warm_from`.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the config key or node, the value and what
@@ -86,6 +97,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         recompute: bool = False,
         merge_projections: bool = False,
         triton: bool = False,
+        warm_from: PyramidBackbone | None = None,
     ) -> None:
         shapes = bottom_up.output_shape()
         levels = feature_levels(shapes, in_features)
@@ -104,22 +116,33 @@ class PyramidBackbone(GraphExecutor, Backbone):
             norm_eps,
             norm_momentum,
         )
-        super().__init__(made, {name: shapes[name].channels for name in levels}, defaults)
+        channels = {name: shape.channels for name, shape in shapes.items()}
+        warm = None
+        if warm_from is not None:
+            warm = combine((warm_from.graph, warm_from.defaults), (made, defaults), channels)
+        whole, own = (warm.graph, warm.own) if warm else (made, None)
+        super().__init__(whole, {name: channels[name] for name in whole.inputs}, defaults, own)
+        self.warm_start = warm
         use_triton(self, triton)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
         self.recompute = recompute
         self.merge_projections = merge_projections
-        own = made.size_divisibility()
-        self._size_divisibility = max(own, bottom_up.size_divisibility, size_divisibility)
+        # images padded in another way than the checkpoint's would make its function another one
+        padded = warm_from.graph if warm_from is not None else made
+        self._size_divisibility = max(
+            padded.size_divisibility(), bottom_up.size_divisibility, size_divisibility
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """The constructor's arguments, from `MODEL.FPN` and `MODEL.BOTTOM_UP`."""
         fpn = cfg.MODEL.FPN
         validate_config(cfg)
+        warm = warm_settings(cfg)
+        bottom_up = _network(cfg, input_shape, warm.get("in_features", ()))
         return {
-            "bottom_up": build_bottom_up(cfg, input_shape),
+            "bottom_up": bottom_up,
             "in_features": fpn.IN_FEATURES,
             "out_channels": fpn.OUT_CHANNELS,
             "topology": fpn.TOPOLOGY,
@@ -140,6 +163,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "recompute": fpn.RECOMPUTE,
             "merge_projections": fpn.MERGE_PROJECTIONS,
             "triton": fpn.TRITON,
+            "warm_from": _blueprint(bottom_up, warm),
         }
 
     @property
@@ -176,6 +200,34 @@ class PyramidBackbone(GraphExecutor, Backbone):
         for name in ("size_divisibility", "padding_constraints"):
             setattr(module, name, getattr(self, name))
         return module
+
+
+def _network(cfg: CfgNode, input_shape: ShapeSpec, more: Sequence[str]) -> Backbone:
+    """The network underneath, which gives these maps as well."""
+    if missing := set(more) - set(cfg.MODEL.FPN.IN_FEATURES):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.FPN.IN_FEATURES = sorted({*cfg.MODEL.FPN.IN_FEATURES, *missing})
+        given = {*cfg.MODEL.RESNETS.OUT_FEATURES, *(missing & _STAGES)}
+        cfg.MODEL.RESNETS.OUT_FEATURES = sorted(given)
+    return build_bottom_up(cfg, input_shape)
+
+
+def _blueprint(bottom_up: Backbone, settings: Mapping[str, Any]) -> PyramidBackbone | None:
+    """The pyramid that a checkpoint has, without memory for weights; None if there is none.
+
+    Raises:
+        ValueError: naming MODEL.FPN.WARM_START_FROM, if it cannot be built on this network.
+    """
+    if not settings:
+        return None
+    try:
+        with torch.device("meta"):
+            return PyramidBackbone(bottom_up, **settings)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"MODEL.FPN.WARM_START_FROM: the checkpoint's pyramid: {error.args[0]}"
+        ) from error
 
 
 def _operator(value: OperatorLike, key: str) -> Operator:

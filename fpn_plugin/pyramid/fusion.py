@@ -153,3 +153,33 @@ class ChannelFast(FastNormalized):
     """`fast_normalized` with a weight per input and channel (automl's `channel_fastattn`)."""
 
     per_channel = True
+
+
+@FUSIONS.register("blend")
+class Blend(Fusion):
+    """`old + w · (new - old)`, w learned from 0, unbounded, a weight per channel.
+
+    The node's first input is "old", its second is "new". At first it passes the old map on bit for
+    bit: a warm start (MODEL.FPN.WARM_START) lets a new path in through it.
+
+    Args:
+        scale: what the parameter is multiplied by to give w: an optimizer whose steps are as long
+            as its learning rate, whatever the gradient, moves w that much faster.
+    """
+
+    arity = 2
+
+    def __init__(self, channels: int, count: int, norm: str = "", scale: float = 10.0) -> None:
+        super().__init__(channels, count)
+        self.scale = scale
+        self.weights = nn.Parameter(torch.zeros(channels))
+
+    def normalized_weights(self) -> Tensor:
+        """What the maps are multiplied by, shape `(2, C)`."""
+        share = self.scale * self.weights
+        return torch.stack([1 - share, share])
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        old, new = maps
+        share = (self.scale * self.weights).type_as(old)[:, None, None]  # (C, 1, 1)
+        return old + share * (new - old)

@@ -28,6 +28,7 @@ class GraphExecutor(nn.Module):
         graph: the nodes.
         in_channels: of the graph's inputs, by name.
         defaults: the width, and what a node gets that does not say otherwise.
+        own: other defaults, of the same width, for single nodes, by the node's name.
 
     Raises:
         ValueError: (KeyError for an unknown operator) naming the node, the value and what is valid.
@@ -40,17 +41,24 @@ class GraphExecutor(nn.Module):
     # whether the 1x1 convolutions of one map run as one (MODEL.FPN.MERGE_PROJECTIONS)
     merge_projections = False
 
-    def __init__(self, graph: Graph, in_channels: Mapping[str, int], defaults: Defaults) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        in_channels: Mapping[str, int],
+        defaults: Defaults,
+        own: Mapping[str, Defaults] | None = None,
+    ) -> None:
         super().__init__()
         graph.check({kind: registry.names() for kind, registry in REGISTRIES.items()})
         self.graph = graph
         self.defaults = defaults
         self._compiled: Callable[[Dict[str, Tensor]], Dict[str, Tensor]] | None = None
-        self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults)
+        self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults, own)
         self.output_channels = {name: defaults.channels for name in graph.output_names()}
         for step in sorted(self.steps, key=lambda step: step.node.level):
             for part in step.parts():
-                self._register(part.path, build_part(part, defaults))
+                style = (own or {}).get(step.node.name, defaults)
+                self._register(part.path, build_part(part, style))
         # the levels whose size must be known, because a map is resampled to them
         self._sized = {
             step.node.input_level for step in self.steps for edge in step.edges if edge.resample

@@ -89,7 +89,10 @@ class ResolvedNode:
 
 
 def resolve(
-    graph: Graph, in_channels: Mapping[str, int], defaults: Defaults
+    graph: Graph,
+    in_channels: Mapping[str, int],
+    defaults: Defaults,
+    own: Mapping[str, Defaults] | None = None,
 ) -> tuple[ResolvedNode, ...]:
     """Make a checked graph explicit.
 
@@ -100,12 +103,14 @@ def resolve(
 
     Args:
         in_channels: of the graph's inputs, by name.
+        own: the defaults of single nodes, of the same width, by the node's name.
     """
-    channels = dict(in_channels)
+    common, channels = defaults, dict(in_channels)
     levels = dict(graph.inputs)
     last_reader = {edge.source: item.name for item in graph.nodes for edge in item.inputs}
     resolved = []
     for item in graph.nodes:
+        defaults = (own or {}).get(item.name, common)
         edges = tuple(
             _resolve_edge(item, i, levels, channels, defaults) for i in range(len(item.inputs))
         )

@@ -156,3 +156,44 @@ def test_a_run_that_diverges(
     assert "It begins in " in str(caught.value) and "optimizer.lr (1e+20)" in str(caught.value)
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000000.pth"
     assert f"goes on from {tmp_path / 'run' / 'model_0000000.pth'}" in str(caught.value)
+
+
+def test_a_pyramid_starts_as_another_one(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lazy, "setup_logger", lambda *args, **kwargs: None)
+    config = tmp_path / "warm.py"
+    config.write_text(f"""
+from detectron2.config import LazyCall as L, LazyConfig
+from fpn_plugin import PyramidBackbone
+
+_cfg = LazyConfig.load({str(CONFIG)!r})
+model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
+dataloader, train = _cfg.dataloader, _cfg.train
+del dataloader.evaluator
+_old = {{key: x for key, x in model.backbone.items() if key not in ("_target_", "bottom_up")}}
+model.backbone.warm_from = L(PyramidBackbone)(bottom_up="${{..bottom_up}}", **_old)
+model.backbone.warm_from.in_features = ["res2", "res3", "res4", "res5"]
+model.backbone.topology = "pafpn"
+""")
+    before = lazy.build_model(lazy.load_config(str(CONFIG), SMALL))
+    (tmp_path / "old").mkdir()
+    torch.save({"model": before.state_dict()}, tmp_path / "old" / "model.pth")
+    extra = [f"train.init_checkpoint={tmp_path / 'old' / 'model.pth'}", "train.max_iter=1"]
+    cfg = lazy.load_config(str(config), [*SMALL, *NAMES, *extra])
+    cfg.train.output_dir = str(tmp_path / "run")
+    lazy.train(cfg)
+    assert "the detector                 the checkpoint's function: exactly" in log.text
+    after = lazy.build_model(cfg)
+    lazy.load_adapted(after, cfg.train.init_checkpoint)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        maps, again = before.eval().backbone(x), after.eval().backbone(x)
+    assert list(maps) == list(again) and all(torch.equal(maps[k], again[k]) for k in maps)
+    log.clear()
+    cfg.train.max_iter = 2
+    lazy.train(cfg, resume=True)
+    assert "node by node" not in log.text and "the checkpoint's function" not in log.text
+    cfg.model.backbone.warm_from.out_channels = 64
+    with pytest.raises(ValueError, match="init_checkpoint .* has a pyramid of 64 channels, not 96"):
+        lazy.load_adapted(lazy.build_model(cfg), "model.pth", key="train.init_checkpoint")

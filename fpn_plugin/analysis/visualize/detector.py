@@ -45,7 +45,7 @@ def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
         ValueError: if no checkpoint is named, and for a bad value in the config.
     """
     pairs = [*opts, "MODEL.WEIGHTS", weights] if weights else list(opts)
-    cfg = load_config(argparse.Namespace(config_file=path, opts=pairs))
+    cfg = load_config(argparse.Namespace(config_file=path, opts=pairs, eval_only=True))
     register_own(cfg)
     choose_device(cfg)
     named = cfg.MODEL.WEIGHTS

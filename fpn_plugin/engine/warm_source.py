@@ -1,0 +1,169 @@
+"""What pyramid a checkpoint has, for `MODEL.FPN.WARM_START`: from its run, or from its names."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, Mapping
+
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.config import NO_PYRAMID, PYRAMID_KEYS, add_fpn_config, pyramid_settings
+from fpn_plugin.engine.run_folder import recorded_config
+
+logger = logging.getLogger(__name__)
+
+KEY, FROM, WEIGHTS = "MODEL.FPN.WARM_START", "MODEL.FPN.WARM_START_FROM", "MODEL.WEIGHTS"
+_OURS = "build_pyramid_backbone"
+_FPN = re.compile(r"backbone\.fpn_(lateral|output)(\d+)\.(weight|bias|norm\..+)")
+_TOP = re.compile(r"backbone\.top_block\.p\d+\.(weight|bias)")
+
+
+def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) -> None:
+    """Fill `MODEL.FPN.WARM_START_FROM`, in place, where `WARM_START` is on.
+
+    Args:
+        checkpoint: of the run that goes on, if one does: it is loaded as it is.
+        evaluates: whether `MODEL.WEIGHTS` is loaded as it is too.
+
+    Raises:
+        FileNotFoundError: if there is no such file as `MODEL.WEIGHTS`.
+        ValueError: naming the key and its value, if the checkpoint's pyramid cannot be told, or
+            does not go with this config.
+    """
+    fpn = cfg.MODEL.FPN
+    path, key = (checkpoint, "OUTPUT_DIR") if checkpoint else (cfg.MODEL.WEIGHTS, WEIGHTS)
+    recorded = recorded_model(path)
+    record = recorded.get("FPN", {})
+    if not fpn.WARM_START:
+        if record.get("WARM_START"):
+            logger.warning("%s: False, but %s (%s) holds two pyramids: set it", KEY, path, key)
+        return
+    _check_target(cfg, path)
+    if record.get("WARM_START"):  # a warm-started checkpoint, which is loaded as it is
+        if not checkpoint:
+            _check_same_target(cfg, recorded, path)
+        fpn.WARM_START_FROM = _node(record["WARM_START_FROM"])
+    elif (checkpoint or evaluates) and (recorded or not fpn.WARM_START_FROM):
+        raise ValueError(
+            f"{KEY}: True, but no config.yaml of a run with it is beside {path} ({key}), which"
+            f" would be loaded as it is: leave it out, or say {FROM}"
+        )
+    elif recorded or not fpn.WARM_START_FROM:
+        fpn.WARM_START_FROM = _node(describe_checkpoint(path))
+    if checkpoint:
+        logger.info("--resume: %s goes on as it is; %s adapts nothing", checkpoint, KEY)
+
+
+def describe_checkpoint(path: str) -> dict[str, Any]:
+    """The pyramid of a checkpoint, by the keys of `MODEL.FPN`; `NO_PYRAMID` if it has none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming MODEL.WEIGHTS, if it is none of a detector, or its pyramid is unknown.
+    """
+    recorded = recorded_model(path)
+    if recorded.get("BACKBONE", {}).get("NAME") == _OURS:
+        return pyramid_settings(_settled(recorded))
+    shapes = {name: tuple(x.shape) for name, x in read_state_dict(path, WEIGHTS).items()}
+    names = [name for name in shapes if name.startswith("backbone.")]
+    if not names:
+        raise ValueError(
+            f"{KEY}: {WEIGHTS} {path!r} is no checkpoint of a detector: it has no names as"
+            f" backbone.fpn_lateral2.weight, but {', '.join(list(shapes)[:3])}, ... The weights of"
+            " a network alone go to MODEL.BOTTOM_UP.WEIGHTS"
+        )
+    own = [name for name in names if not name.startswith("backbone.bottom_up.")]
+    if not own or own == names:  # Detectron2's C4 detectors have backbone.res4.…
+        return dict(NO_PYRAMID)
+    other = [name for name in own if not _FPN.fullmatch(name) and not _TOP.fullmatch(name)]
+    if other:
+        raise ValueError(
+            f"{KEY}: {WEIGHTS} {path!r} has more than Detectron2's FPN ({other[0]}), and no"
+            f" config.yaml of its run is beside it: put it there, or say in {FROM} what it is"
+        )
+    return _detectron2_fpn(shapes, own, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
+
+
+def recorded_model(path: str) -> Mapping[str, Any]:
+    """`MODEL` of the run whose folder a checkpoint lies in; {} if there is none."""
+    if not path or "://" in path:
+        return {}
+    found: Mapping[str, Any] = recorded_config(str(Path(path).parent)).get("MODEL", {})
+    return found
+
+
+def _node(settings: Mapping[str, Any]) -> CfgNode:
+    return CfgNode(dict(settings), new_allowed=True)
+
+
+def _settled(recorded: Mapping[str, Any]) -> CfgNode:
+    """A config with a record's pyramid; what the record lacks is newer than it, and stands at its
+    default."""
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = recorded.get("META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+    for key in PYRAMID_KEYS:
+        cfg.MODEL.FPN[key] = recorded.get("FPN", {}).get(key, cfg.MODEL.FPN[key])
+    return cfg
+
+
+def _check_target(cfg: CfgNode, path: str) -> None:
+    if cfg.MODEL.BACKBONE.NAME != _OURS:
+        raise ValueError(
+            f"{KEY}: True starts a pyramid of ours, but MODEL.BACKBONE.NAME is"
+            f" {cfg.MODEL.BACKBONE.NAME!r}: use {_OURS!r}"
+        )
+    if not path and not cfg.MODEL.FPN.WARM_START_FROM:
+        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
+
+
+def _check_same_target(cfg: CfgNode, recorded: Mapping[str, Any], path: str) -> None:
+    """A warm-started checkpoint can be trained on and evaluated, but not started from anew."""
+    then, now = pyramid_settings(_settled(recorded)), pyramid_settings(cfg)
+    changed = [key for key in now if then[key] != now[key]]
+    if changed:
+        texts = [f"MODEL.FPN.{key} {then[key]!r} -> {now[key]!r}" for key in changed]
+        raise ValueError(
+            f"{KEY}: {WEIGHTS} {path!r} was itself started that way, and holds two pyramids; it"
+            f" cannot become a third ({'; '.join(texts)}). Start from the first checkpoint"
+        )
+
+
+def _detectron2_fpn(
+    shapes: Mapping[str, tuple[int, ...]], names: list[str], path: str, fuse: str
+) -> dict[str, Any]:
+    """The settings of Detectron2's own FPN, from its names and shapes."""
+    laterals = sorted({int(m[2]) for m in map(_FPN.fullmatch, names) if m})
+    if not laterals:
+        raise ValueError(f"{KEY}: {WEIGHTS} {path!r} has {names[0]}, but no backbone.fpn_lateral…")
+    lateral = f"backbone.fpn_lateral{laterals[-1]}"
+    width, channels = shapes[f"{lateral}.weight"][:2]
+    tops = [name for name in names if _TOP.fullmatch(name) and name.endswith("weight")]
+    extra = "maxpool"
+    if tops:
+        if width == channels:
+            raise ValueError(
+                f"{KEY}: {WEIGHTS} {path!r}: {tops[0]} may read the network's last map or the"
+                f" pyramid's, as both have {width} channels; say in {FROM} what the pyramid is"
+            )
+        extra = "conv_c5" if shapes[min(tops)][1] == channels else "conv_p5"
+    return {
+        **pyramid_settings(_settled({})),
+        "IN_FEATURES": [f"res{level}" for level in laterals],
+        "OUT_CHANNELS": width,
+        "FUSE_TYPE": fuse,
+        "NORM": _norm(f"{lateral}.norm.", shapes),
+        "EXTRA_LEVELS": extra,
+    }
+
+
+def _norm(prefix: str, shapes: Mapping[str, Any]) -> str:
+    """`MODEL.FPN.NORM`; one without statistics is taken for GN, which Detectron2's zoo has."""
+    if f"{prefix}weight" not in shapes:
+        return ""
+    if f"{prefix}running_mean" not in shapes:
+        return "GN"
+    return "BN" if f"{prefix}num_batches_tracked" in shapes else "FrozenBN"

@@ -1,0 +1,194 @@
+"""What `tools/export.py` does: build, export, run the file at several sizes, compare, and only then
+put it in its place, with a JSON of what inference needs to know."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, List, Sequence
+
+import torch
+from detectron2.layers import DeformConv
+
+from fpn_plugin.analysis.report.bar import Bar
+from fpn_plugin.analysis.visualize.detector import load_detector, read_config
+from fpn_plugin.engine.checkpoint import write_atomically
+from fpn_plugin.export.compare import Difference, compare, make_inputs
+from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
+from fpn_plugin.export.refuse import time_limit
+from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
+from fpn_plugin.pyramid.deformable import ModulatedConv
+from fpn_plugin.registry import unknown_name
+
+# keys that change nothing of what is computed, but how, in ways that no export can follow
+_PLAIN = (
+    *("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN"),
+    *("MODEL.FPN.TRITON", "MODEL.FPN.MERGE_PROJECTIONS"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to export.
+
+    Attributes:
+        config_file: of the model.
+        format: a name of `FORMATS`.
+        output: the file; the JSON's name is it and `.json`.
+        weights: a checkpoint; "" for `MODEL.WEIGHTS`.
+        what: one of `WHAT`.
+        sizes: `HxW`, on which the file is compared; none for three that suit the strides.
+        fixed_size: `HxW`, the only one that the file takes; "" for any.
+        batch: the only one that a backbone's file takes; 0 for any, or 1 with `fixed_size`.
+        inputs: photos to compare on; none for random images.
+        time_limit: of the export, in seconds; 0 for none.
+        overwrite: whether a file that is there may be replaced.
+        opts: `KEY VALUE` pairs for the config.
+    """
+
+    config_file: str
+    format: str
+    output: Path
+    weights: str = ""
+    what: str = "backbone"
+    sizes: Sequence[str] = ()
+    fixed_size: str = ""
+    batch: int = 0
+    inputs: Sequence[Path] = ()
+    time_limit: int = 900
+    overwrite: bool = False
+    opts: Sequence[str] = ()
+
+
+def export(settings: Settings, bar: Bar) -> List[Difference]:
+    """Write the file and its JSON.
+
+    Returns:
+        how far the file's numbers are from the eager ones, per size.
+
+    Raises:
+        FileExistsError: if the file is there already, unless `overwrite`.
+        ImportError: for a format whose packages are missing.
+        ValueError: (KeyError, FileNotFoundError) for a bad argument; for what cannot be exported,
+            naming it; if the file does not give what the model gives. Then nothing is written.
+        TimeoutError: if the export takes longer than it may.
+    """
+    kind = _check(settings)
+    subject = _build(settings, bar)
+    shape, sizes = _shapes(settings, subject)
+    images = make_inputs(subject, sizes, shape.batch, settings.inputs)
+    part = settings.output.with_name(f".{settings.output.stem}.part{kind.suffix}")
+    try:
+        bar.say(f"Exporting the {subject.what} as {settings.format}")
+        with time_limit(settings.time_limit, "give --fixed-size HxW, or another --format"):
+            how = kind.write(subject, shape, part)
+        bar.say(f"Comparing the file with the model at {len(images)} sizes")
+        found = compare(subject, kind.load(part), images)
+        text = json.dumps(_info(settings, subject, shape, how, found), indent=2) + "\n"
+        os.replace(part, settings.output)
+    finally:
+        part.unlink(missing_ok=True)
+    write_atomically(json_path(settings.output), lambda file: file.write(text.encode()))
+    return found
+
+
+def json_path(output: Path) -> Path:
+    """Where the JSON of an exported file is."""
+    return output.with_name(output.name + ".json")
+
+
+def _check(settings: Settings) -> Format:
+    """The format, once the arguments are seen to make sense."""
+    if settings.format not in FORMATS:
+        raise unknown_name("--format", settings.format, FORMATS)
+    if settings.what not in WHAT:
+        raise unknown_name("--what", settings.what, WHAT)
+    kind, output = FORMATS[settings.format], settings.output
+    if output.suffix != kind.suffix:
+        raise ValueError(
+            f"--output {str(output)!r}: files of --format {settings.format} end in {kind.suffix}"
+        )
+    present = [str(path) for path in (output, json_path(output)) if path.exists()]
+    if present and not settings.overwrite:
+        raise FileExistsError(f"--output: {', '.join(present)} exists; give --overwrite")
+    if settings.batch < 0:
+        raise ValueError(f"--batch: {settings.batch} is not 0 (any) or more")
+    for path in settings.inputs:
+        if not path.is_file():
+            raise FileNotFoundError(f"--input {str(path)!r}: there is no such file")
+    kind.require(settings.format)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return kind
+
+
+def _build(settings: Settings, bar: Bar) -> Subject:
+    cfg = read_config(settings.config_file, settings.weights, settings.opts)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list([item for key in _PLAIN for item in (key, False)])
+    bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
+    model = load_detector(cfg).model
+    return (backbone_subject if settings.what == "backbone" else detector_subject)(cfg, model)
+
+
+def _shapes(settings: Settings, subject: Subject) -> tuple[Shape, list[tuple[int, int]]]:
+    """What is fixed in the file, and the sizes to compare at."""
+    fixed = _size(settings.fixed_size, "--fixed-size", subject) if settings.fixed_size else None
+    if fixed and settings.sizes:
+        raise ValueError("--sizes: with --fixed-size there is one size; leave one of the two out")
+    if fixed and subject.what == "detector":
+        raise ValueError("--fixed-size: a detector's file takes any size; leave it out")
+    sizes = [_size(text, "--sizes", subject) for text in settings.sizes] or default_sizes(subject)
+    sizes = [fixed] * 3 if fixed else sizes
+    batch = settings.batch or (1 if fixed else 0)
+    return Shape(fixed, batch, sizes[0]), sizes
+
+
+def _size(text: str, flag: str, subject: Subject) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise ValueError(f"{flag}: {text!r} is not HxW, such as 320x416")
+    size = (int(match[1]), int(match[2]))
+    if any(side % subject.step for side in size):
+        raise ValueError(f"{flag}: {text}: the network takes sides divisible by {subject.step}")
+    if min(size) < subject.least:
+        raise ValueError(f"{flag}: {text}: sides below {subject.least} pixels are too small")
+    return size
+
+
+def default_sizes(subject: Subject) -> list[tuple[int, int]]:
+    """Three sizes of different shape, as images are padded for the network."""
+    unit = math.lcm(subject.step, subject.info["size_divisibility"] or 32)
+    count = -(-max(256, subject.least) // unit)
+    return [((count + h) * unit, (count + w) * unit) for h, w in ((0, 1), (2, 0), (1, 3))]
+
+
+def _info(
+    settings: Settings, subject: Subject, shape: Shape, how: str, found: Sequence[Difference]
+) -> dict[str, Any]:
+    """What the JSON says."""
+    packages = ("torch", "torchvision", *FORMATS[settings.format].packages)
+    return {
+        "what": subject.what,
+        "format_of_file": settings.format,
+        "how": how,
+        "input": INPUT,
+        "outputs": list(subject.outputs),
+        **subject.info,
+        "step": subject.step,
+        "smallest_side": subject.least,
+        "fixed_size": shape.size,
+        "batch": shape.batch if subject.what == "backbone" else 1,
+        "torchvision": subject.what == "detector" or _is_deformable(subject.module),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "compared": [asdict(item) for item in found],
+    }
+
+
+def _is_deformable(network: torch.nn.Module) -> bool:
+    """Whether a network uses torchvision's own operators."""
+    return any(isinstance(part, (ModulatedConv, DeformConv)) for part in network.modules())

@@ -1,0 +1,143 @@
+"""What is exported: a bottom-up network with its pyramid, or a whole detector, as a module from one
+tensor to named tensors. Shapes are `(N, C, H, W)`, sizes in pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, List, Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.export import TracingAdapter
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import Tensor, nn
+
+WHAT = ("backbone", "detector")
+BATCH = 2  # of the example: torch.export takes a size of 1 for a constant
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to export.
+
+    Attributes:
+        what: one of `WHAT`.
+        module: takes images, `(N, 3, H, W)` normalised or, a detector, `(3, H, W)` as they are; in
+            evaluation mode, on the CPU.
+        outputs: the names of what it gives, in order.
+        step: a backbone's: its images' sides must be multiples of this.
+        least: the smallest side that it takes at any size.
+        windowed: the first submodule that cuts maps into windows, a transformer's; "" for none.
+        info: what inference needs to know, for the JSON beside the file.
+    """
+
+    what: str
+    module: nn.Module
+    outputs: tuple[str, ...]
+    step: int
+    least: int
+    windowed: str
+    info: Mapping[str, Any]
+
+    def example(self, size: Sequence[int], batch: int) -> Tensor:
+        """Random images of a size, with edges at several scales; the batch is a backbone's."""
+        count = batch if self.what == "backbone" else 1
+        images = torch.zeros(count, 3, *size)
+        for side in (2, 5, 13, 34):
+            noise = torch.rand(count, 3, side, side)
+            images += nn.functional.interpolate(noise, size=tuple(size), mode="nearest") / 4
+        pixels = images * 255
+        return self.normalise(pixels) if self.what == "backbone" else pixels[0]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """What a backbone is given for images `(N, 3, H, W)` from 0 to 255."""
+        mean, std = (torch.tensor(self.info[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        return (pixels - mean) / std
+
+    def run(self, images: Tensor) -> List[Tensor]:
+        """Eagerly: the outputs, in order."""
+        with torch.no_grad():
+            given = self.module(images)
+        return list(given.values()) if isinstance(given, Mapping) else list(given)
+
+
+def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
+    """The backbone of a model: a dict of maps by name, from high to low resolution.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(f"--what backbone: {type(model).__name__} has no backbone; take detector")
+    shapes = backbone.output_shape()
+    strides = {name: shape.stride for name, shape in shapes.items()}
+    channels = {name: shape.channels for name, shape in shapes.items()}
+    network = getattr(backbone, "bottom_up", backbone)
+    coarsest = max(strides.values())
+    facts = {"strides": strides, "channels": channels, "normalised": True}
+    square = backbone.padding_constraints.get("square_size", 0)
+    return Subject(
+        "backbone",
+        backbone.eval(),
+        tuple(strides),
+        step=network.size_divisibility or 1,
+        # a map of one pixel would be a constant
+        least=coarsest + 2,
+        windowed=_find_windows(backbone),
+        info={
+            **_pixels(cfg),
+            **facts,
+            "layout": "NCHW",
+            "size_divisibility": backbone.size_divisibility,
+            "square_size": square,
+        },
+    )
+
+
+def detector_subject(cfg: CfgNode, model: nn.Module) -> Subject:
+    """A whole detector for one image of any size, by Detectron2's `TracingAdapter`: boxes, classes,
+    scores and masks before they are pasted into the image.
+
+    Raises:
+        ValueError: for a model that Detectron2 cannot trace.
+    """
+    if not isinstance(model, (GeneralizedRCNN, DenseDetector)):
+        raise ValueError(
+            f"--what detector: Detectron2 traces R-CNNs, RetinaNet and FCOS, but this is a"
+            f" {type(model).__name__}; take --what backbone"
+        )
+    adapter = TracingAdapter(model.eval(), [{"image": torch.zeros(3, 128, 160)}], _detect)
+    adapter(torch.rand(3, 128, 160) * 255)  # it learns what the outputs are called
+    names = tuple(adapter.outputs_schema.keys)  # type: ignore[attr-defined]
+    facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
+    info = {**_pixels(cfg), **facts}
+    return Subject("detector", adapter, names, 1, 32, _find_windows(model), info)
+
+
+def _detect(model: Any, inputs: List[Any]) -> dict[str, Tensor]:
+    """The fields of the detections in the one image that there is."""
+    if isinstance(model, GeneralizedRCNN):
+        found = model.inference(inputs, do_postprocess=False)[0]
+    else:
+        found = model(inputs)[0]["instances"]
+    return {
+        name: getattr(value, "tensor", value)
+        for name, value in sorted(found.get_fields().items())
+        if isinstance(getattr(value, "tensor", value), Tensor)
+    }
+
+
+def _pixels(cfg: CfgNode) -> dict[str, Any]:
+    """Mean and deviation per channel, of pixels from 0 to 255, and the channels' order."""
+    mean, std = (list(map(float, values)) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    return {"mean": mean, "std": std, "format": cfg.INPUT.FORMAT}
+
+
+def _find_windows(network: nn.Module) -> str:
+    """The first submodule with attention in windows, by the name that Detectron2 and timm share."""
+    for name, module in network.named_modules():
+        if getattr(module, "window_size", None) not in (None, 0, (0, 0)):
+            return name
+    return ""

@@ -1,0 +1,241 @@
+"""A checkpoint's detector goes on as another one: the same function at first, and it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from warm_models import (
+    BIFPN,
+    MASKS,
+    RETINANET,
+    TARGETS,
+    Warmed,
+    a_config,
+    a_model,
+    image,
+    largest_difference,
+    seen,
+    warm,
+)
+
+from fpn_plugin.config import NO_PYRAMID
+from fpn_plugin.engine.warm_start import WarmStart
+from fpn_plugin.engine.widths import shapes_at_width
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_mask_rcnn_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    before, after, start = warm(tmp_path, {}, TARGETS[name], **MASKS)
+    inputs = [image()]
+    (maps, found), (maps2, found2) = seen(before, inputs), seen(after, inputs)
+    assert list(maps) == list(maps2) and all(torch.equal(maps[k], maps2[k]) for k in maps)
+    assert len(found["boxes"]) > 0 and found.keys() == found2.keys() >= {"pred_masks", "scores"}
+    for field in found:
+        assert torch.equal(found[field], found2[field]), field
+    assert set(start.verdict().values()) == {"exactly"}
+
+
+def test_a_retinanet_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    before, after, start = warm(tmp_path, {}, BIFPN, **RETINANET)
+    inputs = [image()]
+    (maps, found), (maps2, found2) = seen(before, inputs), seen(after, inputs)
+    assert list(maps) == list(maps2) == ["p3", "p4", "p5", "p6", "p7"]
+    assert all(torch.equal(maps[k], maps2[k]) for k in maps)
+    assert len(found["boxes"]) > 0 and torch.equal(found["boxes"], found2["boxes"])
+    assert torch.equal(found["scores"], found2["scores"])
+    assert start.verdict()["the detector"] == "exactly"
+
+
+@pytest.mark.parametrize(
+    "old, new, heads, read",
+    [
+        pytest.param(
+            {"OUT_CHANNELS": 128},
+            {"OUT_CHANNELS": 256},
+            MASKS,
+            "proposal_generator.rpn_head.conv.weight",
+            id="mask-rcnn",
+        ),
+        pytest.param(
+            {"OUT_CHANNELS": 32, "NORM": "GN"},
+            {"OUT_CHANNELS": 64, "NORM": "GN", "TOPOLOGY": "pafpn"},
+            RETINANET,
+            "head.cls_subnet.0.weight",
+            id="retinanet-pafpn",
+        ),
+    ],
+)
+def test_a_wider_detector_goes_on(
+    old: dict[str, Any], new: dict[str, Any], heads: dict[str, Any], read: str, tmp_path: Path
+) -> None:
+    before, after, start = warm(tmp_path, old, new, **heads)
+    inputs = [image()]
+    (maps, found), (maps2, found2) = seen(before, inputs), seen(after, inputs)
+    for copy in (0, 1):
+        assert largest_difference(maps, {k: x[:, copy::2] for k, x in maps2.items()}) < 1e-5
+    assert len(found["boxes"]) == len(found2["boxes"]) > 0
+    assert torch.allclose(found["boxes"], found2["boxes"], atol=1e-2)
+    assert torch.allclose(found["scores"], found2["scores"], atol=1e-5)
+    assert set(start.verdict().values()) == {"up to rounding"}
+    # who reads two copies gives them other weights, so that they do not learn the same
+    weight = after.state_dict()[read]
+    assert weight.shape[:2] == (new["OUT_CHANNELS"], new["OUT_CHANNELS"])
+    assert not torch.allclose(weight[:, ::2], weight[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [
+        ({"OUT_CHANNELS": 64}, {"OUT_CHANNELS": 32}, "32 of 64 channels were let go"),
+        ({"OUT_CHANNELS": 64, "NORM": "GN"}, {"OUT_CHANNELS": 96, "NORM": "GN"}, "norms of groups"),
+        ({"TOPOLOGY": "fpn+bfp"}, {"TOPOLOGY": "fpn", "OUT_CHANNELS": 64}, "non_local does not"),
+        # res2 has 64 channels, so at that width its edges need no projection
+        (BIFPN, {**BIFPN, "OUT_CHANNELS": 64}, r"backbone.bifpn_out2_edge0.project"),
+    ],
+)
+def test_what_cannot_be_preserved_is_said(
+    old: dict[str, Any], new: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    before, after, start = warm(tmp_path, old, new)
+    assert set(start.verdict().values()) == {"no"}
+    assert f"not preserved: {reason}" in start.report()
+    inputs = [image()]
+    maps, maps2 = seen(before, inputs)[0], seen(after, inputs)[0]
+    names = torch.arange(len(maps2["p3"][0])) * len(maps["p3"][0]) // len(maps2["p3"][0])
+    assert largest_difference({k: x[:, names] for k, x in maps.items()}, maps2) > 1e-4
+
+
+def test_a_head_is_never_grown_by_accident(tmp_path: Path) -> None:
+    """RetinaNet's classifier for two classes has twice the channels of that for one: as the
+    pyramid."""
+    narrow = {"OUT_CHANNELS": 32}, {"OUT_CHANNELS": 64}
+    heads = [{**RETINANET, "MODEL__RETINANET__NUM_CLASSES": count} for count in (1, 2)]
+    source = a_config(tmp_path, narrow[0], **heads[0])
+    target = a_config(tmp_path, narrow[1], source, **heads[1])
+    before, after = build_model(source), build_model(target)
+    start = WarmStart(after, "old.pth", shapes_at_width(target, 32))
+    state = start(before.state_dict())
+    name = "head.cls_score.weight"
+    assert before.state_dict()[name].shape == (3, 32, 3, 3) and state[name].shape[0] == 6
+    assert torch.equal(state[name], after.state_dict()[name])
+    report = start.report()
+    assert "(the checkpoint's is (3, 32, 3, 3), not (6, 32, 3, 3)" in report
+    assert "not preserved: the heads begin anew in part: head.cls_score.weight" in report
+    verdict = start.verdict()
+    assert verdict.pop("the detector") == "no" and set(verdict.values()) == {"up to rounding"}
+
+
+def test_other_classes_leave_the_pyramid_what_it_is(tmp_path: Path) -> None:
+    source = a_config(tmp_path, {})
+    target = a_config(tmp_path, TARGETS["pafpn"], source, MODEL__ROI_HEADS__NUM_CLASSES=5)
+    start = WarmStart(build_model(target), "old.pth")
+    start(build_model(source).state_dict())
+    assert start.verdict()["p3"] == "exactly" and start.verdict()["the detector"] == "no"
+    assert "roi_heads.box_predictor      fresh (the checkpoint's is (3, 32), not (6, 32)" in (
+        start.report()
+    )
+
+
+def test_the_log_names_every_node(tmp_path: Path) -> None:
+    start = warm(tmp_path, {}, TARGETS["bifpn"]).start
+    words = [line.split() for line in start.report().splitlines()[1:]]
+    lines = {first: " ".join(rest) for first, *rest in words}
+    assert set(lines) > {step.node.name.removeprefix("warm.") for step in start.backbone.steps}
+    assert lines["bottom_up"] == "copied"
+    assert lines["fpn_lateral3"] == "(old) copied"
+    assert lines["bifpn_td4"].startswith(
+        "copied 1 of 14 (from backbone.fpn_lateral4.weight), fresh"
+    )
+    assert lines["warm_gate3"] == "fresh (zero)"
+    assert lines["p3"].endswith("function: exactly (warm_gate3 lets the new pyramid in)")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_new_parameter_learns_within_two_steps(name: str, tmp_path: Path) -> None:
+    after: Any = warm(tmp_path, {}, TARGETS[name]).after.train()
+    backbone = after.backbone
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.01)
+    x, learned = [image()["image"][None] / 255, image()["image"][None] / 99], []
+    for step in range(2):
+        optimizer.zero_grad()
+        maps = backbone(torch.cat(x)[step:])
+        sum((y - 1).square().mean() for y in maps.values()).backward()
+        items = backbone.named_parameters()
+        learned.append({n for n, p in items if p.grad is not None and p.grad.any()})
+        optimizer.step()
+    names = {name for name, _ in backbone.named_parameters()}
+    gates = {name for name in names if "warm_gate" in name}
+    assert gates and gates <= learned[0]
+    # the bias of the keys in a softmax over places has no gradient, in whatever model
+    assert {n for n in names - learned[1] if not n.endswith("phi.bias")} == set()
+
+
+def state_of_c4(tmp_path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As Detectron2's C4 detectors name things: the last stage in the heads."""
+    found = {}
+    for name, x in model.state_dict().items():
+        if "bottom_up" in name:
+            name = name.replace("backbone.bottom_up.", "backbone.")
+            found[name.replace("backbone.res5", "roi_heads.res5")] = x
+    return found
+
+
+def test_a_checkpoint_without_a_pyramid_gives_its_network(tmp_path: Path) -> None:
+    cfg = a_config(tmp_path, TARGETS["pafpn"])
+    cfg.MODEL.FPN.WARM_START = True
+    cfg.MODEL.FPN.WARM_START_FROM.update(NO_PYRAMID)
+    other, model = a_model(cfg), build_model(cfg)
+    assert "backbone.warm_gate3_fuse.weights" not in model.state_dict()
+    start = WarmStart(model, "c4.pth")
+    state = start(state_of_c4(tmp_path, other))
+    for name, x in other.state_dict().items():
+        taken = state[name] is x or torch.equal(state[name], x)
+        assert taken == ("bottom_up" in name or not x.any()), name
+    assert set(start.verdict().values()) == {"no"}
+    assert "not preserved: the checkpoint has no pyramid" in start.report()
+    with pytest.raises(ValueError, match="c4.pth: nothing of it fits the network .*NAME.*a.b"):
+        WarmStart(model, "c4.pth")({"backbone.a.b": torch.zeros(1)})
+
+
+def test_a_checkpoint_of_another_network_or_pyramid_is_refused(tmp_path: Path) -> None:
+    start = warm(tmp_path, {}, TARGETS["pafpn"]).start
+    state = build_model(a_config(tmp_path, {})).state_dict()
+    state["backbone.fpn_lateral2.weight"] = torch.zeros(32, 32, 1, 1)
+    with pytest.raises(ValueError, match=r"lateral2.weight has the shape \(32, 32, 1, 1\) .*NAME"):
+        start(state)
+    with pytest.raises(ValueError, match="WARM_START_FROM says: it has no backbone.fpn_lateral2"):
+        start(build_model(a_config(tmp_path, BIFPN)).state_dict())
+    source = a_config(tmp_path, {"OUT_CHANNELS": 64})
+    model = build_model(a_config(tmp_path, {}, source))
+    with pytest.raises(ValueError, match="a.pth has a pyramid of 64 channels, not 32"):
+        WarmStart(model, "a.pth")
+
+
+def test_a_finer_level_that_heads_lose_is_said(tmp_path: Path) -> None:
+    levels = {"IN_FEATURES": ["res3", "res4", "res5"]}
+    heads = {"MODEL__RPN__IN_FEATURES": ["p3", "p4", "p5", "p6"]}
+    heads |= {"MODEL__ROI_HEADS__IN_FEATURES": ["p3", "p4", "p5"]}
+    target = a_config(
+        tmp_path,
+        {**TARGETS["pafpn"], **levels},
+        a_config(tmp_path, {}),
+        **heads,
+        MODEL__ANCHOR_GENERATOR__SIZES=[[32], [64], [128], [256]],
+    )
+    start = WarmStart(build_model(target), "old.pth")
+    start(build_model(a_config(tmp_path, {})).state_dict())
+    verdict = start.verdict()
+    assert verdict.pop("the detector") == "no" and set(verdict.values()) == {"exactly"}
+    assert "not preserved: the heads get no p2 any more" in start.report()
+
+
+def test_images_are_padded_as_the_checkpoints_were(tmp_path: Path) -> None:
+    warmed: Warmed = warm(tmp_path, {}, BIFPN)
+    alone: Any = build_model(a_config(tmp_path, BIFPN))
+    before, after = warmed.before.backbone, warmed.after.backbone
+    assert after.size_divisibility == before.size_divisibility == 32  # type: ignore[union-attr]
+    assert alone.backbone.size_divisibility == 64

@@ -1,0 +1,78 @@
+"""Small models to export: a pyramid on a tiny ResNet, and tiny detectors as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import ResNet, build_model
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from helpers import levels_of, randomize
+
+from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
+from fpn_plugin.export.subject import Subject, backbone_subject
+
+DETECTORS = {
+    "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+}
+SMALL: dict[str, Any] = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.NAME": "build_pyramid_backbone",
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 2,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 50,
+    "MODEL.RETINANET.NUM_CLASSES": 2,
+    "MODEL.RETINANET.SCORE_THRESH_TEST": 0.01,
+}
+
+
+def tiny_resnet() -> ResNet:
+    """Widths 8, 16, 24, 32, one block each."""
+    stages, width = [], 8
+    for number in range(4):
+        stride, out = [1 if number == 0 else 2], 8 * (number + 1)
+        more = {"stride_per_block": stride, "norm": "BN"}
+        stages.append(
+            ResNet.make_stage(BasicBlock, 1, in_channels=width, out_channels=out, **more)
+        )
+        width = out
+    return ResNet(BasicStem(3, 8, norm="BN"), stages, out_features=["res2", "res3", "res4", "res5"])
+
+
+def tiny_subject(topology: str = "fpn", **style: Any) -> Subject:
+    """A pyramid of width 16 on it, with random weights."""
+    features = list(levels_of(topology))
+    pyramid = PyramidBackbone(tiny_resnet(), features, 16, topology=topology, **style)
+    return backbone_subject(get_cfg(), SimpleNamespace(backbone=randomize(pyramid)))
+
+
+def write_detector(folder: Path, name: str, **overrides: Any) -> tuple[str, str]:
+    """A detector with random weights: its config file and its checkpoint."""
+    cfg: CfgNode = get_cfg()
+    add_fpn_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(DETECTORS[name]))
+    values = {**SMALL, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    cfg.merge_from_list([part for pair in values.items() for part in pair])
+    resolve_config(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    for key, parameter in model.named_parameters():
+        if "fpn_" in key or "predictor" in key or key.startswith("head"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    config, weights = folder / f"{name}.yaml", folder / f"{name}.pth"
+    config.write_text(cfg.dump())
+    torch.save({"model": model.state_dict()}, weights)
+    return str(config), str(weights)

@@ -1,0 +1,145 @@
+"""tools/export.py: from a config and a checkpoint to a file, and what runs it without Detectron2."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import DETECTORS, write_detector
+
+from fpn_plugin.analysis.report.bar import Bar
+from fpn_plugin.export import run as run_module
+from fpn_plugin.export.formats import FORMATS
+from fpn_plugin.export.run import Settings, export
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLE = ROOT / "docs" / "examples" / "run_exported.py"
+# neither Detectron2 nor the plugin can be imported
+BLOCKED = """
+import runpy, sys
+sys.modules.update({"detectron2": None, "fpn_plugin": None, "fvcore": None})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("detectors")
+
+
+@pytest.fixture(scope="module")
+def faster_rcnn(folder: Path) -> tuple[str, str]:
+    return write_detector(folder, "faster_rcnn")
+
+
+def settings(detector: tuple[str, str], name: str, folder: Path, **more: Any) -> Settings:
+    output = folder / f"model{FORMATS[name].suffix}"
+    return Settings(detector[0], name, output, detector[1], **more)
+
+
+def run_example(model: Path, *arguments: str) -> dict[str, np.ndarray]:
+    saved = model.with_name("saved.npz")
+    command = [sys.executable, "-c", BLOCKED, str(EXAMPLE), str(model), *arguments]
+    done = subprocess.run([*command, "--save", str(saved)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(saved))
+
+
+def build(what: str, given: Settings) -> Any:
+    return run_module._build(given, Bar(True))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) -> None:
+    given = settings(faster_rcnn, name, tmp_path)
+    assert [item.shape[0] for item in export(given, Bar(True))] == [1, 2, 3]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [given.output.name, given.output.name + ".json"]
+    info = json.loads((tmp_path / files[1]).read_text())
+    assert info["strides"] == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+    assert (info["format"], info["mean"]) == ("BGR", [103.53, 116.28, 123.675])
+    given_maps = run_example(given.output)
+    eager = build("backbone", given).run(torch.from_numpy(given_maps.pop("image")))
+    assert list(given_maps) == info["outputs"]
+    for one, two in zip(given_maps.values(), eager):
+        assert np.allclose(one, two.numpy(), rtol=0, atol=1e-4 * float(two.abs().max()))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+def test_a_detector_runs_from_its_file_alone(detector, name, folder, tmp_path: Path) -> None:
+    given = settings(write_detector(folder, detector), name, tmp_path, what="detector")
+    found = export(given, Bar(True))
+    assert len({item.shape for item in found}) == 3 and all(item.found for item in found)
+    outputs = run_example(given.output)
+    masks = {"pred_masks"} if detector == "mask_rcnn" else set()
+    assert set(outputs) == {"image", "pred_boxes", "pred_classes", "scores"} | masks
+    eager = build("detector", given).run(torch.from_numpy(outputs["image"]))
+    boxes = eager[0].numpy()
+    assert len(boxes) and np.allclose(outputs["pred_boxes"], boxes, rtol=0, atol=0.05)
+
+
+def test_a_detector_is_no_torch_export_program(faster_rcnn, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--what detector --format torch_export: .*torchscript"):
+        export(settings(faster_rcnn, "torch_export", tmp_path, what="detector"), Bar(True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_differs_is_not_written(faster_rcnn, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fpn_plugin.export.compare.TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="the exported model differs.*Nothing was written"):
+        export(settings(faster_rcnn, "torchscript", tmp_path), Bar(True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "more, error, message",
+    [
+        ({"format": "tflite"}, KeyError, "--format: unknown name 'tflite'.*onnx"),
+        ({"what": "head"}, KeyError, "--what: unknown name 'head'"),
+        ({"output": Path("model.onnx")}, ValueError, "--output 'model.onnx': .* end in .ts"),
+        ({"sizes": ["320"]}, ValueError, "--sizes: '320' is not HxW"),
+        ({"sizes": ["32x320"]}, ValueError, "--sizes: 32x320: sides below 66 pixels"),
+        ({"sizes": ["320x320"], "fixed_size": "320x320"}, ValueError, "--sizes: with --fixed-size"),
+        ({"what": "detector", "fixed_size": "320x320"}, ValueError, "--fixed-size: a detector"),
+        ({"batch": -1}, ValueError, "--batch: -1"),
+        ({"inputs": [Path("no.jpg")]}, FileNotFoundError, "--input 'no.jpg'"),
+        ({"weights": "no.pth"}, FileNotFoundError, "'no.pth': there is no such file"),
+    ],
+)
+def test_bad_arguments(more, error, message, faster_rcnn, tmp_path: Path) -> None:
+    fields = {**vars(settings(faster_rcnn, "torchscript", tmp_path)), **more}
+    with pytest.raises(error, match=message):
+        export(Settings(**fields), Bar(True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(faster_rcnn, tmp_path: Path, monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "onnxscript" else found(n, *a)
+    )
+    with pytest.raises(ImportError, match=r"--format onnx needs onnxscript: `pip install '.\[exp"):
+        export(settings(faster_rcnn, "onnx", tmp_path), Bar(True))
+
+
+def test_the_tool_and_a_file_that_is_there(faster_rcnn, tmp_path: Path) -> None:
+    output = tmp_path / "model.ts"
+    command = [sys.executable, str(ROOT / "tools" / "export.py"), "--quiet"]
+    command += ["--config-file", faster_rcnn[0], "--weights", faster_rcnn[1]]
+    command += ["--format", "torchscript", "--output", str(output), "--fixed-size", "128x160"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 4 and lines[0].startswith("1x3x128x160: largest difference")
+    assert lines[-1] == str(output)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode and "exists; give --overwrite" in again.stderr
