@@ -31,6 +31,9 @@ def parse_args() -> argparse.Namespace:
     add("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="default: all")
     add("--operators", action="store_true", help="each operator in these configs instead")
     add("--output", required=True, type=Path, metavar="FILE", help="Markdown; grows as it goes")
+    add(
+        "--opts", nargs="+", default=(), metavar="KEY VALUE", help="config overrides, of every case"
+    )
     add("--time-limit", type=int, default=900, metavar="S", help="per export (default: 900)")
     return parser.parse_args()
 
@@ -39,9 +42,9 @@ def main() -> None:
     args = parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    cases = [Case(Path(path).stem, path) for path in args.configs]
+    cases = [Case(Path(path).stem, path, args.opts) for path in args.configs]
     if args.operators:
-        cases = [case for path in args.configs for case in operator_cases(path)]
+        cases = [case for path in args.configs for case in operator_cases(path, args.opts)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for table in measure(cases, args.formats, args.time_limit, Bar()):
         args.output.write_text(table.text("github") + "\n")

@@ -20,8 +20,8 @@ from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
 from fpn_plugin.engine.checkpoint import write_atomically
 from fpn_plugin.export.compare import Difference, compare, make_inputs
-from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.fitting import FittingCheckpointer
+from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.refuse import time_limit
 from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
 from fpn_plugin.pyramid.deformable import ModulatedConv
@@ -163,7 +163,7 @@ def _size(text: str, flag: str, subject: Subject) -> tuple[int, int]:
     size = (int(match[1]), int(match[2]))
     if any(side % subject.step for side in size):
         raise ValueError(f"{flag}: {text}: the network takes sides divisible by {subject.step}")
-    if min(size) < subject.least:
+    if flag == "--sizes" and min(size) < subject.least:
         raise ValueError(f"{flag}: {text}: sides below {subject.least} pixels are too small")
     return size
 
@@ -173,8 +173,8 @@ def default_sizes(subject: Subject) -> list[tuple[int, int]]:
     it takes any."""
     unit = math.lcm(subject.step, subject.info["size_divisibility"] or 32)
     side = -(-max(256, subject.least) // unit) * unit
-    odd = subject.step == 1
-    return [(side, side + unit), (side + 2 * unit, side), (side + 45 * odd, side + unit - 11 * odd)]
+    last = (side + unit, side + 3 * unit) if subject.step > 1 else (side + 45, side + unit - 11)
+    return [(side, side + unit), (side + 2 * unit, side), last]
 
 
 def _info(

@@ -84,8 +84,8 @@ def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
         backbone.eval(),
         tuple(strides),
         step=_step(network),
-        # a map of one pixel would be a constant
-        least=coarsest + 2,
+        # torch.export takes a map of one pixel for a constant, and estimates sizes from below
+        least=2 * coarsest + 2,
         windowed=_find_windows(backbone),
         info={
             **_pixels(cfg),

@@ -43,10 +43,10 @@ class Case:
     opts: Sequence[str] = ()
 
 
-def operator_cases(config_file: str) -> List[Case]:
+def operator_cases(config_file: str, opts: Sequence[str]) -> List[Case]:
     """Each operator of every kind, in a config."""
     return [
-        Case(f"{kind} {name}", config_file, ("MODEL.FPN.TOPOLOGY", topology, key, name))
+        Case(f"{kind} {name}", config_file, (*opts, "MODEL.FPN.TOPOLOGY", topology, key, name))
         for kind, (key, topology) in _KEYS.items()
         for name in REGISTRIES[kind].names()
     ]
