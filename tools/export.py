@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add("--format", required=True, choices=list(FORMATS))
     add("--output", required=True, type=Path, metavar="FILE", help="ends in .ts, .pt2 or .onnx")
     add("--what", choices=WHAT, default="backbone", help="with its pyramid; default: backbone")
-    add("--sizes", nargs="+", default=(), metavar="HxW", help="to compare on (default: three)")
+    add("--sizes", default="", metavar="HxW,HxW", help="to compare on (default: three)")
     add("--fixed-size", default="", metavar="HxW", help="the file takes this size only")
     add("--batch", type=int, default=0, help="the only one of the file; 0: any (default)")
     text = "photos to compare on, for a detector that finds nothing in random images"

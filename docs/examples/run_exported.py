@@ -54,7 +54,7 @@ def read_pixels(path: Path | None, info: dict) -> np.ndarray:
         picture = Image.open(path).convert("RGB")
         if fixed:
             picture = picture.resize((fixed[1], fixed[0]))
-        pixels = np.asarray(picture)[:, :, ::-1 if info["format"] == "BGR" else 1]
+        pixels = np.asarray(picture)[:, :, :: -1 if info["format"] == "BGR" else 1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
 
 

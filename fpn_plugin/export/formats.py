@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any, Callable, List, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fpn_plugin.export.refuse import refuse_detector, refuse_windows, without_counterpart
+from fpn_plugin.export.refuse import (
+    operations_of_program,
+    operations_of_trace,
+    refuse_detector,
+    refuse_onnx,
+    refuse_program,
+    refuse_windows,
+)
+from fpn_plugin.export.same import with_integer_padding
 from fpn_plugin.export.subject import BATCH, Subject
 
 OPSET = 20  # GridSample; DeformConv is of 19
@@ -65,29 +73,40 @@ class Format:
         missing = [item for item in self.packages if importlib.util.find_spec(item) is None]
         if missing:
             raise ImportError(
-                f"--format {name} needs {', '.join(missing)}: `pip install '.[export]'` or"
-                f" `pip install {' '.join(missing)}`"
+                f"--format {name} needs {', '.join(missing)}: pip install 'fpn_plugin[export]'"
             )
 
 
 def write_torchscript(subject: Subject, shape: Shape, path: Path) -> str:
-    """Scripted where TorchScript can compile the network, which keeps every size; else traced."""
+    """Scripted where TorchScript can compile the network, which keeps every size; else traced.
+
+    Raises:
+        ValueError: for attention in windows at any size, if it must be traced.
+    """
+    scripted = _script(subject.module) if subject.what == "backbone" else None
+    if not scripted and shape.size is None and subject.windowed:
+        raise refuse_windows("torchscript", subject.windowed)
+    made = scripted or _trace(subject, shape)
+    made.save(str(path))
+    return "scripted" if scripted else "traced"
+
+
+def _script(network: nn.Module) -> torch.jit.ScriptModule | None:
+    """The network compiled, or None where TorchScript cannot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.jit.script(network)
+        except Exception as error:  # of many types, for whatever it cannot compile
+            logger.info("Traced, as TorchScript cannot compile it: %s", str(error)[:300])
+            return None
+
+
+def _trace(subject: Subject, shape: Shape) -> torch.jit.ScriptModule:
     image = subject.example(shape.example, shape.batch or BATCH)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        how = "scripted"
-        if subject.what == "backbone":
-            try:
-                made = torch.jit.script(subject.module)
-            except Exception as error:  # of many types, for whatever it cannot compile
-                logger.info("Traced, as TorchScript cannot compile it: %s", str(error)[:300])
-                how = "traced"
-        else:
-            how = "traced"
-        if how == "traced":
-            made = torch.jit.trace(subject.module, (image,), strict=False, check_trace=False)
-        made.save(str(path))
-    return how
+        return torch.jit.trace(subject.module, (image,), strict=False, check_trace=False)
 
 
 def load_torchscript(path: Path) -> Runner:
@@ -127,7 +146,10 @@ def write_onnx(subject: Subject, shape: Shape, path: Path) -> str:
                 verbose=False,
             )
         except Exception as error:  # of many types, by the stage that failed
-            raise without_counterpart(error, program) from error
+            raise refuse_onnx(error, operations_of_program(program)) from error
+    for node in made.model.graph:  # a third of the file, with the paths of this machine
+        for key in ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node"):
+            node.metadata_props.pop(key, None)
     made.save(str(path), external_data=False)
     return f"by torch.onnx, opset {OPSET}"
 
@@ -149,7 +171,8 @@ def _trace_to_onnx(subject: Subject, shape: Shape, path: Path) -> str:
                 opset_version=TRACED_OPSET,
             )
         except Exception as error:  # of many types, by the stage that failed
-            raise without_counterpart(error, None) from error
+            operations = operations_of_trace(_trace(subject, shape))
+            raise refuse_onnx(error, operations) from error
     return f"by torch.onnx from a trace, opset {TRACED_OPSET}"
 
 
@@ -165,18 +188,22 @@ def export_program(subject: Subject, shape: Shape, name: str) -> Any:
     """`torch.export`'s program.
 
     Raises:
-        ValueError: for a whole detector; for attention in windows at any size.
+        ValueError: for a whole detector; for attention in windows at any size; for what
+            torch.export cannot follow.
     """
     if subject.what == "detector":
         raise refuse_detector(name)
     if shape.size is None and subject.windowed:
         raise refuse_windows(name, subject.windowed)
     image = subject.example(shape.example, shape.batch or BATCH)
+    sizes = _dynamic(subject, shape)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            subject.module, (image,), dynamic_shapes=_dynamic(subject, shape), strict=False
-        )
+        try:
+            network = with_integer_padding(subject.module)
+            return torch.export.export(network, (image,), dynamic_shapes=sizes, strict=False)
+        except Exception as error:  # of many types, for whatever it cannot follow
+            raise refuse_program(name, error, shape.size is None) from error
 
 
 def _dynamic(subject: Subject, shape: Shape) -> tuple[Mapping[int, Any], ...]:

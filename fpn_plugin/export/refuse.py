@@ -6,59 +6,93 @@ import contextlib
 import re
 import signal
 import threading
-from typing import Any, Iterator
+from typing import Any, Iterator, List, Sequence, Tuple
+
+# which submodule an operation comes from, and the operator
+Operation = Tuple[str, str]
+# how torch.onnx says that it knows no function for an operator: its exporter, and the one of traces
+_REFUSED = (
+    r"No ONNX function found for <OpOverload\(op='([\w.:]+)'",
+    r"Exporting the operator '([\w.:]+)' to ONNX",
+)
 
 
 def refuse_windows(name: str, module: str) -> ValueError:
     """For a transformer whose windows depend on the image's size."""
     return ValueError(
-        f"--format {name}: {module!r} has attention in windows, whose number torch.export does not"
-        " work out for any size; give --fixed-size HxW, or --format torchscript"
+        f"--format {name}: {module!r} has attention in windows, whose number is fixed in the file:"
+        " give --fixed-size HxW"
     )
 
 
 def refuse_detector(name: str) -> ValueError:
     """For a whole detector, which runs Python on the boxes that it finds."""
     return ValueError(
-        f"--what detector --format {name}: torch.export follows no code that depends on how many"
-        " boxes there are, as Detectron2's heads do (nonzero, non-maximum suppression); take"
+        f"--what detector --format {name}: torch.export does not follow what Detectron2 does around"
+        " the backbone, where sizes are tensors and loops depend on how many boxes there are; take"
         " --format torchscript or onnx, or --what backbone"
     )
 
 
-def without_counterpart(error: BaseException, program: Any) -> ValueError:
-    """For a program that torch.onnx refused: the nodes whose operators have no counterpart.
+def refuse_program(name: str, error: BaseException, dynamic: bool) -> ValueError:
+    """For what torch.export failed at.
 
     Args:
-        program: `torch.export`'s; None if there is none.
+        dynamic: whether it was to take any size.
     """
-    text = _chain(error)
-    operators = sorted(set(re.findall(r"No ONNX function[^\n]*?op='([\w.]+)'", text)))
-    blamed = dict.fromkeys(
-        f"node {_module_of(node)!r}: {operator}"
-        for node in (program.graph.nodes if program else ())
-        for operator in operators
-        if str(node.target).startswith(f"{operator}.")
-    )
-    what = "; ".join(blamed) or ", ".join(operators) or text.strip().splitlines()[0]
+    choices = "--fixed-size HxW, or --format torchscript" if dynamic else "--format torchscript"
     return ValueError(
-        f"--format onnx: {what}: ONNX has no counterpart that torch.onnx knows; take --format"
-        " torchscript or torch_export, or another operator for that node"
+        f"--format {name}: torch.export cannot follow this model: {str(error).strip()[:300]} …; give"
+        f" {choices}"
     )
 
 
-def _module_of(node: Any) -> str:
-    """The submodule that an operation came from, as the pyramid names it."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-    return str(list(stack.values())[-1][0])
+def refuse_onnx(error: BaseException, operations: Sequence[Operation]) -> ValueError:
+    """For what torch.onnx failed at: the nodes whose operators have no counterpart, if that is why.
+
+    Args:
+        operations: of the whole model.
+    """
+    texts = _chain(error)
+    unknown = {name for pattern in _REFUSED for name in re.findall(pattern, "\n".join(texts))}
+    if not unknown:
+        return ValueError(f"--format onnx: torch.onnx fails: {texts[-1].strip()[:500]}")
+    named = [f"node {node!r}: {name}" for node, name in operations if name in unknown]
+    what = "; ".join(dict.fromkeys(named)) or ", ".join(sorted(unknown))
+    return ValueError(
+        f"--format onnx: {what}: ONNX has no counterpart that torch.onnx knows; take another"
+        " operator for that node, or --format torchscript or torch_export"
+    )
 
 
-def _chain(error: BaseException | None) -> str:
-    parts = []
+def operations_of_program(program: Any) -> List[Operation]:
+    """Of a `torch.export` program."""
+    found = []
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+        name = getattr(node.target, "name", lambda: "")() if node.op == "call_function" else ""
+        found.append((str(list(stack.values())[-1][0]), name.replace("::", ".")))
+    return found
+
+
+def operations_of_trace(traced: Any) -> List[Operation]:
+    """Of a TorchScript trace."""
+    nodes = traced.inlined_graph.nodes()
+    scopes = [(node.scopeName().split("/")[-1], node.kind()) for node in nodes]
+    return [(scope.replace("__module.", ""), kind) for scope, kind in scopes]
+
+
+def _chain(error: BaseException | None) -> List[str]:
+    """The messages of an error and of what it came from, the first cause last."""
+    texts = []
     while error is not None:
-        parts.append(str(error))
+        texts.append(str(error))
         error = error.__cause__ or error.__context__
-    return "\n".join(parts)
+    return texts
+
+
+class _Alarm(BaseException):
+    """No `Exception`, which the exporters catch on their way."""
 
 
 @contextlib.contextmanager
@@ -77,12 +111,15 @@ def time_limit(seconds: int, hint: str) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"the export did not end in {seconds} s (--time-limit); {hint}")
+        raise _Alarm
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again: torch catches exceptions on its way
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except _Alarm:
+        text = f"the export did not end in {seconds} s (--time-limit); {hint}"
+        raise TimeoutError(text) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, List, Sequence
@@ -19,6 +20,7 @@ from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
 from fpn_plugin.engine.checkpoint import write_atomically
 from fpn_plugin.export.compare import Difference, compare, make_inputs
+from fpn_plugin.export.fitting import FittingCheckpointer
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.refuse import time_limit
 from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
@@ -42,7 +44,7 @@ class Settings:
         output: the file; the JSON's name is it and `.json`.
         weights: a checkpoint; "" for `MODEL.WEIGHTS`.
         what: one of `WHAT`.
-        sizes: `HxW`, on which the file is compared; none for three that suit the strides.
+        sizes: `HxW,HxW,…`, on which the file is compared; "" for three that suit the strides.
         fixed_size: `HxW`, the only one that the file takes; "" for any.
         batch: the only one that a backbone's file takes; 0 for any, or 1 with `fixed_size`.
         inputs: photos to compare on; none for random images.
@@ -56,7 +58,7 @@ class Settings:
     output: Path
     weights: str = ""
     what: str = "backbone"
-    sizes: Sequence[str] = ()
+    sizes: str = ""
     fixed_size: str = ""
     batch: int = 0
     inputs: Sequence[Path] = ()
@@ -85,8 +87,10 @@ def export(settings: Settings, bar: Bar) -> List[Difference]:
     part = settings.output.with_name(f".{settings.output.stem}.part{kind.suffix}")
     try:
         bar.say(f"Exporting the {subject.what} as {settings.format}")
+        begun = time.monotonic()
         with time_limit(settings.time_limit, "give --fixed-size HxW, or another --format"):
             how = kind.write(subject, shape, part)
+        how = f"{how} in {time.monotonic() - begun:.1f} s"
         bar.say(f"Comparing the file with the model at {len(images)} sizes")
         found = compare(subject, kind.load(part), images)
         text = json.dumps(_info(settings, subject, shape, how, found), indent=2) + "\n"
@@ -120,7 +124,9 @@ def _check(settings: Settings) -> Format:
         raise ValueError(f"--batch: {settings.batch} is not 0 (any) or more")
     for path in settings.inputs:
         if not path.is_file():
-            raise FileNotFoundError(f"--input {str(path)!r}: there is no such file")
+            raise FileNotFoundError(
+                f"--input {str(path)!r}: there is no such file (config overrides go before --input)"
+            )
     kind.require(settings.format)
     output.parent.mkdir(parents=True, exist_ok=True)
     return kind
@@ -131,7 +137,8 @@ def _build(settings: Settings, bar: Bar) -> Subject:
     cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list([item for key in _PLAIN for item in (key, False)])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
-    model = load_detector(cfg).model
+    part = "backbone." if settings.what == "backbone" else ""
+    model = load_detector(cfg, lambda model: FittingCheckpointer(model, part)).model
     return (backbone_subject if settings.what == "backbone" else detector_subject)(cfg, model)
 
 
@@ -142,7 +149,8 @@ def _shapes(settings: Settings, subject: Subject) -> tuple[Shape, list[tuple[int
         raise ValueError("--sizes: with --fixed-size there is one size; leave one of the two out")
     if fixed and subject.what == "detector":
         raise ValueError("--fixed-size: a detector's file takes any size; leave it out")
-    sizes = [_size(text, "--sizes", subject) for text in settings.sizes] or default_sizes(subject)
+    texts = settings.sizes.split(",") if settings.sizes else []
+    sizes = [_size(text, "--sizes", subject) for text in texts] or default_sizes(subject)
     sizes = [fixed] * 3 if fixed else sizes
     batch = settings.batch or (1 if fixed else 0)
     return Shape(fixed, batch, sizes[0]), sizes
@@ -155,16 +163,18 @@ def _size(text: str, flag: str, subject: Subject) -> tuple[int, int]:
     size = (int(match[1]), int(match[2]))
     if any(side % subject.step for side in size):
         raise ValueError(f"{flag}: {text}: the network takes sides divisible by {subject.step}")
-    if min(size) < subject.least:
+    if flag == "--sizes" and min(size) < subject.least:
         raise ValueError(f"{flag}: {text}: sides below {subject.least} pixels are too small")
     return size
 
 
 def default_sizes(subject: Subject) -> list[tuple[int, int]]:
-    """Three sizes of different shape, as images are padded for the network."""
+    """Three sizes of different shape: two as images are padded for the network, and an odd one if
+    it takes any."""
     unit = math.lcm(subject.step, subject.info["size_divisibility"] or 32)
-    count = -(-max(256, subject.least) // unit)
-    return [((count + h) * unit, (count + w) * unit) for h, w in ((0, 1), (2, 0), (1, 3))]
+    side = -(-max(256, subject.least) // unit) * unit
+    last = (side + unit, side + 3 * unit) if subject.step > 1 else (side + 45, side + unit - 11)
+    return [(side, side + unit), (side + 2 * unit, side), last]
 
 
 def _info(

@@ -3,6 +3,7 @@ tensor to named tensors. Shapes are `(N, C, H, W)`, sizes in pixels."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, List, Mapping, Sequence
 
@@ -82,9 +83,9 @@ def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
         "backbone",
         backbone.eval(),
         tuple(strides),
-        step=network.size_divisibility or 1,
-        # a map of one pixel would be a constant
-        least=coarsest + 2,
+        step=_step(network),
+        # torch.export takes a map of one pixel for a constant, and estimates sizes from below
+        least=2 * coarsest + 2,
         windowed=_find_windows(backbone),
         info={
             **_pixels(cfg),
@@ -108,7 +109,7 @@ def detector_subject(cfg: CfgNode, model: nn.Module) -> Subject:
             f"--what detector: Detectron2 traces R-CNNs, RetinaNet and FCOS, but this is a"
             f" {type(model).__name__}; take --what backbone"
         )
-    adapter = TracingAdapter(model.eval(), [{"image": torch.zeros(3, 128, 160)}], _detect)
+    adapter = TracingAdapter(model.eval(), [{"image": torch.zeros(3, 128, 160)}], _detect).eval()
     adapter(torch.rand(3, 128, 160) * 255)  # it learns what the outputs are called
     names = tuple(adapter.outputs_schema.keys)  # type: ignore[attr-defined]
     facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
@@ -133,6 +134,17 @@ def _pixels(cfg: CfgNode) -> dict[str, Any]:
     """Mean and deviation per channel, of pixels from 0 to 255, and the channels' order."""
     mean, std = (list(map(float, values)) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
     return {"mean": mean, "std": std, "format": cfg.INPUT.FORMAT}
+
+
+def _step(network: Any) -> int:
+    """What the sides of images must be multiples of, in pixels.
+
+    Layers that pad as TensorFlow does for "same" ask at every stride how much is missing. What that
+    comes to at any size is more than torch.export can work out; at multiples it is a constant.
+    """
+    same = any(type(part).__name__.endswith("Same") for part in network.modules())
+    stride = max(shape.stride for shape in network.output_shape().values()) if same else 1
+    return math.lcm(network.size_divisibility or 1, stride)
 
 
 def _find_windows(network: nn.Module) -> str:

@@ -45,16 +45,14 @@ def tiny_resnet() -> ResNet:
     for number in range(4):
         stride, out = [1 if number == 0 else 2], 8 * (number + 1)
         more = {"stride_per_block": stride, "norm": "BN"}
-        stages.append(
-            ResNet.make_stage(BasicBlock, 1, in_channels=width, out_channels=out, **more)
-        )
+        stages.append(ResNet.make_stage(BasicBlock, 1, in_channels=width, out_channels=out, **more))
         width = out
     return ResNet(BasicStem(3, 8, norm="BN"), stages, out_features=["res2", "res3", "res4", "res5"])
 
 
-def tiny_subject(topology: str = "fpn", **style: Any) -> Subject:
-    """A pyramid of width 16 on it, with random weights."""
-    features = list(levels_of(topology))
+def tiny_subject(topology: str = "fpn", levels: int = 4, **style: Any) -> Subject:
+    """A pyramid of width 16 on its last `levels` maps, with random weights."""
+    features = list(levels_of(topology))[-levels:]
     pyramid = PyramidBackbone(tiny_resnet(), features, 16, topology=topology, **style)
     return backbone_subject(get_cfg(), SimpleNamespace(backbone=randomize(pyramid)))
 

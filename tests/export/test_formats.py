@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -17,15 +19,18 @@ from fpn_plugin import PyramidBackbone
 from fpn_plugin.export.compare import TOLERANCE, compare, make_inputs
 from fpn_plugin.export.formats import FORMATS, Shape
 from fpn_plugin.export.refuse import time_limit
+from fpn_plugin.export.same import IntegerSame, with_integer_padding
 from fpn_plugin.export.subject import Subject, backbone_subject
-from fpn_plugin.pyramid.blocks import BLOCKS
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
-SIZES = [(256, 320), (301, 135), (130, 259)]
-# ONNX takes torch 5 to 30 s per topology, so here go a chain, the repeated cell, deformable
-# convolution with a learned selection, and transposed convolution; torch.export, which comes
-# before it, takes all of them
-TO_ONNX = ["bifpn", "fapn", "fpn", "simple"]
+SIZES = [(128, 160), (97, 135), (66, 99)]
+# torch.export takes 2 to 10 s per topology, as much again for ONNX. tools/export_table.py has them
+# all; here go a chain, the repeated cell, one with deformable convolution, one of a single map
+SLOW = [
+    *(("torch_export", topology) for topology in ("bifpn", "fapn", "simple")),
+    *(("onnx", topology) for topology in ("fpn", "simple")),
+]
+ALL = [*(("torchscript", topology) for topology in TOPOLOGIES.names()), *SLOW]
 
 
 def check(subject: Subject, name: str, folder: Path, shape: Shape | None = None) -> None:
@@ -37,34 +42,50 @@ def check(subject: Subject, name: str, folder: Path, shape: Shape | None = None)
     images = make_inputs(subject, sizes, shape.batch, ())
     found = compare(subject, FORMATS[name].load(path), images)
     assert [item.shape for item in found] == [tuple(image.shape) for image in images]
-    assert max(item.relative for item in found) < TOLERANCE / 10
+    assert max(item.relative for item in found) < TOLERANCE["backbone"] / 10
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES.names())
-@pytest.mark.parametrize("name", ["torchscript", "torch_export"])
-def test_every_topology(topology: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, topology", ALL)
+def test_topologies(name: str, topology: str, tmp_path: Path) -> None:
     check(tiny_subject(topology), name, tmp_path)
 
 
-@pytest.mark.parametrize("topology", TO_ONNX)
-def test_onnx(topology: str, tmp_path: Path) -> None:
-    check(tiny_subject(topology), "onnx", tmp_path)
+@pytest.mark.parametrize("style", [{"block": "deformable"}, {"upsample": "dysample"}], ids=str)
+def test_operators_with_a_counterpart_in_onnx(style, tmp_path: Path) -> None:
+    check(tiny_subject(levels=2, **style), "onnx", tmp_path)
+    names = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert names & {"DeformConv", "GridSample"}
 
 
-def swin() -> Subject:
-    case = next(case for case in CASES if case.name == "build_swin_backbone")
-    pyramid = PyramidBackbone(case.build(), list(case.maps), 8)
+def with_network(name: str) -> Subject:
+    case = next(case for case in CASES if case.name == name)
+    pyramid = PyramidBackbone(case.build(), list(case.maps)[-2:], 8)
     return backbone_subject(get_cfg(), SimpleNamespace(backbone=pyramid))
 
 
-@pytest.mark.parametrize("name", ["torch_export", "onnx"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_windows_at_any_size_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--format {name}: 'bottom_up.*give --fixed-size HxW"):
-        FORMATS[name].write(swin(), Shape(None, 0, (288, 416)), tmp_path / "model.pt2")
+        write = FORMATS[name].write
+        write(with_network("build_swin_backbone"), Shape(None, 0, (128, 160)), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_windows_at_one_size(tmp_path: Path) -> None:
-    check(swin(), "torch_export", tmp_path, Shape((128, 160), 1, (128, 160)))
+    shape = Shape((64, 96), 1, (64, 96))
+    check(with_network("build_swin_backbone"), "torch_export", tmp_path, shape)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47)])
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 2, 1), (5, 2, 1), (3, 1, 2), (2, 2, 1)])
+def test_padding_by_whole_numbers_is_the_same(size, kernel, stride, dilation) -> None:
+    layers = pytest.importorskip("timm.layers")
+    conv = layers.Conv2dSame(4, 8, kernel, stride, dilation=dilation, groups=2)
+    network = nn.Sequential(conv)
+    other = with_integer_padding(network)
+    assert isinstance(other[0], IntegerSame) and network[0] is conv
+    x = torch.randn(2, 4, *size)
+    assert torch.equal(network(x), other(x))
 
 
 @torch.library.custom_op("fpn_test::twice", mutates_args=())
@@ -91,19 +112,22 @@ def test_an_operator_without_a_counterpart_is_named_with_its_node(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_time_limit_ends_what_does_not_end() -> None:
-    begun = time.monotonic()
-    with pytest.raises(TimeoutError, match="did not end in 1 s.*a hint"):
+def test_a_time_limit_ends_an_export_and_not_what_catches_exceptions(tmp_path: Path) -> None:
+    def write() -> None:
         with time_limit(1, "a hint"):
-            for _ in range(400):
-                time.sleep(0.05)
-    assert time.monotonic() - begun < 10
+            for _ in range(50):
+                FORMATS["torch_export"].write(tiny_subject(), Shape(None, 0, (128, 160)), path)
+
+    path, begun = tmp_path / "model.pt2", time.monotonic()
+    with pytest.raises(TimeoutError, match="did not end in 1 s.*a hint"):
+        write()
+    assert time.monotonic() - begun < 30
 
 
 def test_another_model_is_not_taken_for_this_one() -> None:
     subject = tiny_subject()
     images = make_inputs(subject, SIZES[:1], 1, ())
-    with pytest.raises(ValueError, match=r"1x3x256x320: largest difference .*\(p\d\).*Nothing"):
+    with pytest.raises(ValueError, match=r"1x3x128x160: largest difference .*\(p\d\).*Nothing"):
         compare(subject, lambda x: [y * 1.01 for y in subject.run(x)], images)
     with pytest.raises(ValueError, match="the exported model gives"):
         compare(subject, lambda x: [y[:, :, 1:] for y in subject.run(x)], images)
@@ -111,6 +135,19 @@ def test_another_model_is_not_taken_for_this_one() -> None:
         compare(subject, lambda x: [y * float("nan") for y in subject.run(x)], images)
 
 
-def test_deformable_is_among_the_blocks_that_are_exported(tmp_path: Path) -> None:
-    assert "deformable" in BLOCKS.names()
-    check(tiny_subject(block="deformable"), "onnx", tmp_path)
+def test_detections_of_one_score_may_change_places() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 40]])
+    classes, scores = torch.tensor([0, 1, 0]), torch.tensor([0.9, 0.8, 0.8])
+    names = ("pred_boxes", "pred_classes", "scores")
+    wanted = [boxes, classes, scores]
+    subject = dataclasses.replace(tiny_subject(), what="detector", outputs=names)
+    object.__setattr__(subject, "run", lambda image: wanted)
+    image = torch.zeros(3, 8, 8)
+    swapped = [y[[0, 2, 1]] for y in wanted]
+    assert compare(subject, lambda x: swapped, [image])[0].relative == 0
+    with pytest.raises(ValueError, match="differs"):
+        compare(subject, lambda x: [boxes, 1 - classes, scores], [image])
+    with pytest.raises(ValueError, match="nothing is detected"):
+        none = [y[:0] for y in wanted]
+        object.__setattr__(subject, "run", lambda image: none)
+        compare(subject, lambda x: none, [image])

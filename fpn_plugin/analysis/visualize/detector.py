@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
@@ -56,13 +56,19 @@ def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
     return cfg
 
 
-def load_detector(cfg: CfgNode) -> Detector:
-    """Build the model of a config, and load `MODEL.WEIGHTS` into it."""
+def load_detector(
+    cfg: CfgNode, checkpointer: Callable[[nn.Module], Checkpointer] = Checkpointer
+) -> Detector:
+    """Build the model of a config, and load `MODEL.WEIGHTS` into it.
+
+    Args:
+        checkpointer: what loads them, given the model.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     # the checkpoint has them, and the config says already which pixels go with it
     cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
     cfg.MODEL.COMPILE = ""
     model: nn.Module = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    checkpointer(model).load(cfg.MODEL.WEIGHTS)
     return Detector(cfg, model, DatasetMapper(cfg, is_train=False))

@@ -1,0 +1,99 @@
+"""What exports: every config in every format, compared like any export, as a table."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterator, List, Sequence
+
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from fpn_plugin.analysis.report.bar import Bar
+from fpn_plugin.analysis.report.table import Table
+from fpn_plugin.analysis.visualize.detector import read_config
+from fpn_plugin.export.formats import FORMATS
+from fpn_plugin.export.run import Settings, export, json_path
+from fpn_plugin.pyramid.parts import REGISTRIES
+
+# the key of each kind of operator, and a topology in which it has work to do
+_KEYS = {
+    "up": ("MODEL.FPN.UPSAMPLE", "fpn"),
+    "down": ("MODEL.FPN.DOWNSAMPLE", "pafpn"),
+    "block": ("MODEL.FPN.BLOCK", "fpn"),
+    "fuse": ("MODEL.FPN.FUSE_TYPE", "fpn"),
+}
+HEADER = ("", "format", "sizes", "largest relative difference", "seconds", "MB")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to export in every format.
+
+    Attributes:
+        opts: `KEY VALUE` pairs for the config.
+    """
+
+    name: str
+    config_file: str
+    opts: Sequence[str] = ()
+
+
+def operator_cases(config_file: str, opts: Sequence[str]) -> List[Case]:
+    """Each operator of every kind, in a config."""
+    return [
+        Case(f"{kind} {name}", config_file, (*opts, "MODEL.FPN.TOPOLOGY", topology, key, name))
+        for kind, (key, topology) in _KEYS.items()
+        for name in REGISTRIES[kind].names()
+    ]
+
+
+def measure(cases: Sequence[Case], formats: Sequence[str], limit: int, bar: Bar) -> Iterator[Table]:
+    """Export, with random weights.
+
+    Args:
+        limit: of an export, in seconds.
+
+    Yields:
+        the table after each case; what is refused says why in place of its numbers.
+    """
+    rows: list[list[str]] = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as name:
+            bar.say(case.name)
+            weights = Path(name, "model.pth")
+            _write_weights(case, weights)
+            for kind in formats:
+                output = Path(name, f"model{FORMATS[kind].suffix}")
+                settings = Settings(case.config_file, kind, output, str(weights), opts=case.opts)
+                rows.append([case.name, kind, *_cells(replace(settings, time_limit=limit))])
+        yield Table("Exports", HEADER, rows, left=2)
+
+
+def _write_weights(case: Case, path: Path) -> None:
+    path.touch()  # which is looked for
+    cfg = read_config(case.config_file, str(path), case.opts)
+    cfg.MODEL.DEVICE, cfg.MODEL.BOTTOM_UP.WEIGHTS = "cpu", ""
+    torch.manual_seed(0)
+    model: nn.Module = build_model(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():  # offsets and gates that start at zero have to count
+            parameter += 0.02 * torch.randn_like(parameter)
+    torch.save({"model": model.state_dict()}, path)
+
+
+def _cells(settings: Settings) -> list[str]:
+    """Sizes, difference, seconds and megabytes of one export; or why there is none."""
+    try:
+        found = export(settings, Bar(True))
+    except (ValueError, TimeoutError) as error:
+        return ["", f"refused: {str(error)[:200]}", "", ""]
+    sizes = ", ".join("x".join(map(str, (item.shape[0], *item.shape[2:]))) for item in found)
+    how = re.search(r"([\d.]+) s$", json.loads(json_path(settings.output).read_text())["how"])
+    megabytes = settings.output.stat().st_size / 1e6
+    worst = max(item.relative for item in found)
+    return [sizes, f"{worst:.1e}", how[1] if how else "", f"{megabytes:.1f}"]
