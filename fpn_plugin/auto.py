@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from fpn_plugin.bottom_up.pixels import resolve_pixels
-from fpn_plugin.engine.warm_source import resolve_warm_start
+from fpn_plugin.engine.warm.source import resolve_warm_start
 from fpn_plugin.heads.auto import resolve_heads
 
 

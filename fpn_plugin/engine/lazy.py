@@ -44,7 +44,7 @@ from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.metrics import trim_metrics
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
-from fpn_plugin.engine.warm_start import holds_two_pyramids, load_adapted
+from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.overrides import merge_overrides
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
-from fpn_plugin.engine.warm_source import resolve_warm_start
+from fpn_plugin.engine.warm.source import resolve_warm_start
 from fpn_plugin.heads.auto import resolve_heads
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from fpn_plugin.engine.metrics import FlushMetrics, MissedEvaluation, build_writ
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
-from fpn_plugin.engine.warm_start import start_warm
+from fpn_plugin.engine.warm.start import start_warm
 
 logger = logging.getLogger(__name__)
 

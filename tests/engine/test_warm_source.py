@@ -20,8 +20,8 @@ from fpn_plugin.analysis.visualize.detector import load_detector, read_config
 from fpn_plugin.config import NO_PYRAMID, pyramid_settings
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.trainer import Trainer
-from fpn_plugin.engine.warm_source import describe_checkpoint, resolve_warm_start
-from fpn_plugin.engine.warm_start import start_warm
+from fpn_plugin.engine.warm.source import describe_checkpoint, resolve_warm_start
+from fpn_plugin.engine.warm.start import start_warm
 
 PAFPN = TARGETS["pafpn"]
 

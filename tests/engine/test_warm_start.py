@@ -23,8 +23,8 @@ from warm_models import (
 )
 
 from fpn_plugin.config import NO_PYRAMID
-from fpn_plugin.engine.warm_start import WarmStart
-from fpn_plugin.engine.widths import shapes_at_width
+from fpn_plugin.engine.warm.start import WarmStart
+from fpn_plugin.engine.warm.widths import shapes_at_width
 
 
 @pytest.mark.parametrize("name", TARGETS)

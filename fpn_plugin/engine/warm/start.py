@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.engine.warm_report import (
+from fpn_plugin.engine.warm.report import (
     ADAPTED,
     COPIED,
     EXACTLY,
@@ -26,8 +26,8 @@ from fpn_plugin.engine.warm_report import (
     node_lines,
     verdict_lines,
 )
-from fpn_plugin.engine.warm_source import FROM, KEY, WEIGHTS
-from fpn_plugin.engine.widths import INEXACT, resize, shapes_at_width
+from fpn_plugin.engine.warm.source import FROM, KEY, WEIGHTS
+from fpn_plugin.engine.warm.widths import INEXACT, resize, shapes_at_width
 from fpn_plugin.pyramid.backbone import PyramidBackbone
 from fpn_plugin.pyramid.warm import GATE, Origin, WarmPyramid
 

@@ -1,0 +1,1 @@
+"""`MODEL.FPN.WARM_START`: start from a checkpoint with another pyramid or another width."""
