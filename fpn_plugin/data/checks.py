@@ -7,11 +7,14 @@ import logging
 import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
+
+from fpn_plugin.plain_files import read_pickle
 
 from .annotation_checks import check_annotations, check_categories, check_images, read_json
 from .findings import DatasetError, Findings
@@ -196,9 +199,12 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
 
     Raises:
         KeyError: a dataset is not registered.
-        ValueError: ``DATASETS.CHECK`` is unknown, or the classes or their number differ.
+        ValueError: ``DATASETS.CHECK`` is unknown, the classes or their number differ, or a file of
+            proposals calls code.
         DatasetError: a dataset has errors.
+        FileNotFoundError: a file of proposals does not exist.
     """
+    _check_proposal_files(cfg)
     training = list(dict.fromkeys(cfg.DATASETS.TRAIN))
     testing = [name for name in dict.fromkeys(cfg.DATASETS.TEST) if name not in training]
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
@@ -213,6 +219,19 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     for report in reports:
         _check_class_count(cfg, report)
     return reports
+
+
+def _check_proposal_files(cfg: CfgNode) -> None:
+    """Read what Detectron2 will unpickle, whatever it calls, by what admits arrays alone."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for split in ("TRAIN", "TEST"):
+        key = f"DATASETS.PROPOSAL_FILES_{split}"
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{split}"] if cfg.DATASETS[split] else ():
+            file = Path(PathManager.get_local_path(path))
+            if not file.is_file():
+                raise FileNotFoundError(f"{key}: there is no file {path!r}")
+            read_pickle(file, f"{key}: {path}")
 
 
 def _compare_classes(reports: list[Report]) -> None:

@@ -7,13 +7,15 @@ import logging
 import os
 import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any, Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.logger import log_first_n
 from torch import nn
+
+from fpn_plugin.engine.checkpoint_forms import check_model, conversion, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,10 @@ def find_checkpoint(folder: str) -> str:
 
     Raises:
         ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting
-            over by itself would throw a run away.
+            over by itself would throw a run away; or if `last_checkpoint` names no file of the
+            folder.
     """
-    tag = Path(folder, TAG)
-    tagged = Path(folder, tag.read_text().strip()) if tag.is_file() else None
+    tagged = _tagged(folder)
     if tagged is not None and is_whole(tagged):
         return str(tagged)
     found = list_checkpoints(folder)
@@ -82,6 +84,25 @@ def find_checkpoint(folder: str) -> str:
         f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({names}). "
         "Restore one, or start over with --overwrite"
     )
+
+
+def _tagged(folder: str) -> Path | None:
+    """The file that `last_checkpoint` names, there or not; None without a `last_checkpoint`."""
+    tag = Path(folder, TAG)
+    if not tag.is_file():
+        return None
+    name = tag.read_text(errors="replace").strip()
+    # Path.name leaves a folder, a drive or ".." out: what is left must be all of it
+    if (
+        name == ".."
+        or not name.isprintable()
+        or {name} != {Path(name).name, PureWindowsPath(name).name}
+    ):
+        raise ValueError(
+            f"OUTPUT_DIR {folder!r}: {TAG} in it says {name!r}, which is no name of a file in that"
+            f" folder: write the checkpoint's name into it, or remove it to go on from the newest"
+        )
+    return Path(folder, name)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -118,7 +139,8 @@ def remove_leftovers(folder: str) -> None:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic saves, which resumes from a whole checkpoint only.
+    """Detectron2's checkpointer with atomic saves, which resumes from a whole checkpoint only and
+    runs no code of the files that it loads.
 
     Args:
         model: as in Detectron2.
@@ -159,6 +181,20 @@ class Checkpointer(DetectionCheckpointer):
         """Let `last_checkpoint` name this file."""
         content = last_filename_basename.encode()
         write_atomically(Path(self.save_dir, TAG), lambda file: file.write(content))
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """Detectron2's forms of checkpoints, read without running code of the file.
+
+        Raises:
+            ValueError: naming the file, if it holds more than plain data, or no model.
+        """
+        convert = conversion(filename)
+        loaded = convert(filename) if convert else super()._load_file(filename)
+        check_model(loaded["model"], filename)
+        return loaded
+
+    def _torch_load(self, filename: str) -> dict[str, Any]:
+        return read_checkpoint(filename)
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to resume from; see, also for what it raises, `find_checkpoint`."""

@@ -14,6 +14,7 @@ from typing import Any, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 
+from fpn_plugin.config_files import read_yaml
 from fpn_plugin.engine.checkpoint import TAG, find_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -102,9 +103,13 @@ def claim_eval_dir(folder: str) -> str:
 
 
 def recorded_config(folder: str) -> dict[str, Any]:
-    """The config that the run in a folder was started with, or {} if there is none."""
+    """The config that the run in a folder was started with, or {} if there is none.
+
+    Raises:
+        ValueError: naming the file, if it is no plain YAML.
+    """
     path = Path(folder, CONFIG)
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+    return read_yaml(str(path)) if path.is_file() else {}
 
 
 def metric_lines(folder: str) -> list[dict[str, Any]]:
