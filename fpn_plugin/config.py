@@ -121,6 +121,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.OWN.TRAIN_IMAGES = ""
     cfg.DATASETS.OWN.VAL_JSON = ""
     cfg.DATASETS.OWN.VAL_IMAGES = ""
+    # Whether a dataset's JSON may name files outside of its image folder (absolute, or with ..)
+    cfg.DATASETS.OUTSIDE_FILES = False
     # Two keys that Detectron2's samplers read but the republication's defaults lack
     if "TRAIN_REPEAT_FACTOR" not in cfg.DATASETS:
         cfg.DATASETS.TRAIN_REPEAT_FACTOR = []

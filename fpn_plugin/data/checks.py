@@ -16,7 +16,9 @@ from detectron2.utils.file_io import PathManager
 
 from fpn_plugin.plain_files import read_pickle
 
-from .annotation_checks import check_annotations, check_categories, check_images, read_json
+from .annotation_checks import check_annotations, check_categories, check_images
+from .coco_json import read_json
+from .file_names import name_fault
 from .findings import DatasetError, Findings
 from .image_checks import check_pictures
 
@@ -76,6 +78,7 @@ class _Task(NamedTuple):
     training: bool
     masks: bool
     evaluation: bool
+    outside: bool
 
 
 def check_dataset(
@@ -84,6 +87,7 @@ def check_dataset(
     training: bool = True,
     masks: bool = False,
     evaluation: bool = False,
+    outside: bool = False,
 ) -> Report:
     """Check a registered dataset in COCO's format; others are skipped with a line in the log.
 
@@ -97,6 +101,7 @@ def check_dataset(
         masks: whether every annotation must have a ``segmentation``.
         evaluation: whether every annotation must have what its evaluator reads: ``area``, and
             ``iscrowd`` unless it is LVIS's. Always so if ``training`` is False.
+        outside: whether its JSON may name files outside of the image folder.
 
     Raises:
         KeyError: the dataset is not registered.
@@ -114,7 +119,7 @@ def check_dataset(
         return Report(name, str(json_file or ""), "off")
     content = _read(name, metadata)
     findings = Findings(str(json_file))
-    task = _Task(images, training, masks, evaluation or not training)
+    task = _Task(images, training, masks, evaluation or not training, outside)
     report = _check_content(name, content, metadata, task, findings)
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
@@ -134,7 +139,9 @@ def _check_content(
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
-    records = check_images(content, findings)
+    records = check_images(content, findings, task.outside)
+    if panoptic := metadata.get("panoptic_json"):
+        _check_panoptic_names(str(panoptic), findings, task.outside)
     annotations = 0
     if task.training or "annotations" in content:
         keys = _EVALUATION_KEYS.get(str(evaluator), ()) if task.evaluation else ()
@@ -173,6 +180,17 @@ def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
             )
 
 
+def _check_panoptic_names(path: str, findings: Findings, outside: bool) -> None:
+    """Check the names of the PNG files that the panoptic evaluator reads."""
+    local = PathManager.get_local_path(path)
+    content = read_json(local) if os.path.isfile(local) else {}  # else Detectron2 says so
+    records = content.get("annotations")
+    for record in records if isinstance(records, list) else ():
+        name = record.get("file_name") if isinstance(record, dict) else None
+        if isinstance(name, str) and (fault := name_fault(name, outside)):
+            findings.error(f"{path}: annotation of {name!r}: 'file_name' {fault}")
+
+
 def _require_registered(name: str) -> None:
     registered = DatasetCatalog.list()
     if name not in registered:
@@ -208,12 +226,14 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     training = list(dict.fromkeys(cfg.DATASETS.TRAIN))
     testing = [name for name in dict.fromkeys(cfg.DATASETS.TEST) if name not in training]
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
+    outside = cfg.DATASETS.OUTSIDE_FILES
     for name in training + testing:
         _require_registered(name)
     reports = [
-        check_dataset(name, level, True, masks, name in cfg.DATASETS.TEST) for name in training
+        check_dataset(name, level, True, masks, name in cfg.DATASETS.TEST, outside)
+        for name in training
     ]
-    reports += [check_dataset(name, level, False, masks) for name in testing]
+    reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]
     if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
         _compare_classes([report for report in reports if report.level != "off"])
     for report in reports:

@@ -31,6 +31,7 @@ _FREE = (
     "MODEL.BOTTOM_UP.WEIGHTS",
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
+    "DATASETS.OUTSIDE_FILES",
 )
 # where a run runs, and what is looked at and kept on the way: its numbers do not depend on them
 OUTER_KEYS = (
@@ -42,6 +43,7 @@ OUTER_KEYS = (
     "DATALOADER.PIN_MEMORY",
     "DATALOADER.PREFETCH_FACTOR",
     "DATASETS.CHECK",
+    "DATASETS.OUTSIDE_FILES",
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.SIZE_BINS",
     "TEST.VIS_PERIOD",
