@@ -20,7 +20,7 @@ __all__ = ["check_annotations", "check_categories", "check_images", "image_file_
 
 _DROPPED = "Detectron2 leaves it out of training"
 _BORDER_TOLERANCE = 1.0
-_LARGEST = 10**300  # JSON's integers have no bound, floats do
+_LARGEST = 2**53  # JSON's integers have no bound, those of tensors do
 
 
 def read_records(content: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]]:
@@ -118,6 +118,7 @@ def check_annotations(
     findings: Findings,
     masks: bool = False,
     evaluation: tuple[str, ...] = (),
+    polygons: bool = False,
 ) -> int:
     """Check ``annotations`` and return how many there are.
 
@@ -128,6 +129,7 @@ def check_annotations(
         findings: where faults are noted.
         masks: whether the model has a mask head, which every annotation must have a mask for.
         evaluation: the keys that an evaluation reads from every annotation.
+        polygons: whether training takes polygons alone.
     """
     annotations = read_records(content, "annotations", findings)
     if content.get("annotations") == []:
@@ -136,7 +138,7 @@ def check_annotations(
     sound = _integers(annotations, "annotations", keys, findings)
     _check_ids(sound, images, categories, findings)
     _check_boxes([a for a in sound if a["image_id"] in images], images, findings)
-    check_masks(sound, images, masks, findings, _label)
+    check_masks(sound, images, (masks, polygons), findings, _label)
     _check_keypoints(sound, images, findings)
     _check_evaluation(sound, images, evaluation, findings)
     return len(annotations)
@@ -234,7 +236,7 @@ def _with_boxes(
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can be; infinite and nan are told apart later."""
+    """Whether it is a number that a tensor can hold; infinite and nan are told apart later."""
     return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
 
 

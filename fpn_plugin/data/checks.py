@@ -79,6 +79,7 @@ class _Task(NamedTuple):
     masks: bool
     evaluation: bool
     outside: bool
+    polygons: bool
 
 
 def check_dataset(
@@ -88,6 +89,7 @@ def check_dataset(
     masks: bool = False,
     evaluation: bool = False,
     outside: bool = False,
+    polygons: bool = False,
 ) -> Report:
     """Check a registered dataset in COCO's format; others are skipped with a line in the log.
 
@@ -102,6 +104,7 @@ def check_dataset(
         evaluation: whether every annotation must have what its evaluator reads: ``area``, and
             ``iscrowd`` unless it is LVIS's. Always so if ``training`` is False.
         outside: whether its JSON may name files outside of the image folder.
+        polygons: whether training takes masks as polygons alone (``INPUT.MASK_FORMAT``).
 
     Raises:
         KeyError: the dataset is not registered.
@@ -119,7 +122,7 @@ def check_dataset(
         return Report(name, str(json_file or ""), "off")
     content = _read(name, metadata)
     findings = Findings(str(json_file))
-    task = _Task(images, training, masks, evaluation or not training, outside)
+    task = _Task(images, training, masks, evaluation or not training, outside, polygons)
     report = _check_content(name, content, metadata, task, findings)
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
@@ -146,7 +149,10 @@ def _check_content(
     if task.training or "annotations" in content:
         keys = _EVALUATION_KEYS.get(str(evaluator), ()) if task.evaluation else ()
         masks = task.masks and (task.training or bool(keys))
-        annotations = check_annotations(content, records, categories, findings, masks, keys)
+        polygons = task.polygons and task.training
+        annotations = check_annotations(
+            content, records, categories, findings, masks, keys, polygons
+        )
     else:
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
     level = task.images
@@ -227,10 +233,11 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     testing = [name for name in dict.fromkeys(cfg.DATASETS.TEST) if name not in training]
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
     outside = cfg.DATASETS.OUTSIDE_FILES
+    polygons = masks and cfg.INPUT.MASK_FORMAT == "polygon"
     for name in training + testing:
         _require_registered(name)
     reports = [
-        check_dataset(name, level, True, masks, name in cfg.DATASETS.TEST, outside)
+        check_dataset(name, level, True, masks, name in cfg.DATASETS.TEST, outside, polygons)
         for name in training
     ]
     reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]

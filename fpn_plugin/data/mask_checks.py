@@ -17,17 +17,18 @@ _RUN = 2**40  # more than an image has pixels, and far from where integers of 64
 def check_masks(
     annotations: list[dict[str, Any]],
     images: dict[int, dict[str, Any]],
-    required: bool,
+    needs: tuple[bool, bool],
     findings: Findings,
     label: Callable[[dict[str, Any], dict[int, dict[str, Any]]], str],
 ) -> None:
     """Check each ``segmentation``, as `coco_json` reads it.
 
     Args:
-        required: whether every annotation must have one.
+        needs: whether every annotation must have one, and whether only polygons will do.
         label: the name of an annotation in messages.
     """
     short: list[dict[str, Any]] = []
+    required, polygons = needs
     for annotation in annotations:
         shape = annotation.get("segmentation")
         if type(shape) is list and shape:
@@ -40,6 +41,8 @@ def check_masks(
                 short.append(annotation)
         elif shape:
             fault = _run_length_fault(shape, images.get(annotation["image_id"]))
+            if not fault and polygons and annotation.get("iscrowd", 0) == 0:
+                fault = "is RLE, which needs INPUT.MASK_FORMAT: bitmask"
             if fault:
                 findings.error(f"{label(annotation, images)}: 'segmentation' {fault}")
         elif required:
