@@ -74,7 +74,7 @@ def config(masks: bool) -> CfgNode:
 
 
 def use(text: str, masks: bool, check: str) -> None:
-    """What training does: check the JSON, load it, map every record."""
+    """What training does: check the JSON, load it, and map every record."""
     file = folder() / "fuzz.json"
     file.write_text(text, encoding="utf-8", errors="surrogatepass")
     register_coco_format(NAME, str(file), str(folder()))
@@ -83,8 +83,9 @@ def use(text: str, masks: bool, check: str) -> None:
         cfg.DATASETS.CHECK = check
         check_config_datasets(cfg)
         records = _training_dicts(cfg)
-        mapper = DatasetMapper(cfg, is_train=True)
-        assert all(mapper(record)["image"].shape[0] == 3 for record in records)
+        if check == "full":  # the others do not promise that files are as the JSON says
+            mapper = DatasetMapper(cfg, is_train=True)
+            assert all(mapper(record)["image"].shape[0] == 3 for record in records)
     finally:
         DatasetCatalog.remove(NAME)
         MetadataCatalog.remove(NAME)
