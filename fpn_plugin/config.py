@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.registry import unknown_name
 
+_MAX_CHANNELS = 8192  # one 3x3 convolution of so many takes 2.4 GB
 # Detectron2's own choices: build_retinanet_resnet_fpn_backbone, and its FCOS config
 _EXTRA_LEVELS = {"RetinaNet": "conv_c5", "FCOS": "conv_p5"}
 
@@ -144,6 +145,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.OWN.TRAIN_IMAGES = ""
     cfg.DATASETS.OWN.VAL_JSON = ""
     cfg.DATASETS.OWN.VAL_IMAGES = ""
+    # Whether a dataset's JSON may name files outside of its image folder (absolute, or with ..)
+    cfg.DATASETS.OUTSIDE_FILES = False
     # Two keys that Detectron2's samplers read but the republication's defaults lack
     if "TRAIN_REPEAT_FACTOR" not in cfg.DATASETS:
         cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
@@ -255,6 +258,16 @@ def warm_settings(cfg: CfgNode) -> dict[str, Any]:
     return {key.lower(): value for key, value in fpn.WARM_START_FROM.items()}
 
 
+def require_names(key: str, value: object) -> None:
+    """Refuse what is no list of words.
+
+    Raises:
+        ValueError: naming the key and the value.
+    """
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{key}: {value!r} is no list of names")
+
+
 def validate_config(cfg: CfgNode) -> None:
     """Check the keys of `MODEL.FPN` that can be checked without building anything.
 
@@ -278,14 +291,15 @@ def validate_config(cfg: CfgNode) -> None:
         "BLOCK": BLOCKS,
     }.items():
         registry.get(fpn[key], f"MODEL.FPN.{key}")
-    if (
-        isinstance(fpn.OUT_CHANNELS, bool)
-        or not isinstance(fpn.OUT_CHANNELS, int)
-        or fpn.OUT_CHANNELS < 1
-    ):
+    if type(fpn.OUT_CHANNELS) is not int or not 1 <= fpn.OUT_CHANNELS <= _MAX_CHANNELS:
         raise ValueError(
-            f"MODEL.FPN.OUT_CHANNELS: {fpn.OUT_CHANNELS!r} is not a whole number of 1 or more"
+            f"MODEL.FPN.OUT_CHANNELS: {fpn.OUT_CHANNELS!r} is not a whole number from 1 to"
+            f" {_MAX_CHANNELS}"
         )
+    require_names("MODEL.FPN.IN_FEATURES", fpn.IN_FEATURES)
+    for key in ("NORM_EPS", "NORM_MOMENTUM"):
+        if type(fpn[key]) not in (int, float) or not 0 <= fpn[key] <= 1:
+            raise ValueError(f"MODEL.FPN.{key}: {fpn[key]!r} is not a number from 0 to 1")
     norm_layer(fpn.NORM, fpn.OUT_CHANNELS)
     if fpn.GRAPH and fpn.REPEATS != 1:
         raise ValueError(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import re
-from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fpn_plugin.paths import find_file
+from fpn_plugin.plain_files import is_torch_file, read_plain
 
 KEY = "MODEL.BOTTOM_UP.WEIGHTS"
 
@@ -31,7 +28,6 @@ _WRAPPERS = (
     "ema_state_dict",
     "teacher",
 )
-_ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 
 
 class WeightFile(NamedTuple):
@@ -68,11 +64,9 @@ def read_weights(path: str, key: str = KEY) -> WeightFile:
         ValueError: if it is not a state dict, or holds more than plain data.
     """
     file = _fetch(path, key)
-    if file.suffix == ".safetensors":
-        return WeightFile(_read_safetensors(file, path, key), "")
-    with file.open("rb") as stream:
-        is_zip = stream.read(len(_ZIP)) == _ZIP
-    loaded = (_read_torch if is_zip or file.suffix != ".pkl" else _read_pickle)(file, path, key)
+    loaded = read_plain(file, f"{key}: {path}")
+    if file.suffix == ".pkl" and not is_torch_file(file):
+        loaded = _detectron2_named(loaded)
     tensors = _tensors(loaded)
     if not tensors:
         raise ValueError(f"{key}: {path} holds no state dict (names with tensors)")
@@ -106,42 +100,8 @@ def _fetch(path: str, key: str) -> Path:
     return file
 
 
-def _read_safetensors(file: Path, path: str, key: str) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"{key}: {path} needs safetensors: pip install safetensors"
-            " (pip install 'fpn_plugin[timm]' brings it)"
-        ) from error
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{key}: {path} cannot be read as safetensors: {error}") from error
-    return tensors
-
-
-def _read_torch(file: Path, path: str, key: str) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds here, all meaning "not a plain weight file"
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise _unreadable(path, key, found[1] if found else "", error) from error
-
-
-def _read_pickle(file: Path, path: str, key: str) -> Any:
-    """Detectron2's or Caffe2's pickle, its names as Detectron2 writes them."""
-    try:
-        with file.open("rb") as stream:
-            loaded = _ArrayUnpickler(stream, encoding="latin1").load()
-    except _Refused as error:
-        raise _unreadable(path, key, str(error), error) from error
-    except Exception as error:  # as for torch
-        raise _unreadable(path, key, "", error) from error
+def _detectron2_named(loaded: Any) -> Any:
+    """A pickle's content, its names as Detectron2 writes them."""
     if not isinstance(loaded, Mapping):
         return loaded
     if "model" in loaded and "__author__" in loaded:
@@ -149,18 +109,6 @@ def _read_pickle(file: Path, path: str, key: str) -> Any:
             return loaded
         return {"model": _caffe2_renamed(loaded), "__author__": "Caffe2"}
     return _caffe2_renamed({"model": loaded.get("blobs", loaded)})
-
-
-def _unreadable(path: str, key: str, called: str, error: Exception) -> ValueError:
-    """The error for a file that is broken, or calls something when it is read."""
-    # torch puts advice before the reason: to run the file's code
-    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-    if called:
-        reason = (
-            f"it calls {called}, and no code of a weight file is run; where you trust it, load it"
-            " yourself and save its state dict alone"
-        )
-    return ValueError(f"{key}: {path} cannot be read as plain weights: {reason}")
 
 
 def _caffe2_renamed(checkpoint: Mapping[str, Any]) -> Any:
@@ -185,61 +133,3 @@ def _tensors(loaded: Any) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[str(name)] = value
     return found
-
-
-# The functions that numpy's own pickling names; where they live depends on numpy's version.
-_RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
-_SCALAR: Any = np.float32(0).__reduce__()[0]
-_FROM_BUFFER: Any = np.zeros(0).__reduce_ex__(5)[0]
-_NUMPY: list[Any] = [
-    *(np.ndarray, np.dtype, _RECONSTRUCT, _SCALAR),
-    *(
-        (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
-        (_SCALAR, "numpy.core.multiarray.scalar"),
-    ),
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
-]
-
-
-class _Refused(pickle.UnpicklingError):
-    """A name in a pickle that is not admitted."""
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """What Python 3 writes for bytes in an old pickle protocol: only `latin1`."""
-    if encoding != "latin1":
-        raise _Refused(f"encode with {encoding!r}")
-    return text.encode("latin1")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy's arrays and plain containers; any other name in the file is an error."""
-
-    _ADMITTED: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("_codecs", "encode"): _encode,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        **{
-            (f"numpy.{core}.{module}", name): function
-            for core in ("core", "_core")
-            for module, name, function in (
-                ("multiarray", "_reconstruct", _RECONSTRUCT),
-                ("multiarray", "scalar", _SCALAR),
-                ("numeric", "_frombuffer", _FROM_BUFFER),
-            )
-        },
-    }
-
-    def __init__(self, stream: BinaryIO, encoding: str) -> None:
-        super().__init__(stream, encoding=encoding)
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The object under a name, if it is admitted.
-
-        Raises:
-            UnpicklingError: if it is not.
-        """
-        if (module, name) not in self._ADMITTED:
-            raise _Refused(f"{module}.{name}")
-        return self._ADMITTED[module, name]

@@ -7,13 +7,18 @@ import logging
 import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .annotation_checks import check_annotations, check_categories, check_images, read_json
+from fpn_plugin.plain_files import read_pickle
+
+from .annotation_checks import check_annotations, check_categories, check_images
+from .coco_json import read_json
+from .file_names import name_fault
 from .findings import DatasetError, Findings
 from .image_checks import check_pictures
 
@@ -73,6 +78,8 @@ class _Task(NamedTuple):
     training: bool
     masks: bool
     evaluation: bool
+    outside: bool
+    polygons: bool
 
 
 def check_dataset(
@@ -81,6 +88,8 @@ def check_dataset(
     training: bool = True,
     masks: bool = False,
     evaluation: bool = False,
+    outside: bool = False,
+    polygons: bool = False,
 ) -> Report:
     """Check a registered dataset in COCO's format; others are skipped with a line in the log.
 
@@ -94,6 +103,8 @@ def check_dataset(
         masks: whether every annotation must have a ``segmentation``.
         evaluation: whether every annotation must have what its evaluator reads: ``area``, and
             ``iscrowd`` unless it is LVIS's. Always so if ``training`` is False.
+        outside: whether its JSON may name files outside of the image folder.
+        polygons: whether training takes masks as polygons alone (``INPUT.MASK_FORMAT``).
 
     Raises:
         KeyError: the dataset is not registered.
@@ -111,7 +122,7 @@ def check_dataset(
         return Report(name, str(json_file or ""), "off")
     content = _read(name, metadata)
     findings = Findings(str(json_file))
-    task = _Task(images, training, masks, evaluation or not training)
+    task = _Task(images, training, masks, evaluation or not training, outside, polygons)
     report = _check_content(name, content, metadata, task, findings)
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
@@ -131,12 +142,17 @@ def _check_content(
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
-    records = check_images(content, findings)
+    records = check_images(content, findings, task.outside)
+    if panoptic := metadata.get("panoptic_json"):
+        _check_panoptic_names(str(panoptic), findings, task.outside)
     annotations = 0
     if task.training or "annotations" in content:
         keys = _EVALUATION_KEYS.get(str(evaluator), ()) if task.evaluation else ()
         masks = task.masks and (task.training or bool(keys))
-        annotations = check_annotations(content, records, categories, findings, masks, keys)
+        polygons = task.polygons and task.training
+        annotations = check_annotations(
+            content, records, categories, findings, masks, keys, polygons
+        )
     else:
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
     level = task.images
@@ -170,6 +186,17 @@ def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
             )
 
 
+def _check_panoptic_names(path: str, findings: Findings, outside: bool) -> None:
+    """Check the names of the PNG files that the panoptic evaluator reads."""
+    local = PathManager.get_local_path(path)
+    content = read_json(local) if os.path.isfile(local) else {}  # else Detectron2 says so
+    records = content.get("annotations")
+    for record in records if isinstance(records, list) else ():
+        name = record.get("file_name") if isinstance(record, dict) else None
+        if isinstance(name, str) and (fault := name_fault(name, outside)):
+            findings.error(f"{path}: annotation of {name!r}: 'file_name' {fault}")
+
+
 def _require_registered(name: str) -> None:
     registered = DatasetCatalog.list()
     if name not in registered:
@@ -196,12 +223,17 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
 
     Raises:
         KeyError: a dataset is not registered.
-        ValueError: ``DATASETS.CHECK`` is unknown, or the classes or their number differ.
+        ValueError: ``DATASETS.CHECK`` is unknown, the classes or their number differ, or a file of
+            proposals calls code.
         DatasetError: a dataset has errors.
+        FileNotFoundError: a file of proposals does not exist.
     """
+    _check_proposal_files(cfg)
     training = list(dict.fromkeys(cfg.DATASETS.TRAIN))
     testing = [name for name in dict.fromkeys(cfg.DATASETS.TEST) if name not in training]
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
+    outside = cfg.DATASETS.OUTSIDE_FILES
+    polygons = masks and cfg.INPUT.MASK_FORMAT == "polygon"
     for name in training + testing:
         _require_registered(name)
     # Bad training images are skipped when they come, unless AP is computed from them too.
@@ -210,13 +242,26 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     for name in training:
         tested = name in cfg.DATASETS.TEST
         pictures = "annotations" if skip and not tested else level
-        reports.append(check_dataset(name, pictures, True, masks, tested))
-    reports += [check_dataset(name, level, False, masks) for name in testing]
+        reports.append(check_dataset(name, pictures, True, masks, tested, outside, polygons))
+    reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]
     if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
         _compare_classes([report for report in reports if report.level != "off"])
     for report in reports:
         _check_class_count(cfg, report)
     return reports
+
+
+def _check_proposal_files(cfg: CfgNode) -> None:
+    """Read what Detectron2 will unpickle, whatever it calls, by what admits arrays alone."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for split in ("TRAIN", "TEST"):
+        key = f"DATASETS.PROPOSAL_FILES_{split}"
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{split}"] if cfg.DATASETS[split] else ():
+            file = Path(PathManager.get_local_path(path))
+            if not file.is_file():
+                raise FileNotFoundError(f"{key}: there is no file {path!r}")
+            read_pickle(file, f"{key}: {path}")
 
 
 def _compare_classes(reports: list[Report]) -> None:

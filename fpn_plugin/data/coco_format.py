@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
-from .annotation_checks import check_categories, read_json
+from .annotation_checks import check_categories
+from .coco_json import read_json
+from .file_names import KEY, check_loaded
 from .findings import Findings
 
 __all__ = ["register_coco_format", "register_own"]
@@ -20,15 +23,19 @@ _CLASS_SECTIONS = ("ROI_HEADS", "RETINANET", "FCOS")
 logger = logging.getLogger(__name__)
 
 
-def register_coco_format(name: str, json_file: str, image_root: str, **metadata: Any) -> None:
+def register_coco_format(
+    name: str, json_file: str, image_root: str, outside_files: bool = False, **metadata: Any
+) -> None:
     """Register a dataset with Detectron2; no file is read until it is used.
 
-    Doing so again with the same files changes nothing.
+    Doing so again with the same arguments changes nothing.
 
     Args:
         name: for ``DatasetCatalog``.
         json_file: annotations in COCO's format.
         image_root: the folder that the JSON's file names are relative to.
+        outside_files: whether the JSON may name files outside of that folder; if not, loading it
+            raises a DatasetError where it does.
         metadata: further entries for ``MetadataCatalog``.
 
     Raises:
@@ -36,7 +43,10 @@ def register_coco_format(name: str, json_file: str, image_root: str, **metadata:
     """
     json_file, image_root = os.path.abspath(json_file), os.path.abspath(image_root)
     if name not in DatasetCatalog.list():
-        register_coco_instances(name, metadata, json_file, image_root)
+        load = functools.partial(_load, name, json_file, image_root, outside_files)
+        DatasetCatalog.register(name, load)
+        files = {"json_file": json_file, "image_root": image_root, "outside_files": outside_files}
+        MetadataCatalog.get(name).set(**files, evaluator_type="coco", **metadata)
         return
     taken = MetadataCatalog.get(name)
     present = (taken.get("json_file"), taken.get("image_root"))
@@ -45,6 +55,15 @@ def register_coco_format(name: str, json_file: str, image_root: str, **metadata:
             f"dataset {name!r} is registered already, with {present[0]} and {present[1]}; "
             f"now it would be {json_file} and {image_root}"
         )
+    if taken.get("outside_files", False) != outside_files:
+        raise ValueError(f"dataset {name!r} is registered already, with {KEY} {not outside_files}")
+
+
+def _load(name: str, json_file: str, image_root: str, outside_files: bool) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+    if not outside_files:  # also where DATASETS.CHECK is off
+        check_loaded(records, image_root, json_file)
+    return records
 
 
 def register_own(cfg: CfgNode) -> CfgNode:
@@ -66,7 +85,7 @@ def register_own(cfg: CfgNode) -> CfgNode:
         return cfg
     for name, paths in (("own_train", train), ("own_val", val)):
         if paths:
-            register_coco_format(name, *paths)
+            register_coco_format(name, *paths, cfg.DATASETS.OUTSIDE_FILES)
     for key, name, paths in (("TRAIN", "own_train", train), ("TEST", "own_val", val)):
         if not paths and cfg.DATASETS[key]:
             logger.warning("DATASETS.%s becomes empty: DATASETS.OWN names nothing for it", key)
@@ -94,12 +113,20 @@ def _split_paths(cfg: CfgNode, split: str) -> tuple[str, str] | None:
 
 
 def _fit_num_classes(cfg: CfgNode, json_file: str) -> None:
-    findings = Findings(json_file)
-    count = len(check_categories(read_json(json_file), findings))
-    findings.raise_errors()
+    stat = os.stat(json_file)
+    count = _class_count(json_file, stat.st_size, stat.st_mtime_ns)
     for section in filter(cfg.MODEL.__contains__, _CLASS_SECTIONS):  # FCOS is a key of ours
         node = cfg.MODEL[section]
         if node.NUM_CLASSES != count:
             change = (section, node.NUM_CLASSES, count, json_file)
             logger.info("MODEL.%s.NUM_CLASSES: %d -> %d, as in %s", *change)
             node.NUM_CLASSES = count
+
+
+@functools.lru_cache(maxsize=4)
+def _class_count(json_file: str, size: int, mtime: int) -> int:
+    """Read once: each process of a run asks twice, and a large file takes seconds."""
+    findings = Findings(json_file)
+    count = len(check_categories(read_json(json_file), findings))
+    findings.raise_errors()
+    return count

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any, Callable
 
 import torch
@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
+from fpn_plugin.engine.checkpoint_forms import check_model, conversion, read_checkpoint
 from fpn_plugin.engine.faults.finite import refuse_non_finite
 from fpn_plugin.engine.faults.saving import first_cause, save_error, tensor_bytes
 
@@ -59,10 +60,10 @@ def find_checkpoint(folder: str) -> str:
 
     Raises:
         ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting
-            over by itself would throw a run away.
+            over by itself would throw a run away; or if `last_checkpoint` names no file of the
+            folder.
     """
-    tag = Path(folder, TAG)
-    tagged = Path(folder, tag.read_text().strip()) if tag.is_file() else None
+    tagged = _tagged(folder)
     if tagged is not None and is_whole(tagged):
         return str(tagged)
     found = list_checkpoints(folder)
@@ -85,6 +86,25 @@ def find_checkpoint(folder: str) -> str:
         f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({names}). "
         "Restore one, or start over with --overwrite"
     )
+
+
+def _tagged(folder: str) -> Path | None:
+    """The file that `last_checkpoint` names, there or not; None without a `last_checkpoint`."""
+    tag = Path(folder, TAG)
+    if not tag.is_file():
+        return None
+    name = tag.read_text(errors="replace").strip()
+    # Path.name leaves a folder, a drive or ".." out: what is left must be all of it
+    if (
+        name == ".."
+        or not name.isprintable()
+        or {name} != {Path(name).name, PureWindowsPath(name).name}
+    ):
+        raise ValueError(
+            f"OUTPUT_DIR {folder!r}: {TAG} in it says {name!r}, which is no name of a file in that"
+            f" folder: write the checkpoint's name into it, or remove it to go on from the newest"
+        )
+    return Path(folder, name)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], needed: int = 0) -> None:
@@ -132,7 +152,8 @@ def remove_leftovers(folder: str) -> None:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic saves, which resumes from a whole checkpoint only.
+    """Detectron2's checkpointer with atomic saves, which resumes from a whole checkpoint only and
+    runs no code of the files that it loads.
 
     Args:
         model: as in Detectron2.
@@ -178,6 +199,20 @@ class Checkpointer(DetectionCheckpointer):
         """Let `last_checkpoint` name this file."""
         content = last_filename_basename.encode()
         write_atomically(Path(self.save_dir, TAG), lambda file: file.write(content))
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """Detectron2's forms of checkpoints, read without running code of the file.
+
+        Raises:
+            ValueError: naming the file, if it holds more than plain data, or no model.
+        """
+        convert = conversion(filename)
+        loaded = convert(filename) if convert else super()._load_file(filename)
+        check_model(loaded["model"], filename)
+        return loaded
+
+    def _torch_load(self, filename: str) -> dict[str, Any]:
+        return read_checkpoint(filename)
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to resume from; see, also for what it raises, `find_checkpoint`."""

@@ -218,13 +218,21 @@ def start_at(loader: Any, iteration: int) -> None:
 
 
 def _training_dicts(cfg: CfgNode) -> Any:
+    """The records of `DATASETS.TRAIN`.
+
+    Raises:
+        ValueError: if none is left that could be trained on.
+    """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:  # Detectron2's word for a dataset that nothing is left of
+        raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
 
 
 def _detectron2_sampler(cfg: CfgNode, dataset: Any) -> torchdata.Sampler:

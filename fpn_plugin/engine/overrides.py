@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
+from functools import partial
 from typing import Any, Sequence
 
 from detectron2.config import CfgNode
 
+from fpn_plugin.config_files import ARGS, enter, keys, leaves, unknown_key
 from fpn_plugin.heads.auto import spell_auto
-from fpn_plugin.registry import unknown_name
-
-_ARGS = "MODEL.BOTTOM_UP.ARGS"
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -27,11 +26,13 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
             f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner"
         )
     pairs = _enter_arguments(cfg, spell_auto(opts))
-    known = _keys(cfg)
-    for key in pairs[::2]:
+    known, values = keys(cfg), leaves(cfg)
+    for key, value in zip(pairs[::2], pairs[1::2]):
         if key not in known:
-            raise _unknown_key(key, known)
-    cfg.merge_from_list(pairs)
+            raise unknown_key(key, cfg)
+        if key not in values and not key.startswith(f"{ARGS}."):
+            raise ValueError(f"{key} is a section of keys: set <key> of it by {key}.<key> VALUE")
+        enter(cfg, partial(cfg.merge_from_list, [key, value]), key)
 
 
 def _enter_arguments(cfg: CfgNode, opts: Sequence[Any]) -> list[Any]:
@@ -43,10 +44,10 @@ def _enter_arguments(cfg: CfgNode, opts: Sequence[Any]) -> list[Any]:
     """
     pairs: list[Any] = []
     for key, value in zip(opts[::2], opts[1::2]):
-        name = key.removeprefix(f"{_ARGS}.")
-        if key == _ARGS:
+        name = key.removeprefix(f"{ARGS}.")
+        if key == ARGS:
             cfg.MODEL.BOTTOM_UP.ARGS = CfgNode(_arguments(value), new_allowed=True)
-            pairs = [x for k, v in zip(pairs[::2], pairs[1::2]) if k.find(_ARGS) for x in (k, v)]
+            pairs = [x for k, v in zip(pairs[::2], pairs[1::2]) if k.find(ARGS) for x in (k, v)]
             continue
         if key != name and name and "." not in name:
             cfg.MODEL.BOTTOM_UP.ARGS[name] = None
@@ -61,26 +62,7 @@ def _arguments(value: str) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
         raise ValueError(
-            f"{_ARGS}: {value!r} is no dict as Python writes it ({{'drop_path_rate': 0.1}}); one"
-            f" argument is set by {_ARGS}.<name> VALUE"
+            f"{ARGS}: {value!r} is no dict as Python writes it ({{'drop_path_rate': 0.1}}); one"
+            f" argument is set by {ARGS}.<name> VALUE"
         )
     return arguments
-
-
-def _keys(node: CfgNode, prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for key, value in node.items():
-        keys.add(prefix + key)
-        if isinstance(value, CfgNode):
-            keys |= _keys(value, f"{prefix}{key}.")
-    return keys
-
-
-def _unknown_key(key: str, known: set[str]) -> KeyError:
-    """An error that lists the keys beside the wrong one: the nearest section of it that exists."""
-    section = key.rpartition(".")[0]
-    while section and section not in known:
-        section = section.rpartition(".")[0]
-    prefix = section + "." if section else ""
-    beside = [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]
-    return unknown_name("config key", key, beside)

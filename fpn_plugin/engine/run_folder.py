@@ -15,6 +15,7 @@ from typing import Any, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 
+from fpn_plugin.config_files import read_yaml
 from fpn_plugin.engine.checkpoint import TAG, find_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ _FREE = (
     "MODEL.BOTTOM_UP.WEIGHTS",
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
+    "DATASETS.OUTSIDE_FILES",
 )
 # where a run runs, and what is looked at and kept on the way: its numbers do not depend on them
 OUTER_KEYS = (
@@ -44,6 +46,7 @@ OUTER_KEYS = (
     "DATALOADER.PIN_MEMORY",
     "DATALOADER.PREFETCH_FACTOR",
     "DATASETS.CHECK",
+    "DATASETS.OUTSIDE_FILES",
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.SIZE_BINS",
     "TEST.VIS_PERIOD",
@@ -105,9 +108,13 @@ def claim_eval_dir(folder: str) -> str:
 
 
 def recorded_config(folder: str) -> dict[str, Any]:
-    """The config that the run in a folder was started with, or {} if there is none."""
+    """The config that the run in a folder was started with, or {} if there is none.
+
+    Raises:
+        ValueError: naming the file, if it is no plain YAML.
+    """
     path = Path(folder, CONFIG)
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+    return read_yaml(str(path)) if path.is_file() else {}
 
 
 def metric_lines(folder: str) -> list[dict[str, Any]]:

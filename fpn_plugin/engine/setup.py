@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from fpn_plugin.bottom_up.pixels import log_lines, read_pixels, resolve_pixels, write_pixels
 from fpn_plugin.config import add_fpn_config, validate_config
+from fpn_plugin.config_files import merge_config_file
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
@@ -86,17 +87,17 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         args: of :func:`argument_parser`; it gets `pixels`, what the log says of the pixels.
 
     Raises:
-        FileNotFoundError: if the config file does not exist.
+        FileNotFoundError: if the config file, or its `_BASE_`, does not exist.
         KeyError: for a key that does not exist.
-        ValueError: for a key without a value, a value of another type than the key's, or what
-            :func:`fpn_plugin.resolve_config` raises.
+        ValueError: for a file that is no plain YAML, a key without a value, a value of another type
+            than the key's, or what :func:`fpn_plugin.resolve_config` raises.
     """
     cfg = get_cfg()
     add_fpn_config(cfg)
     if args.config_file:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
-        cfg.merge_from_file(args.config_file)
+        merge_config_file(cfg, args.config_file)
     merge_overrides(cfg, list(args.opts or []))
     for flag in _OWN_FLAGS:
         if path := getattr(args, flag, ""):

@@ -7,6 +7,8 @@ from typing import Any, Mapping, Sequence
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
+from fpn_plugin.config import require_names
+
 SIZES = "MODEL.ANCHOR_GENERATOR.SIZES"
 # the keys whose maps have anchors
 ANCHORED = ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES")
@@ -38,7 +40,11 @@ def validate_heads(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> None:
 
 
 def head_features(cfg: CfgNode) -> dict[str, Sequence[str]]:
-    """The maps that the heads of this meta-architecture read, by the key that names them."""
+    """The maps that the heads of this meta-architecture read, by the key that names them.
+
+    Raises:
+        ValueError: if a key holds anything else than names.
+    """
     model = cfg.MODEL
     architecture = model.META_ARCHITECTURE
     features: dict[str, Sequence[str]] = {}
@@ -53,6 +59,8 @@ def head_features(cfg: CfgNode) -> dict[str, Sequence[str]]:
         features["MODEL.ROI_HEADS.IN_FEATURES"] = model.ROI_HEADS.IN_FEATURES
     if architecture in ("PanopticFPN", "SemanticSegmentor"):
         features["MODEL.SEM_SEG_HEAD.IN_FEATURES"] = model.SEM_SEG_HEAD.IN_FEATURES
+    for key, names in features.items():
+        require_names(key, names)
     return features
 
 

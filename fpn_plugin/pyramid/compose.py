@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Mapping
 
-from fpn_plugin.pyramid.graph import Edge, Graph, Operator, node, op
+from fpn_plugin.pyramid.graph import MAX_LEVEL, Edge, Graph, Operator, node, op
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
 from fpn_plugin.registry import unknown_name
 
 EXTRA_LEVELS = ("none", "maxpool", "conv_c5", "conv_p5")
+MAX_REPEATS = 64  # EfficientDet's largest has 8
 
 
 def stages(topology: str) -> list[str]:
@@ -50,8 +51,10 @@ def build_graph(
         ValueError: (KeyError for an unknown topology) naming the config key.
     """
     names = stages(topology)
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"MODEL.FPN.REPEATS: {repeats!r} is not a whole number of 1 or more")
+    if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
+        raise ValueError(
+            f"MODEL.FPN.REPEATS: {repeats!r} is not a whole number from 1 to {MAX_REPEATS}"
+        )
     style = replace(style, inner_levels=_inner_levels(names[0], len(inputs), inner_levels))
     graph: Graph | None = None
     for run in range(1, repeats + 1):
@@ -68,8 +71,10 @@ def build_graph(
 
 
 def _inner_levels(name: str, count: int, asked: int) -> int:
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < -1:
-        raise ValueError(f"MODEL.FPN.INNER_LEVELS: {asked!r} is not a whole number of -1 or more")
+    if type(asked) is not int or not -1 <= asked <= MAX_LEVEL:
+        raise ValueError(
+            f"MODEL.FPN.INNER_LEVELS: {asked!r} is not a whole number from -1 to {MAX_LEVEL}"
+        )
     if asked > 0 and name not in INNER_LEVELS:
         raise ValueError(
             f"MODEL.FPN.INNER_LEVELS: {name!r} makes no levels of its own; those that do are"

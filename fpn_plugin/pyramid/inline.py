@@ -45,6 +45,8 @@ def _parse_edge(where: str, raw: object) -> Edge:
     _check_fields(f"{where}, inputs", raw, ("source",), ("project", "resample", "block"))
     assert isinstance(raw, Mapping)  # for the type checker: _check_fields has seen to it
     place = f"{where}, input {raw['source']!r}"
+    if not isinstance(raw["source"], str):
+        raise ValueError(f"{place}: source is not a string")
     operators = {
         key: as_operator(raw.get(key), f"{place}, {key}")
         for key in ("project", "resample", "block")

@@ -211,7 +211,7 @@ def test_unprepared_set_names_its_command() -> None:
 
 def config(train: tuple[str, ...], test: tuple[str, ...] = (), classes: int = 2) -> CfgNode:
     cfg = get_cfg()
-    cfg.DATASETS.CHECK = "auto"
+    cfg.DATASETS.CHECK, cfg.DATASETS.OUTSIDE_FILES = "auto", False
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
     return cfg
@@ -251,7 +251,7 @@ def test_other_formats_are_skipped(caplog: Any) -> None:
 
 def test_checks_are_fast_enough_for_coco() -> None:
     images = {i: {"id": i, "file_name": "x", "width": 640, "height": 480} for i in range(10_000)}
-    box, mask = [1.0, 2.0, 30.0, 40.0], [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
+    box, mask = [1.0, 2.0, 30.0, 40.0], [6]  # a polygon's length, as the file is read
     annotations = [
         {"id": i + 1, "image_id": i % 10_000, "category_id": 1, "bbox": box, "segmentation": mask}
         for i in range(50_000)

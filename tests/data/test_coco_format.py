@@ -21,7 +21,7 @@ def config(**own: str) -> CfgNode:
     cfg = get_cfg()
     keys = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")
     cfg.DATASETS.OWN = CfgNode({key: own.get(key, "") for key in keys})
-    cfg.DATASETS.CHECK = "auto"
+    cfg.DATASETS.CHECK, cfg.DATASETS.OUTSIDE_FILES = "auto", False
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
     return cfg
 

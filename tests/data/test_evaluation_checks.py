@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("registry")
 
 def config(train: tuple[str, ...], test: tuple[str, ...]) -> CfgNode:
     cfg = get_cfg()
-    cfg.DATASETS.CHECK = "auto"
+    cfg.DATASETS.CHECK, cfg.DATASETS.OUTSIDE_FILES = "auto", False
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     return cfg

@@ -1,0 +1,171 @@
+"""What strangers' data could do: proposals with code in them, names that lead elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import large_json
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from fpn_plugin import add_fpn_config
+from fpn_plugin.data import (
+    DatasetError,
+    check_config_datasets,
+    check_dataset,
+    register_coco_format,
+    register_own,
+)
+from fpn_plugin.data.wheels import read_members
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_proposals_run_no_code(split: str, tmp_path: Path) -> None:
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.MODEL.LOAD_PROPOSALS, key = True, f"PROPOSAL_FILES_{split}"
+    file = tmp_path / "proposals.pkl"
+    cfg.DATASETS[split], cfg.DATASETS[key] = ("no_such",), (str(file),)
+    with pytest.raises(FileNotFoundError, match=f"DATASETS.{key}: there is no file"):
+        check_config_datasets(cfg)
+    file.write_bytes(pickle.dumps({"boxes": [Payload(tmp_path / "ran")]}))
+    with pytest.raises(ValueError, match=f"DATASETS.{key}: .*proposals.pkl cannot be read.*mkdir"):
+        check_config_datasets(cfg)
+    assert not (tmp_path / "ran").exists()
+    file.write_bytes(pickle.dumps({"boxes": [np.zeros((3, 4))], "ids": [1], "bbox_mode": 0}))
+    with pytest.raises(KeyError, match="'no_such' is not registered"):  # what comes next
+        check_config_datasets(cfg)
+    cfg.MODEL.LOAD_PROPOSALS = False
+    file.unlink()
+    with pytest.raises(KeyError, match="'no_such' is not registered"):
+        check_config_datasets(cfg)
+
+
+def test_a_hundred_thousand_images_in_ten_seconds_and_little_memory(tmp_path: Path) -> None:
+    """By hand with COCO's 730,000 annotations of 20 points; here with fewer, for the suite's sake.
+
+    In a process of its own, since a peak of memory never falls again.
+    """
+    file = tmp_path / "large.json"
+    large_json.write(str(file), images=100_000, annotations=150_000, points=8)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", large_json.__file__, str(file)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert (found["images"], found["annotations"]) == (100_000, 150_000)
+    assert found["seconds"] < 10  # of CPU: others may use the machine as well
+    assert found["memory"] < 4, found  # times the file
+
+
+NAMES = ["../x.jpg", "a/../../x.jpg", "/x.jpg", "C:x.jpg", "c:\\x.jpg", "a\\..\\..\\x.jpg", "//h/x"]
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_leads_out_of_the_folder_is_an_error_unless_allowed(
+    name: str, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+) -> None:
+    sound["images"][0]["file_name"] = name
+    register_coco_format("t", *write(sound))
+    message = "'file_name' must stay below the image folder .unless DATASETS.OUTSIDE_FILES is True"
+    with pytest.raises(DatasetError, match=message):
+        check_dataset("t", "annotations")
+    assert check_dataset("t", "annotations", outside=True).num_images == 2
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("name", ["a\0.jpg", "\ud800.jpg"])
+def test_a_name_that_no_file_can_have_is_an_error(
+    name: str, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+) -> None:
+    sound["images"][0]["file_name"] = name
+    register_coco_format("t", *write(sound))
+    with pytest.raises(DatasetError, match="cannot be the name of a file"):
+        check_dataset("t", "annotations", outside=True)
+
+
+@pytest.mark.usefixtures("registry")
+def test_ones_own_data_stays_in_its_folder_also_without_checks(
+    sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+) -> None:
+    sound["images"][0]["file_name"] = "../images/a.jpg"
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    own = cfg.DATASETS.OWN
+    cfg.DATASETS.CHECK, (own.TRAIN_JSON, own.TRAIN_IMAGES) = "off", write(sound)
+    register_own(cfg)
+    check_config_datasets(cfg)
+    assert len(DatasetCatalog.get("own_train")) == 2  # it comes back into the folder
+    sound["images"][0]["file_name"] = "../a.jpg"
+    write(sound)
+    with pytest.raises(DatasetError, match="own.json: image id 1: .*a.jpg' must stay below"):
+        DatasetCatalog.get("own_train")
+    cfg.DATASETS.OUTSIDE_FILES = True
+    with pytest.raises(ValueError, match="'own_train' is registered already, with DATASETS.OUT"):
+        register_own(cfg)
+    DatasetCatalog.remove("own_train")
+    MetadataCatalog.remove("own_train")
+    register_own(cfg)
+    assert len(DatasetCatalog.get("own_train")) == 2
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_link_in_the_folder_may_lead_out(
+    tmp_path: Path, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+) -> None:
+    json_file, folder = write(sound)
+    Path(folder, "a.jpg").rename(tmp_path / "elsewhere.jpg")
+    Path(folder, "a.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    register_coco_format("t", json_file, folder)
+    assert check_dataset("t", "full").num_images == 2
+    assert len(DatasetCatalog.get("t")) == 2
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_names_of_panoptic_files_are_checked_too(
+    tmp_path: Path, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+) -> None:
+    panoptic = tmp_path / "panoptic.json"
+    panoptic.write_text(json.dumps({"annotations": [{"file_name": "../../x.png"}]}))
+    register_coco_format("t", *write(sound), panoptic_json=str(panoptic))
+    with pytest.raises(DatasetError, match="panoptic.json: annotation of '../../x.png'.*must stay"):
+        check_dataset("t", "annotations")
+    assert check_dataset("t", "annotations", outside=True).num_images == 2
+
+
+def test_members_of_an_archive_are_read_and_never_written(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+        archive.writestr("../../evil", b"1")
+        link = zipfile.ZipInfo("link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    before = sorted(tmp_path.parent.iterdir())
+    found = read_members(tmp_path / "x.whl", ["../../evil", "link"])
+    assert found == {"../../evil": b"1", "link": b"/etc/passwd"}  # not what it leads to
+    assert sorted(tmp_path.parent.iterdir()) == before and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,212 @@
+"""YAML configs say what they said to Detectron2, run no code, and every fault names the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_plugin import add_fpn_config
+from fpn_plugin.arithmetic import evaluate
+from fpn_plugin.config_files import merge_config_file, read_yaml
+from fpn_plugin.engine.overrides import merge_overrides
+from fpn_plugin.engine.setup import argument_parser, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+ZOO = Path(model_zoo.__file__).with_name("configs")
+FILES = sorted(
+    path
+    for path in [*ZOO.rglob("*.yaml"), *(ROOT / "configs").rglob("*.yaml")]
+    if "studies" not in path.parts
+)
+
+
+def ours() -> CfgNode:
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    return cfg
+
+
+def merged(path: Path) -> CfgNode:
+    cfg = ours()
+    merge_config_file(cfg, str(path))
+    return cfg
+
+
+def test_every_config_of_the_zoo_and_of_ours_says_what_it_says_to_detectron2() -> None:
+    retinanet = ZOO / "Base-RetinaNet.yaml"  # with arithmetic in it
+    assert len(FILES) > 80 and "python/object/apply:eval" in retinanet.read_text()
+    for path in [retinanet, *FILES[::4]]:
+        theirs = ours()
+        theirs.merge_from_file(str(path))
+        assert merged(path) == theirs, path
+
+
+CODE = {
+    "call": "OUTPUT_DIR: !!python/object/apply:os.mkdir [{marker}]",
+    "new": "OUTPUT_DIR: !!python/object/new:os.mkdir [{marker}]",
+    "eval": "OUTPUT_DIR: !!python/object/apply:eval [\"__import__('os').mkdir('{marker}')\"]",
+    "name": "OUTPUT_DIR: !!python/name:os.mkdir",
+    "module": "OUTPUT_DIR: !!python/module:antigravity",
+}
+
+
+@pytest.mark.parametrize("place", ["file", "base"])
+@pytest.mark.parametrize("kind", CODE)
+def test_a_config_runs_no_code(kind: str, place: str, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    path = tmp_path / "x.yaml"
+    path.write_text(CODE[kind].format(marker=marker) + "\n")
+    given = path
+    if place == "base":
+        given = tmp_path / "y.yaml"
+        given.write_text("_BASE_: x.yaml\n")
+    args = argument_parser().parse_args(["--config-file", str(given)])
+    with pytest.raises(ValueError, match="x.yaml: is no plain YAML.*no code of a config is run"):
+        load_config(args)
+    assert not marker.exists()
+    if kind in ("call", "eval"):
+        ours().merge_from_file(str(given))
+        assert marker.exists()  # it would have
+
+
+BAD = {
+    "no yaml": ("a: [", "is no plain YAML, line 1: expected the node content"),
+    "list": ("- a\n", "holds a list, not keys with values"),
+    "text": ("hello", "holds a str, not keys with values"),
+    "not text": (b"\xff\xfe\x00\x01", "cannot be read|is no plain YAML"),
+    "impossible date": ("OUTPUT_DIR: 2000-99-99", "cannot be read: month"),
+    "nested": ("a: " + "[" * 1000, "nested too deeply"),
+    "itself": ("MODEL: {FPN: {GRAPH: &a [*a]}}", "anchors stand for more than 100000 values"),
+    "unhashable key": ("{[1]: 2}: 3", "is no plain YAML"),
+    "bomb": (
+        "\n".join(["x0: &x0 [1]"] + [f"x{i}: &x{i} [{f'*x{i - 1},' * 9}]" for i in range(1, 9)]),
+        "anchors stand for more than 100000 values",
+    ),
+    "unknown key": ("MODEL: {FPN: {TOPOLOGI: fpn}}", "x.yaml: config key: .*TOPOLOGI.*TOPOLOGY"),
+    "key no text": ("MODEL: {1: 2}", "x.yaml: config key: unknown name 'MODEL.1'"),
+    "section for a value": ("OUTPUT_DIR: {a: 1}", "OUTPUT_DIR is a str, but {'a': 1} is given"),
+    "value for a section": ("MODEL: 3", "MODEL is a section of keys, but 3 is given"),
+    "other type": ("SOLVER: {MAX_ITER: many}", "x.yaml: Type mismatch.*SOLVER.MAX_ITER"),
+    "none": ("SOLVER: {MAX_ITER: null}", "x.yaml: SOLVER.MAX_ITER: None is given, .* an? int"),
+    "date": ("OUTPUT_DIR: 2001-01-01", "x.yaml: Key OUTPUT_DIR with value .*date"),
+    "other version": ("VERSION: 1", "VERSION 1: only 2 is read"),
+    "base itself": ("_BASE_: x.yaml", "x.yaml: is its own _BASE_"),
+    "base missing": ("_BASE_: y.yaml", "x.yaml: _BASE_ 'y.yaml': there is no file"),
+    "base no path": ("_BASE_: 3", "_BASE_ 3 is no path"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_every_fault_names_the_file(kind: str, tmp_path: Path) -> None:
+    content, message = BAD[kind]
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message) as error:
+        merged(path)
+    assert "x.yaml" in str(error.value)
+
+
+def test_a_base_is_found_beside_the_file_below_home_and_among_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("SEED: 1\nSOLVER: {MAX_ITER: 5, GAMMA: 0.5}\n")
+    (tmp_path / "b.yaml").write_text("SOLVER: {MAX_ITER: 6}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.yaml").write_text("_BASE_: [../a.yaml, ~/b.yaml]\nSEED: 2\n")
+    cfg = merged(tmp_path / "sub" / "c.yaml")
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER, cfg.SOLVER.GAMMA) == (2, 6, 0.5)
+    (tmp_path / "d.yaml").write_text("_BASE_: a.yaml\nSOLVER: 3\n")
+    with pytest.raises(ValueError, match="d.yaml: SOLVER is a section of keys"):
+        merged(tmp_path / "d.yaml")
+    (tmp_path / "e.yaml").write_text("_BASE_: a.yaml\nSEED: {a: 3}\n")
+    with pytest.raises(ValueError, match="e.yaml: SEED is a section here, but a value in _BASE_"):
+        merged(tmp_path / "e.yaml")
+
+
+def test_an_empty_file_changes_nothing_and_tuples_are_plain(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("")
+    assert merged(tmp_path / "x.yaml") == ours()
+    (tmp_path / "x.yaml").write_text("SOLVER: {STEPS: !!python/tuple [1, 2]}")
+    assert merged(tmp_path / "x.yaml").SOLVER.STEPS == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os')",
+        "open('x')",
+        "(1).real",
+        "[1][0]",
+        "'a' * 9",
+        "[0] * 10**9",
+        "9 ** 9 ** 9",
+        "1e300 ** 2",
+        "1 / 0",
+        "(-1) ** 0.5 ** 0.5",
+        "[x for x in 5]",
+        "[x for x in [1] if x]",
+        "[y for x in [1]]",
+        "lambda: 1",
+        "True",
+        "",
+        "(" * 300,
+        "x := 1",
+        "-" * 9000 + "1",
+    ],
+)
+def test_what_is_no_arithmetic_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        evaluate(text)
+
+
+def test_arithmetic_is_pythons() -> None:
+    for text in (
+        "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]",
+        "(1, -2.5, [+3])",
+        "[[a + b for a in (1, 2)] for b in [3]]",
+    ):
+        assert evaluate(text) == eval(text)
+
+
+OVERRIDES = [
+    ("MODEL", "{}", "MODEL is a section of keys"),
+    ("MODEL.FPN", "1", "MODEL.FPN is a section of keys"),
+    ("SOLVER.MAX_ITER", "None", "SOLVER.MAX_ITER: None is given, but it takes a int"),
+    ("SOLVER.MAX_ITER", "x", "SOLVER.MAX_ITER: Type mismatch"),
+    ("SOLVER.STEPS", "{[]: 1}", "SOLVER.STEPS: "),
+    ("OUTPUT_DIR", "!!python/object/apply:os.mkdir [ran]", ""),
+    ("MODEL.BOTTOM_UP.ARGS", "!!python/object/apply:os.mkdir [ran]", "is no dict"),
+    ("MODEL.BOTTOM_UP.ARGS", "__import__('os').mkdir('ran')", "is no dict"),
+    ("OUTPUT_DIR", "__import__('os').mkdir('ran')", ""),
+]
+
+
+@pytest.mark.parametrize("key, value, message", OVERRIDES)
+def test_an_override_runs_no_code_and_names_its_key(
+    key: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            merge_overrides(ours(), [key, value])
+    else:
+        cfg: Any = ours()
+        merge_overrides(cfg, [key, value])
+        assert cfg.OUTPUT_DIR == value  # the text itself
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_run_records_is_read_as_it_was(tmp_path: Path) -> None:
+    cfg = merged(ROOT / "configs" / "quickstart" / "faster_rcnn_trees_FPN.yaml")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert yaml.safe_load(cfg.dump()) == read_yaml(str(tmp_path / "config.yaml"))
+    theirs = ours()
+    theirs.merge_from_file(str(tmp_path / "config.yaml"))
+    assert merged(tmp_path / "config.yaml") == theirs
