@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import DETECTORS, write_detector
+from models import write_detector
 
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.export import run as run_module
@@ -130,8 +130,16 @@ def test_bad_arguments(more, error, message, faster_rcnn, tmp_path: Path) -> Non
     "what, opts, message",
     [
         ("backbone", ("MODEL.FPN.TOPOLOGY", "pafpn"), r"pafpn_output3.* is not in the checkpoint"),
-        ("backbone", ("MODEL.FPN.OUT_CHANNELS", "8"), r"fpn_lateral2.weight is \(16, 64, 1, 1\) in"),
-        ("detector", ("MODEL.ROI_HEADS.NUM_CLASSES", "5"), r"cls_score.weight is .* config.yaml of"),
+        (
+            "backbone",
+            ("MODEL.FPN.OUT_CHANNELS", "8"),
+            r"fpn_lateral2.weight is \(16, 64, 1, 1\) in",
+        ),
+        (
+            "detector",
+            ("MODEL.ROI_HEADS.NUM_CLASSES", "5"),
+            r"cls_score.weight is .* config.yaml of",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(what, opts, message, faster_rcnn, tmp_path: Path) -> None:
