@@ -4,7 +4,7 @@ bottom-up network and pyramid (--what backbone), or the whole detector.
 
 export.py --config-file F --weights W --format onnx --output output/fpn.onnx
 export.py --config-file F --weights W --format torch_export --output output/fpn.pt2
-export.py --config-file F --weights W --what detector --format torchscript --output output/model.ts \\
+export.py --config-file F --weights W --what detector --format torchscript --output output/m.ts \\
     --input photo.jpg
 
 Before it says that it is done, the file is run on three sizes and compared with the model. What the

@@ -3,7 +3,7 @@
 write the table of docs/export.md.
 
 export_table.py --output output/export.md configs/quickstart/faster_rcnn_trees_*.yaml
-export_table.py --output output/operators.md --operators configs/quickstart/faster_rcnn_trees_FPN.yaml
+export_table.py --operators --output operators.md configs/quickstart/faster_rcnn_trees_FPN.yaml
 """
 
 import os

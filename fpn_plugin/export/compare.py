@@ -89,7 +89,7 @@ def compare(subject: Subject, run: Runner, images: Sequence[Tensor]) -> List[Dif
     if bad:
         hint = ""
         if subject.what == "detector":
-            hint = " (a model hardly trained finds many boxes of the same score, whose choice is chance)"
+            hint = " (a model hardly trained finds many boxes of one score, and chance chooses)"
         raise ValueError(
             f"the exported model differs from the eager one: {'; '.join(map(str, bad))}; up to"
             f" {limit:.0e} is rounding{hint}. Nothing was written"

@@ -1,4 +1,4 @@
-"""Weights that must fit: what is exported is not trained on, so nothing would make up for the rest."""
+"""Weights that must fit: what is exported is not trained on, so nothing makes up for the rest."""
 
 from __future__ import annotations
 

@@ -41,9 +41,9 @@ def refuse_program(name: str, error: BaseException, dynamic: bool) -> ValueError
         dynamic: whether it was to take any size.
     """
     choices = "--fixed-size HxW, or --format torchscript" if dynamic else "--format torchscript"
+    text = " ".join(str(error).split())[:300]
     return ValueError(
-        f"--format {name}: torch.export cannot follow this model: {str(error).strip()[:300]} …; give"
-        f" {choices}"
+        f"--format {name}: torch.export cannot follow this model: {text} …; give {choices}"
     )
 
 

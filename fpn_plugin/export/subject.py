@@ -69,9 +69,9 @@ def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
     Raises:
         ValueError: if the model has none.
     """
-    backbone = getattr(model, "backbone", None)
-    if not isinstance(backbone, nn.Module):
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
         raise ValueError(f"--what backbone: {type(model).__name__} has no backbone; take detector")
+    backbone = model.backbone
     shapes = backbone.output_shape()
     strides = {name: shape.stride for name, shape in shapes.items()}
     channels = {name: shape.channels for name, shape in shapes.items()}
@@ -111,7 +111,7 @@ def detector_subject(cfg: CfgNode, model: nn.Module) -> Subject:
         )
     adapter = TracingAdapter(model.eval(), [{"image": torch.zeros(3, 128, 160)}], _detect).eval()
     adapter(torch.rand(3, 128, 160) * 255)  # it learns what the outputs are called
-    names = tuple(adapter.outputs_schema.keys)  # type: ignore[attr-defined]
+    names = tuple(adapter.outputs_schema.keys)
     facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
     info = {**_pixels(cfg), **facts}
     return Subject("detector", adapter, names, 1, 32, _find_windows(model), info)

@@ -82,7 +82,7 @@ def _write_weights(case: Case, path: Path) -> None:
     model: nn.Module = build_model(cfg)
     with torch.no_grad():
         for parameter in model.parameters():  # offsets and gates that start at zero have to count
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     torch.save({"model": model.state_dict()}, path)
 
 

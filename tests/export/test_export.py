@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import DETECTORS, write_detector
+from models import write_detector
 
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.export import run as run_module
