@@ -9,8 +9,6 @@ Detectron2's own `MODEL.FPN.IN_FEATURES`, `OUT_CHANNELS`, `NORM` and `FUSE_TYPE`
 
 from __future__ import annotations
 
-from typing import Any
-
 from detectron2.config import CfgNode
 
 from fpn_plugin.registry import unknown_name
@@ -18,15 +16,6 @@ from fpn_plugin.registry import unknown_name
 _MAX_CHANNELS = 8192  # one 3x3 convolution of so many takes 2.4 GB
 # Detectron2's own choices: build_retinanet_resnet_fpn_backbone, and its FCOS config
 _EXTRA_LEVELS = {"RetinaNet": "conv_c5", "FCOS": "conv_p5"}
-
-# The keys of MODEL.FPN that a pyramid follows from
-PYRAMID_KEYS = (
-    *("TOPOLOGY", "GRAPH", "REPEATS", "IN_FEATURES", "INNER_LEVELS", "EXTRA_LEVELS"),
-    *("OUT_CHANNELS", "FUSE_TYPE", "UPSAMPLE", "DOWNSAMPLE", "LATERAL", "BLOCK"),
-    *("NORM", "NORM_EPS", "NORM_MOMENTUM", "ACTIVATION"),
-)
-# MODEL.FPN.WARM_START_FROM of a checkpoint that has no pyramid
-NO_PYRAMID = {"TOPOLOGY": "none"}
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
@@ -224,38 +213,6 @@ def size_divisibility_for(cfg: CfgNode) -> int:
         return 0
     levels = [name[1:] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES if name[1:].isdigit()]
     return max((2 ** int(level) for level in levels), default=0)
-
-
-def pyramid_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The keys of `MODEL.FPN` that say what the pyramid is, as `MODEL.FPN.WARM_START_FROM` has
-    them."""
-    found = {key: cfg.MODEL.FPN[key] for key in PYRAMID_KEYS}
-    return {**found, "EXTRA_LEVELS": extra_levels_for(cfg)}
-
-
-def warm_settings(cfg: CfgNode) -> dict[str, Any]:
-    """`MODEL.FPN.WARM_START_FROM` by the argument names of `PyramidBackbone`; {} without a warm
-    start, or from a checkpoint without a pyramid.
-
-    Raises:
-        ValueError: (KeyError for an unknown key) naming it, where it does not say enough.
-    """
-    fpn = cfg.MODEL.FPN
-    if not fpn.WARM_START or fpn.WARM_START_FROM == NO_PYRAMID:
-        return {}
-    where = "MODEL.FPN.WARM_START_FROM"
-    if not fpn.WARM_START_FROM:
-        raise ValueError(
-            f"MODEL.FPN.WARM_START: True, but {where} is empty: call"
-            " fpn_plugin.resolve_config(cfg) first; the tools do"
-        )
-    for key in fpn.WARM_START_FROM:
-        if key not in PYRAMID_KEYS:
-            raise unknown_name(where, key, PYRAMID_KEYS)
-    for key in ("IN_FEATURES", "OUT_CHANNELS"):
-        if key not in fpn.WARM_START_FROM:
-            raise ValueError(f"{where}: it has no {key}, but {list(fpn.WARM_START_FROM)}")
-    return {key.lower(): value for key, value in fpn.WARM_START_FROM.items()}
 
 
 def require_names(key: str, value: object) -> None:

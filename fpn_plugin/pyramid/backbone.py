@@ -16,7 +16,6 @@ from fpn_plugin.config import (
     extra_levels_for,
     size_divisibility_for,
     validate_config,
-    warm_settings,
 )
 from fpn_plugin.heads.auto import require_resolved
 from fpn_plugin.heads.inputs import validate_heads
@@ -28,6 +27,7 @@ from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
 from fpn_plugin.pyramid.warm import combine
+from fpn_plugin.warm_settings import warm_settings
 
 # what Detectron2's ResNet can give beside its stem
 _STAGES = frozenset(("res2", "res3", "res4", "res5"))

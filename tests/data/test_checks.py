@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from fpn_plugin.config import add_fpn_config
 from fpn_plugin.data import DatasetError, check_config_datasets, check_dataset, register_coco_format
 from fpn_plugin.data.annotation_checks import check_annotations
 from fpn_plugin.data.findings import Findings
@@ -211,7 +212,7 @@ def test_unprepared_set_names_its_command() -> None:
 
 def config(train: tuple[str, ...], test: tuple[str, ...] = (), classes: int = 2) -> CfgNode:
     cfg = get_cfg()
-    cfg.DATASETS.CHECK, cfg.DATASETS.OUTSIDE_FILES = "auto", False
+    add_fpn_config(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
     return cfg

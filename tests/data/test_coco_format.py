@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("registry")
 
 def config(**own: str) -> CfgNode:
     cfg = get_cfg()
+    add_fpn_config(cfg)
     keys = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")
     cfg.DATASETS.OWN = CfgNode({key: own.get(key, "") for key in keys})
-    cfg.DATASETS.CHECK, cfg.DATASETS.OUTSIDE_FILES = "auto", False
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
     return cfg
 
@@ -66,6 +66,7 @@ def test_class_count_of_the_config_gives_way(old: int, sound: Any, write: Any, c
 def test_readme_config_fits_data_of_any_class_count(sound: Any, write: Any) -> None:
     json_file, images = write(sound)
     cfg = get_cfg()
+    add_fpn_config(cfg)
     add_fpn_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs/quickstart/faster_rcnn_trees_FPN.yaml"))
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1

@@ -19,6 +19,7 @@ from detectron2.data.datasets import register_lvis_instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.config import add_fpn_config
 from fpn_plugin.data import DatasetError, check_config_datasets, check_dataset, register_coco_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("registry")
 
 def config(train: tuple[str, ...], test: tuple[str, ...]) -> CfgNode:
     cfg = get_cfg()
-    cfg.DATASETS.CHECK, cfg.DATASETS.OUTSIDE_FILES = "auto", False
+    add_fpn_config(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     return cfg

@@ -17,11 +17,11 @@ from tiny import tiny_config
 from warm_models import BIFPN, RETINANET, TARGETS, a_config, a_model, image, keys, seen
 
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.config import NO_PYRAMID, pyramid_settings
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.warm.source import describe_checkpoint, resolve_warm_start
 from fpn_plugin.engine.warm.start import start_warm
+from fpn_plugin.warm_settings import NO_PYRAMID, pyramid_settings
 
 PAFPN = TARGETS["pafpn"]
 

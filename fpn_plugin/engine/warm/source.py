@@ -10,8 +10,9 @@ from typing import Any, Mapping
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.config import NO_PYRAMID, PYRAMID_KEYS, add_fpn_config, pyramid_settings
+from fpn_plugin.config import add_fpn_config
 from fpn_plugin.engine.run_folder import recorded_config
+from fpn_plugin.warm_settings import NO_PYRAMID, PYRAMID_KEYS, pyramid_settings
 
 logger = logging.getLogger(__name__)
 
