@@ -264,10 +264,8 @@ def _box_faults(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
 def _check_keypoints(
     annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]], findings: Findings
 ) -> None:
-    for annotation in annotations:
-        points = annotation.get("keypoints")
-        if not points:
-            continue
+    for annotation in (a for a in annotations if a.get("keypoints")):
+        points = annotation["keypoints"]
         if not isinstance(points, list) or len(points) % 3 or not all(map(_is_number, points)):
             findings.error(
                 f"{_label(annotation, images)}: 'keypoints' must be numbers, three for each point"
@@ -282,7 +280,9 @@ def _check_evaluation(
 ) -> None:
     """Find what would end an evaluation, after all the training, in a ``KeyError``."""
     rules = {"area": "a number", "iscrowd": "0 or 1"}
-    for annotation in annotations:
+    if _types(a.get("area") for a in annotations) <= {int, float}:
+        keys = tuple(key for key in keys if key != "area")
+    for annotation in annotations if keys else ():
         for key in keys:
             value = annotation.get(key)
             good = type(value) in (int, float) if key == "area" else value in (0, 1)

@@ -6,7 +6,6 @@ those whose weights depend on the maps. `fusion_base` says how a fusion is built
 
 from __future__ import annotations
 
-import math
 from typing import List, Sequence
 
 import torch
@@ -135,8 +134,8 @@ class FastNormalized(Weighted):
 
     def __init__(self, channels: int, count: int, norm: str = "", eps: float = 1e-4) -> None:
         super().__init__(channels, count)
-        if type(eps) not in (int, float) or not 0 <= eps < math.inf:
-            raise ValueError(f"eps {eps!r} is not a number of 0 or more")
+        if type(eps) not in (int, float) or not 0 <= eps <= 1:
+            raise ValueError(f"eps {eps!r} is not a number from 0 to 1")
         self.eps = eps
 
     def normalized_weights(self) -> Tensor:
