@@ -14,6 +14,7 @@ Operation = Tuple[str, str]
 _REFUSED = (
     r"No ONNX function found for <OpOverload\(op='([\w.:]+)'",
     r"Exporting the operator '([\w.:]+)' to ONNX",
+    r"an operator with unrecognized namespace ([\w:]+)",
 )
 
 
@@ -60,8 +61,8 @@ def refuse_onnx(error: BaseException, operations: Sequence[Operation]) -> ValueE
     named = [f"node {node!r}: {name}" for node, name in operations if name in unknown]
     what = "; ".join(dict.fromkeys(named)) or ", ".join(sorted(unknown))
     return ValueError(
-        f"--format onnx: {what}: ONNX has no counterpart that torch.onnx knows; take another"
-        " operator for that node, or --format torchscript or torch_export"
+        f"--format onnx: {what}: torch.onnx knows no counterpart; take another operator for that"
+        " node, or --format torchscript"
     )
 
 

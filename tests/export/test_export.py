@@ -97,6 +97,15 @@ def test_a_detector_is_no_torch_export_program(faster_rcnn, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_operator_of_a_detector_is_refused_by_its_node(tmp_path: Path) -> None:
+    given = write_detector(tmp_path, "faster_rcnn", MODEL__FPN__TOPOLOGY="fapn")
+    before = sorted(tmp_path.iterdir())
+    message = r"--format onnx: node 'model.backbone.fapn_.*: torchvision::deform_conv2d"
+    with pytest.raises(ValueError, match=message):
+        export(settings(given, "onnx", tmp_path, what="detector"), Bar(True))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_what_differs_is_not_written(faster_rcnn, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(TOLERANCE, "backbone", -1.0)
     with pytest.raises(ValueError, match="the exported model differs.*Nothing was written"):
@@ -167,5 +176,7 @@ def test_the_tool_and_a_file_that_is_there(faster_rcnn, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(lines) == 4 and lines[0].startswith("1x3x128x160: largest difference")
     assert lines[-1] == str(output)
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode and "exists; give --overwrite" in again.stderr
+    written = output.stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="model.ts.json exists; give --overwrite"):
+        export(settings(faster_rcnn, "torchscript", tmp_path), Bar(True))
+    assert output.stat().st_mtime_ns == written
