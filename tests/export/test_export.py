@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from models import write_detector
+from PIL import Image
 
 from fpn_plugin.analysis.report.bar import Bar
+from fpn_plugin.analysis.visualize.detector import load_detector, read_config
 from fpn_plugin.export import run as run_module
 from fpn_plugin.export.compare import TOLERANCE
 from fpn_plugin.export.formats import FORMATS
@@ -54,6 +56,13 @@ def run_example(model: Path, *arguments: str) -> dict[str, np.ndarray]:
     return dict(np.load(saved))
 
 
+def as_detectron2_prepares(detector: tuple[str, str], pixels: np.ndarray) -> torch.Tensor:
+    """An RGB photo as the whole model gives it to its backbone."""
+    model = load_detector(read_config(*detector, [])).model
+    bgr = torch.from_numpy(pixels[:, :, ::-1].transpose(2, 0, 1).copy())
+    return model.preprocess_image([{"image": bgr}]).tensor
+
+
 def build(what: str, given: Settings) -> Any:
     return run_module._build(given, Bar(True))
 
@@ -67,8 +76,12 @@ def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) 
     info = json.loads((tmp_path / files[1]).read_text())
     assert info["strides"] == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
     assert (info["format"], info["mean"]) == ("BGR", [103.53, 116.28, 123.675])
-    given_maps = run_example(given.output)
-    eager = build("backbone", given).run(torch.from_numpy(given_maps.pop("image")))
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 170, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    given_maps = run_example(given.output, str(tmp_path / "photo.png"))
+    image = torch.from_numpy(given_maps.pop("image"))
+    assert torch.allclose(image, as_detectron2_prepares(faster_rcnn, pixels), rtol=0, atol=1e-5)
+    eager = build("backbone", given).run(image)
     assert list(given_maps) == info["outputs"]
     for one, two in zip(given_maps.values(), eager):
         assert np.allclose(one, two.numpy(), rtol=0, atol=1e-4 * float(two.abs().max()))
