@@ -7,8 +7,9 @@ import functools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Iterator
 
+import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
@@ -50,8 +51,12 @@ class Tiny(Backbone):
         return {name: module(x) for name, module in self.maps.items()}
 
 
-if NAME not in BACKBONE_REGISTRY:
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    """Other tests go through all names of the registry."""
     BACKBONE_REGISTRY._do_register(NAME, lambda cfg, input_shape: Tiny())
+    yield
+    del BACKBONE_REGISTRY._obj_map[NAME]
 
 
 @functools.lru_cache(maxsize=1)

@@ -74,9 +74,18 @@ def full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def interrupt() -> None:
+    """Ctrl-C, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "reason, expected",
-    [(full, SaveError), (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt)],
+    [(full, SaveError), (interrupt, KeyboardInterrupt)],
     ids=["full", "interrupted"],
 )
 def test_a_save_that_fails_in_its_middle(
