@@ -101,7 +101,7 @@ def test_evaluation_and_resume_keep_the_structure(
     assert further.MODEL.FPN.WARM_START_FROM == source
     log.clear()
     start_warm(Trainer.build_model(further), further)
-    assert "is of this very model: nothing to do" in log.text
+    assert "has this very pyramid: nothing to do" in log.text
     inputs = [image()]
     before = Trainer.build_model(a_config(tmp_path, {})).eval()
     Checkpointer(before).load(str(trained))
