@@ -36,6 +36,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.to == "config") != bool(args.config_file):
         parser.error("give --config-file, or --to detectron2")
+    if args.opts and args.to == "detectron2":
+        parser.error(f"--to detectron2 takes no config overrides, but got {' '.join(args.opts)}")
     return args
 
 

@@ -107,3 +107,22 @@ def test_the_checkpoint_itself_is_never_replaced(
         with pytest.raises(ValueError, match="--output .* belongs to --weights"):
             args = ["--overwrite", "--weights", str(path), "--output", str(output)]
             convert(monkeypatch, "--config-file", str(config), *args)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "give --config-file, or --to detectron2"),
+        (("--to", "detectron2", "--config-file", "a.yaml"), "give --config-file, or --to"),
+        (("--to", "detectron2", "MODEL.FPN.NORM", "GN"), "no config overrides, but got MODEL.FPN"),
+    ],
+)
+def test_arguments_that_would_be_ignored(
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        convert(monkeypatch, "--weights", "a.pth", "--output", "b.pth", *arguments)
+    assert message in capsys.readouterr().err

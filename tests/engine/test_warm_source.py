@@ -101,7 +101,7 @@ def test_evaluation_and_resume_keep_the_structure(
     assert further.MODEL.FPN.WARM_START_FROM == source
     log.clear()
     start_warm(Trainer.build_model(further), further)
-    assert "is of this very model: nothing to do" in log.text
+    assert "has this very pyramid: nothing to do" in log.text
     inputs = [image()]
     before = Trainer.build_model(a_config(tmp_path, {})).eval()
     Checkpointer(before).load(str(trained))
@@ -254,3 +254,34 @@ def test_names_that_do_not_tell_enough(tmp_path: Path) -> None:
     torch.save({"model": same}, tmp_path / "same.pth")
     with pytest.raises(ValueError, match="p6.weight may read .* both have 8 channels; say in"):
         describe_checkpoint(str(tmp_path / "same.pth"))
+
+
+@pytest.mark.parametrize("text", ["MODEL: resnet50", "MODEL: {FPN: 3}", "MODEL:", "model: {a: 1}"])
+def test_another_programs_config_beside_a_checkpoint_says_nothing(
+    text: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    torch.save({"model": build_model(tiny_config(tmp_path)).state_dict()}, tmp_path / "m.pth")
+    cfg = a_config(tmp_path, PAFPN)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "m.pth")
+    resolve_warm_start(cfg)
+    cfg.MODEL.FPN.WARM_START = True
+    resolve_warm_start(cfg)
+    assert cfg.MODEL.FPN.WARM_START_FROM.TOPOLOGY == "fpn"
+    assert "m.pth: by its names it is taken for Detectron2's FPN" in log.text
+
+
+def test_a_python_configs_run_can_be_gone_on_from(tmp_path: Path) -> None:
+    """Its config.yaml has tags that call code, which are not read."""
+    tag = "spec: !!python/object:detectron2.layers.shape_spec.ShapeSpec {}"
+    (tmp_path / "config.yaml").write_text(tag)
+    cfg = a_config(tmp_path, PAFPN)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "m.pth")
+    resolve_warm_start(cfg)
+    cfg.MODEL.FPN.WARM_START = True
+    with pytest.raises(ValueError, match="m.pth.*no plain YAML.*: say it in MODEL.FPN.WARM_START_"):
+        resolve_warm_start(cfg)
+    settings = pyramid_settings(a_config(tmp_path, {}))
+    cfg.MODEL.FPN.WARM_START_FROM = CfgNode(settings, new_allowed=True)
+    resolve_warm_start(cfg)
+    assert cfg.MODEL.FPN.WARM_START_FROM == settings

@@ -140,6 +140,45 @@ def test_other_classes_leave_the_pyramid_what_it_is(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({}, TARGETS["pafpn"]),
+        ({}, BIFPN),
+        ({}, {"NORM": "GN"}),
+        ({"OUT_CHANNELS": 32}, {"OUT_CHANNELS": 64, "TOPOLOGY": "pafpn"}),
+    ],
+    ids=["pafpn", "bifpn", "same names", "wider"],
+)
+def test_both_pyramids_of_a_warm_started_checkpoint_go_on(
+    old: dict[str, Any], new: dict[str, Any], tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """Fine-tuned on other classes, say: what the new pyramid and the gates learned is kept."""
+    source = a_config(tmp_path, old)
+    given = a_model(a_config(tmp_path, new, source)).state_dict()
+    gates = [name for name in given if "warm_gate" in name]
+    assert gates and all(given[name].all() for name in gates)
+    target = a_config(tmp_path, new, source, MODEL__ROI_HEADS__NUM_CLASSES=5)
+    model = build_model(target)
+    start = WarmStart(model, "a.pth", shapes_at_width(target, source.MODEL.FPN.OUT_CHANNELS))
+    state = start(given)
+    kept = {name for name, x in given.items() if state[name] is x}
+    assert given.keys() - kept == {
+        f"roi_heads.box_predictor.{name}.{part}"
+        for name in ("cls_score", "bbox_pred")
+        for part in ("weight", "bias")
+    }
+    assert state["roi_heads.box_predictor.cls_score.weight"].shape[0] == 6
+    assert "nothing to do; the heads begin anew in part: roi_heads.box_predictor" in log.text
+
+
+def test_two_other_pyramids_are_refused(tmp_path: Path) -> None:
+    given = warm(tmp_path, {}, TARGETS["pafpn"]).after.state_dict()
+    model = build_model(a_config(tmp_path, BIFPN, a_config(tmp_path, {})))
+    with pytest.raises(ValueError, match=r"a.pth .*holds two pyramids \(backbone.warm_gate"):
+        WarmStart(model, "a.pth")(given)
+
+
 def test_the_log_names_every_node(tmp_path: Path) -> None:
     start = warm(tmp_path, {}, TARGETS["bifpn"]).start
     words = [line.split() for line in start.report().splitlines()[1:]]

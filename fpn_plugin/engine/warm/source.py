@@ -36,14 +36,15 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
     """
     fpn = cfg.MODEL.FPN
     path, key = (checkpoint, "OUTPUT_DIR") if checkpoint else (cfg.MODEL.WEIGHTS, WEIGHTS)
-    recorded = recorded_model(path)
+    recorded = _recorded_if_needed(cfg, path, key)
     record = recorded.get("FPN", {})
     if not fpn.WARM_START:
         if record.get("WARM_START"):
             logger.warning("%s: False, but %s (%s) holds two pyramids: set it", KEY, path, key)
         return
     _check_target(cfg, path)
-    if record.get("WARM_START"):  # a warm-started checkpoint, which is loaded as it is
+    # a warm-started checkpoint, which is loaded as it is
+    if record.get("WARM_START") and record.get("WARM_START_FROM"):
         if not checkpoint:
             _check_same_target(cfg, recorded, path)
         fpn.WARM_START_FROM = _node(record["WARM_START_FROM"])
@@ -56,6 +57,22 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
         fpn.WARM_START_FROM = _node(describe_checkpoint(path))
     if checkpoint:
         logger.info("--resume: %s goes on as it is; %s adapts nothing", checkpoint, KEY)
+
+
+def _recorded_if_needed(cfg: CfgNode, path: str, key: str) -> Mapping[str, Any]:
+    """`recorded_model`; {} where the file beside the checkpoint is unreadable and not needed.
+
+    LazyConfig writes a config.yaml too, most often with tags of Python.
+    """
+    try:
+        return recorded_model(path)
+    except ValueError as error:
+        if cfg.MODEL.FPN.WARM_START and not cfg.MODEL.FPN.WARM_START_FROM:
+            raise ValueError(
+                f"{KEY}: True, but what pyramid {path!r} ({key}) has cannot be read beside it"
+                f" ({error}): say it in {FROM}, by the keys of MODEL.FPN"
+            ) from error
+        return {}
 
 
 def describe_checkpoint(path: str) -> dict[str, Any]:
@@ -85,15 +102,27 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
             f"{KEY}: {WEIGHTS} {path!r} has more than Detectron2's FPN ({other[0]}), and no"
             f" config.yaml of its run is beside it: put it there, or say in {FROM} what it is"
         )
+    if not recorded:
+        text = (
+            "%s: no config of its run is beside %s: by its names it is taken for Detectron2's FPN"
+        )
+        logger.info(text, KEY, path)
     return _detectron2_fpn(shapes, own, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
 
 
 def recorded_model(path: str) -> Mapping[str, Any]:
-    """`MODEL` of the run whose folder a checkpoint lies in; {} if there is none."""
+    """`MODEL` of the run whose folder a checkpoint lies in; {} if there is none.
+
+    Raises:
+        ValueError: naming the config.yaml, if it is no plain YAML.
+    """
     if not path or "://" in path:
         return {}
-    found: Mapping[str, Any] = recorded_config(str(Path(path).parent)).get("MODEL", {})
-    return found
+    found = recorded_config(str(Path(path).parent)).get("MODEL")
+    if not isinstance(found, dict):
+        return {}
+    ours = all(isinstance(found.get(section), dict) for section in ("FPN", "BACKBONE"))
+    return found if ours else {}
 
 
 def _node(settings: Mapping[str, Any]) -> CfgNode:

@@ -124,9 +124,13 @@ class WarmStart:
                 MODEL.FPN.WARM_START_FROM, or nothing of it fits.
         """
         wanted = self.model.state_dict()
-        if all(name in given and given[name].shape == x.shape for name, x in wanted.items()):
-            logger.info("%s: %s is of this very model: nothing to do", KEY, self.source)
-            return {name: given[name] for name in wanted}
+        fits = {n: n in given and given[n].shape == x.shape for n, x in wanted.items()}
+        anew = [name for name, fit in fits.items() if not fit and not _is_constant(name)]
+        # also where heads differ: another run may have trained both pyramids and the gates
+        if not any(name.startswith(self.prefix) for name in anew):
+            rest = f"; the heads begin anew in part: {few(anew)}" if anew else ""
+            logger.info("%s: %s has this very pyramid: nothing to do%s", KEY, self.source, rest)
+            return {name: given[name] if fits[name] else x for name, x in wanted.items()}
         state = dict(given) if self.warm else self._below_pyramid(given, wanted)
         self._check(state)
         self.rows = []
@@ -159,6 +163,11 @@ class WarmStart:
     def _check(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint that lacks a part of the old pyramid, or has it in another shape."""
         where = f"{self.source} is not as {FROM} says"
+        if gate := next((x for x in state if x.startswith(self.prefix + GATE)), ""):
+            raise ValueError(
+                f"{where}: it holds two pyramids ({gate}), and other ones than this config's model;"
+                " start from the first checkpoint, or take the config.yaml of its run"
+            )
         for name, shape in self.shapes.items():
             source, origin = self._origin(name)
             if origin is None or not origin.exact or _is_constant(name):
