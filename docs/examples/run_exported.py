@@ -84,7 +84,7 @@ def main() -> None:
     image = prepare(read_pixels(args.image, info), info)
     outputs = dict(zip(info["outputs"], run(image)))
     for name, y in outputs.items():
-        print(f"{name}: {y.shape}, from {y.min(initial=0):.4g} to {y.max(initial=0):.4g}")
+        print(f"{name}: {y.shape}" + (f", from {y.min():.4g} to {y.max():.4g}" if y.size else ""))
     if args.save:
         np.savez(args.save, image=image, **outputs)
 

@@ -94,6 +94,7 @@ def export(settings: Settings, bar: Bar) -> List[Difference]:
         bar.say(f"Comparing the file with the model at {len(images)} sizes")
         found = compare(subject, kind.load(part), images)
         text = json.dumps(_info(settings, subject, shape, how, found), indent=2) + "\n"
+        json_path(settings.output).unlink(missing_ok=True)  # never another file's beside this one
         os.replace(part, settings.output)
     finally:
         part.unlink(missing_ok=True)
@@ -149,6 +150,8 @@ def _shapes(settings: Settings, subject: Subject) -> tuple[Shape, list[tuple[int
         raise ValueError("--sizes: with --fixed-size there is one size; leave one of the two out")
     if fixed and subject.what == "detector":
         raise ValueError("--fixed-size: a detector's file takes any size; leave it out")
+    if settings.batch and subject.what == "detector":
+        raise ValueError("--batch: a detector's file takes one image at a time; leave it out")
     texts = settings.sizes.split(",") if settings.sizes else []
     sizes = [_size(text, "--sizes", subject) for text in texts] or default_sizes(subject)
     sizes = [fixed] * 3 if fixed else sizes

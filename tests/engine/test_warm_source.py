@@ -115,8 +115,12 @@ def test_evaluation_and_resume_keep_the_structure(
 
     with pytest.raises(ValueError, match=r"WARM_START: .*two pyramids.*TOPOLOGY 'pafpn' -> 'fpn'"):
         run(tmp_path / "third", own, "MODEL.FPN.TOPOLOGY", "fpn")
+    off = ("MODEL.FPN.WARM_START", "False")
+    for more in (("--eval-only",), ("--resume",)):
+        with pytest.raises(ValueError, match="WARM_START: False, but .*holds two pyramids"):
+            run(folder, own, *more, *off)
     log.clear()
-    run(folder, own, "--eval-only", "MODEL.FPN.WARM_START", "False")
+    run(tmp_path / "other", own, *off)
     assert "MODEL.FPN.WARM_START: False, but" in log.text and "holds two pyramids" in log.text
 
 

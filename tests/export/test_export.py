@@ -136,6 +136,7 @@ def test_what_differs_is_not_written(faster_rcnn, tmp_path: Path, monkeypatch) -
         ({"sizes": "320x320,32x320"}, ValueError, "--sizes: 32x320: sides below 130 pixels"),
         ({"sizes": "320x320", "fixed_size": "320x320"}, ValueError, "--sizes: with --fixed-size"),
         ({"what": "detector", "fixed_size": "320x320"}, ValueError, "--fixed-size: a detector"),
+        ({"what": "detector", "batch": 4}, ValueError, "--batch: a detector"),
         ({"batch": -1}, ValueError, "--batch: -1"),
         ({"inputs": [Path("no.jpg")]}, FileNotFoundError, "--input 'no.jpg'"),
         ({"weights": "no.pth"}, FileNotFoundError, "'no.pth': there is no such file"),

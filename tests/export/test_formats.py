@@ -147,6 +147,9 @@ def test_detections_of_one_score_may_change_places() -> None:
     assert compare(subject, lambda x: swapped, [image])[0].relative == 0
     with pytest.raises(ValueError, match="differs"):
         compare(subject, lambda x: [boxes, 1 - classes, scores], [image])
+    wanted[1] = torch.tensor([1200, 5, 7])  # a large id makes no other class the same
+    with pytest.raises(ValueError, match="differs.*pred_classes"):
+        compare(subject, lambda x: [boxes, torch.tensor([1200, 6, 7]), scores], [image])
     with pytest.raises(ValueError, match="nothing is detected"):
         none = [y[:0] for y in wanted]
         object.__setattr__(subject, "run", lambda image: none)

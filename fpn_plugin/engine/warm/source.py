@@ -40,7 +40,10 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
     record = recorded.get("FPN", {})
     if not fpn.WARM_START:
         if record.get("WARM_START"):
-            logger.warning("%s: False, but %s (%s) holds two pyramids: set it", KEY, path, key)
+            text = f"{KEY}: False, but {path!r} ({key}) holds two pyramids: set it True"
+            if checkpoint or evaluates:
+                raise ValueError(text)
+            logger.warning("%s to keep both", text)
         return
     _check_target(cfg, path)
     # a warm-started checkpoint, which is loaded as it is
@@ -54,7 +57,10 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
             f" would be loaded as it is: leave it out, or say {FROM}"
         )
     elif recorded or not fpn.WARM_START_FROM:
-        fpn.WARM_START_FROM = _node(describe_checkpoint(path))
+        found = _node(describe_checkpoint(path))
+        if fpn.WARM_START_FROM and fpn.WARM_START_FROM != found:
+            logger.warning("%s gives way to the config.yaml beside %s (%s)", FROM, path, key)
+        fpn.WARM_START_FROM = found
     if checkpoint:
         logger.info("--resume: %s goes on as it is; %s adapts nothing", checkpoint, KEY)
 
