@@ -78,5 +78,12 @@ def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any)
     elif isinstance(error, ProcessExitedException):
         how = f"ended with exit code {error.exit_code}"
     else:
-        how = f"failed: {error.msg.strip().splitlines()[-1]}"
+        how = f"failed: {_message(error.msg)}"
     return f"{who} {how}. The others were stopped; --resume goes on from the last checkpoint"
+
+
+def _message(trace: str) -> str:
+    """The last error of a traceback with all lines of its text; the stack's are indented."""
+    last = trace.rpartition("Traceback (most recent call last):\n")[2].strip("\n").splitlines()
+    start = next((i for i, line in enumerate(last) if not line.startswith(" ")), 0)
+    return "\n".join(last[start:]).rstrip(".")

@@ -94,6 +94,7 @@ def find_origin(
     random: dict[str, Tensor],
     backward: bool = False,
     large: bool = False,
+    rerun: bool = True,
 ) -> str:
     """Where in a step the first number is that is not finite, or too large.
 
@@ -108,6 +109,7 @@ def find_origin(
         backward: whether to look for it in the gradients, if not before.
         large: whether also to look for the first part with weights of its own that gives a number
             beyond `LARGE`.
+        rerun: False to look no further than the batch and the weights.
 
     Returns:
         the end of a sentence that says where it is, or "" if there is none.
@@ -117,6 +119,8 @@ def find_origin(
     if bad := non_finite(_constants(model)):
         named = [describe(model, name) for name in bad]
         return f"the weights, before the step: {listed(named)}"
+    if not rerun:
+        return ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model, device, random))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -131,7 +135,10 @@ def find_origin(
             return trace.first
         if trace.first or gradients is None:
             return trace.first
-        return gradients.run(losses)
+        try:
+            return gradients.run(losses)
+        except _BROKEN:  # there may be no room for a second set of gradients
+            return gradients.first
 
 
 def rerunning_needs_all(model: nn.Module) -> bool:
