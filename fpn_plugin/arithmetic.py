@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 _OPERATORS: dict[type, Any] = {
     ast.Add: operator.add,
@@ -15,6 +16,7 @@ _OPERATORS: dict[type, Any] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
+_STEPS = 100_000  # lists made inside of each other
 _LARGEST, _HIGHEST = 1e6, 64  # base and exponent: a power of whole numbers can fill the memory
 
 
@@ -29,25 +31,27 @@ def evaluate(text: str) -> Any:
         64
     """
     try:
-        return _value(ast.parse(text, mode="eval").body, {})
+        return _value(ast.parse(text, mode="eval").body, {}, itertools.count())
     except (SyntaxError, ArithmeticError, RecursionError, MemoryError, TypeError) as error:
         raise ValueError(f"{text!r} is not arithmetic: {error}") from error
 
 
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+def _value(node: ast.expr, names: Mapping[str, Any], steps: Iterator[int]) -> Any:
+    if next(steps) > _STEPS:
+        raise ValueError(f"it takes more than {_STEPS} steps")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     if isinstance(node, (ast.List, ast.Tuple)):
-        values = [_value(item, names) for item in node.elts]
+        values = [_value(item, names, steps) for item in node.elts]
         return values if isinstance(node, ast.List) else tuple(values)
     if isinstance(node, ast.ListComp) and len(node.generators) == 1:
-        return _listed(node, names)
+        return _listed(node, names, steps)
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_number(node.operand, names))
+        return _OPERATORS[type(node.op)](_number(node.operand, names, steps))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = _number(node.left, names), _number(node.right, names)
+        left, right = _number(node.left, names, steps), _number(node.right, names, steps)
         if isinstance(node.op, ast.Pow) and (abs(left) > _LARGEST or abs(right) > _HIGHEST):
             raise ValueError(f"{ast.unparse(node)!r} is too large a power")
         result = _OPERATORS[type(node.op)](left, right)
@@ -57,20 +61,20 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     raise ValueError(f"{ast.unparse(node)!r} is not arithmetic")
 
 
-def _listed(node: ast.ListComp, names: Mapping[str, Any]) -> list[Any]:
+def _listed(node: ast.ListComp, names: Mapping[str, Any], steps: Iterator[int]) -> list[Any]:
     source = node.generators[0]
-    items = _value(source.iter, names)
+    items = _value(source.iter, names, steps)
     if (
         not isinstance(source.target, ast.Name)
         or source.ifs
         or not isinstance(items, (list, tuple))
     ):
         raise ValueError(f"{ast.unparse(node)!r} is not a list made by 'for <name> in <list>'")
-    return [_value(node.elt, {**names, source.target.id: item}) for item in items]
+    return [_value(node.elt, {**names, source.target.id: item}, steps) for item in items]
 
 
-def _number(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    value = _value(node, names)
+def _number(node: ast.expr, names: Mapping[str, Any], steps: Iterator[int]) -> Any:
+    value = _value(node, names, steps)
     if type(value) not in (int, float):
         raise ValueError(f"{ast.unparse(node)!r} is not a number")
     return value

@@ -25,6 +25,14 @@ _VALUES = 100_000  # in a whole file; a few lines with anchors can stand for any
 class _Loader(yaml.SafeLoader):
     """Plain YAML, and two of Python's tags that do no harm."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Copy what `<<` names into a section; yaml keeps each of its keys as often as it comes."""
+        super().flatten_mapping(node)
+        if len(node.value) > _VALUES:
+            raise yaml.constructor.ConstructorError(
+                problem=f"a section of more than {_VALUES} keys", problem_mark=node.start_mark
+            )
+
 
 def _tuple(loader: _Loader, node: yaml.SequenceNode) -> tuple:
     return tuple(loader.construct_sequence(node, deep=True))

@@ -99,18 +99,38 @@ def _unreadable(where: str, called: str, error: Exception) -> ValueError:
 _RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
 _SCALAR: Any = np.float32(0).__reduce__()[0]
 _FROM_BUFFER: Any = np.zeros(0).__reduce_ex__(5)[0]
-_NUMPY: list[Any] = [
-    *(np.ndarray, np.dtype, _RECONSTRUCT, _SCALAR),
-    *(
-        (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
-        (_SCALAR, "numpy.core.multiarray.scalar"),
-    ),
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
-]
 
 
 class _Refused(pickle.UnpicklingError):
     """A name in a pickle that is not admitted."""
+
+
+class _Array:
+    """Stands for `np.ndarray`, which a file could call with bytes that it would take for objects'
+    addresses."""
+
+
+def _array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """An empty array, which its state fills."""
+    array: np.ndarray = _RECONSTRUCT(np.ndarray, shape, dtype)
+    return array
+
+
+def _dtype(*args: Any) -> np.dtype:
+    """A type of numbers or texts: the state of one with objects in it can call them bytes."""
+    dtype: np.dtype = np.dtype(*args)
+    if dtype.hasobject:
+        raise _Refused("numpy.dtype of objects")
+    return dtype
+
+
+_NUMPY: list[Any] = [
+    (np.ndarray, "\n"),  # torch fills only what is here; no file can name it so
+    *((_Array, "numpy.ndarray"), (_dtype, "numpy.dtype"), _SCALAR),
+    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+]
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -131,8 +151,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     _ADMITTED: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("_codecs", "encode"): _encode,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _dtype,
         ("torch.storage", "_load_from_bytes"): _storage,
         **{
             ("torch._utils", name): getattr(torch._utils, name)
@@ -142,7 +162,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             (f"numpy.{core}.{module}", name): function
             for core in ("core", "_core")
             for module, name, function in (
-                ("multiarray", "_reconstruct", _RECONSTRUCT),
+                ("multiarray", "_reconstruct", _array),
                 ("multiarray", "scalar", _SCALAR),
                 ("numeric", "_frombuffer", _FROM_BUFFER),
             )

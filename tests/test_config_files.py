@@ -210,3 +210,21 @@ def test_what_a_run_records_is_read_as_it_was(tmp_path: Path) -> None:
     theirs = ours()
     theirs.merge_from_file(str(tmp_path / "config.yaml"))
     assert merged(tmp_path / "config.yaml") == theirs
+
+
+def test_merged_sections_that_grow_without_end(tmp_path: Path) -> None:
+    lines = ["a0: &a0 {b: 1, c: 2}"]
+    for i in range(1, 12):
+        lines.append(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}")
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="bomb.yaml.*more than 100000 keys"):
+        read_yaml(str(path))
+
+
+def test_lists_inside_of_lists_that_grow_without_end() -> None:
+    text = "1"
+    for _ in range(12):
+        text = f"[{text} for a in [{', '.join('1' * 10)}]]"
+    with pytest.raises(ValueError, match="more than 100000 steps"):
+        evaluate(text)

@@ -16,7 +16,7 @@ from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from fpn_plugin.engine.checkpoint_forms import check_model, conversion, read_checkpoint
-from fpn_plugin.engine.faults.finite import refuse_non_finite
+from fpn_plugin.engine.faults.finite import refuse_broken
 from fpn_plugin.engine.faults.saving import first_cause, save_error, tensor_bytes
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Checkpointer(DetectionCheckpointer):
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = Path(self.save_dir, f"{name}.pth")
-        refuse_non_finite(data["model"], f"{path} is not written")
+        refuse_broken(self.model, f"{path} is not written")
         logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda file: torch.save(data, file), tensor_bytes(data))
         self.tag_last_checkpoint(path.name)

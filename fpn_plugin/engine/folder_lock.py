@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import json
@@ -67,8 +68,9 @@ def hold(folder: str, key: str) -> None:
             f" another {key}"
         ) from None
     _held[str(path)] = handle
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, _own_description(), 0)
+    with contextlib.suppress(OSError):  # no room for the description: it is locked all the same
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, _own_description(), 0)
 
 
 def release(folder: str) -> None:

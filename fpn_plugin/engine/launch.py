@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing as mp
+import re
 import signal
+import time
 from datetime import timedelta
 from typing import Any, Callable
 
@@ -12,6 +14,10 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import Shared
+
+# what gloo and NCCL say when another process is gone
+_LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
+_GRACE = 5.0  # seconds
 
 
 class RankError(RuntimeError):
@@ -61,9 +67,16 @@ def _run_rank(locks: Shared, main: Callable[..., Any], *arguments: Any) -> None:
     torch sends SIGINT to ranks whose parent died. Where a shell started the run in the background,
     they would ignore it and train on for ever.
     """
-    if mp.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(*arguments)
+    if mp.parent_process() is None:
+        main(*arguments)
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main(*arguments)
+    except RuntimeError as error:
+        if _LOST_PEER.search(str(error)):
+            time.sleep(_GRACE)  # the launcher shall name the one that died, and ends this one then
+        raise
 
 
 def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any) -> str:
@@ -78,5 +91,12 @@ def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any)
     elif isinstance(error, ProcessExitedException):
         how = f"ended with exit code {error.exit_code}"
     else:
-        how = f"failed: {error.msg.strip().splitlines()[-1]}"
+        how = f"failed: {_message(error.msg)}"
     return f"{who} {how}. The others were stopped; --resume goes on from the last checkpoint"
+
+
+def _message(trace: str) -> str:
+    """The last error of a traceback with all lines of its text; the stack's are indented."""
+    last = trace.rpartition("Traceback (most recent call last):\n")[2].strip("\n").splitlines()
+    start = next((i for i, line in enumerate(last) if not line.startswith(" ")), 0)
+    return "\n".join(last[start:]).rstrip(".")

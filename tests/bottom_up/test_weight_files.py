@@ -183,7 +183,7 @@ def test_other_contents_are_an_error(content: object, tmp_path: Path) -> None:
         read_state_dict(str(tmp_path / "w.pth"))
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": np.array([None])}])
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": np.array(["b"])}])
 def test_other_contents_of_a_pickle_are_an_error(content: object, tmp_path: Path) -> None:
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match="holds no state dict"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 from detectron2.config import CfgNode
@@ -47,6 +48,14 @@ def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     child = Child(str(dataset), str(folder), OVERRIDES)
     assert child.end() == 0, child.error
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    """Nothing that a test started runs on after it."""
+    yield
+    if crash_child := sys.modules.get("crash_child"):
+        crash_child.stop_children()
 
 
 @pytest.fixture

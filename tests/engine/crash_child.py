@@ -177,11 +177,14 @@ def lose_a_rank(folder: str) -> None:
 class Child:
     """A process of :func:`run`, or of another function of its signature, seen by its parent."""
 
+    running: list[Child] = []  # all that were started; see `stop_children`
+
     def __init__(self, *args: Any, target: Callable[..., None] = run) -> None:
         self._pipe, other = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=target, args=(other, *args))
         self.process.start()
         other.close()
+        self.running.append(self)
         self.phase, self.error = "starting", ""
         self.workers: set[int] = set()
 
@@ -225,6 +228,14 @@ class Child:
                 break
             self.hear(0.02)
         return self.process.exitcode
+
+
+def stop_children() -> None:
+    """Kill what a test left running: at its end Python waits for its children, however long."""
+    while Child.running:
+        child = Child.running.pop()
+        if child.process.exitcode is None:
+            child.kill()
 
 
 def is_alive(pid: int) -> bool:

@@ -23,14 +23,21 @@ from bad import (
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, launch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from tiny import VAL
 from torch import Tensor, nn
 
 from fpn_plugin.engine.amp import make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.faults.diagnose import Trace, _is_broken, find_origin, random_state
-from fpn_plugin.engine.faults.finite import DivergedError, is_finite, non_finite, tensors_of
-from fpn_plugin.engine.faults.watched import DivergenceRules, divergence_rules
+from fpn_plugin.engine.faults.finite import (
+    DivergedError,
+    broken_weights,
+    is_finite,
+    non_finite,
+    tensors_of,
+)
+from fpn_plugin.engine.faults.watched import DivergenceRules, Watched, divergence_rules
 from fpn_plugin.engine.trainer import Trainer
 
 MakeConfig = Callable[..., CfgNode]
@@ -339,3 +346,40 @@ def test_looking_for_it_changes_nothing() -> None:
     after = model.state_dict(), [x.grad for x in model.parameters()]
     assert all(torch.equal(one, after[0][key]) for key, one in before[0].items())
     assert all(torch.equal(one, other) for one, other in zip(before[1], after[1]))
+
+
+def test_no_room_for_looking_at_the_gradients() -> None:
+    model = nn.Linear(1, 1)
+
+    def full(grad: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.weight.register_hook(full)
+    call = nn.Module()
+    call.model, call.forward = model, lambda batch: {"loss": model(torch.ones(1, 1)).sum()}
+    options: dict[str, Any] = {"device": "cpu", "dtype": None, "random": random_state("cpu")}
+    assert find_origin(call, (), backward=True, **options) == ""
+
+
+def test_norms_over_all_processes_are_not_run_again_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that finds it in its batch would leave the other waiting in its forward pass."""
+    model = nn.Sequential(nn.SyncBatchNorm(2))
+    watched = Watched(model, "cpu", None, DivergenceRules())
+    watched.random = random_state("cpu")
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", lambda found: ["", found])
+    monkeypatch.setattr(model, "forward", lambda batch: pytest.fail("it waits"))
+    assert watched.find_origin(backward=True) == ""
+    watched.batch = [{"image": torch.full((1,), torch.nan)}]
+    assert watched.find_origin() == "the batch, before the model: 'image' of sample 0 (process 1)"
+
+
+def test_infinity_in_a_mask_is_meant() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Identity())
+    model[1].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    assert broken_weights(model) == []
+    model[0].running_var.fill_(torch.inf)
+    assert broken_weights(model) == ["0.running_var"]
+    assert broken_weights(model, {"0.running_var"}) == []
+    model[1].mask[0] = torch.nan
+    assert broken_weights(model, {"0.running_var"}) == ["1.mask"]

@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import time
+import traceback
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 import torch
@@ -23,11 +24,12 @@ from crash_child import (
 )
 from test_resume import assert_same, final_state
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from fpn_plugin.engine.checkpoint import Checkpointer, write_atomically
 from fpn_plugin.engine.faults.explained import explained
 from fpn_plugin.engine.faults.saving import SaveError
-from fpn_plugin.engine.launch import RankError, launch_ranks
+from fpn_plugin.engine.launch import RankError, _describe, launch_ranks
 from fpn_plugin.engine.metrics import MetricsWriter, PatientWriter
 
 
@@ -74,22 +76,21 @@ def full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def interrupt() -> None:
-    """Ctrl-C, also where the tests run in a shell's background, which ignores it."""
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
     "reason, expected",
-    [(full, SaveError), (interrupt, KeyboardInterrupt)],
+    [(full, SaveError), (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)],
     ids=["full", "interrupted"],
 )
 def test_a_save_that_fails_in_its_middle(
-    reason: Any, expected: type[BaseException], tmp_path: Path
+    reason: Any, expected: type[BaseException], heeded: None, tmp_path: Path
 ) -> None:
     checkpointer = Checkpointer(nn.Linear(1000, 1000), str(tmp_path))
     checkpointer.save("model_0000001")
@@ -178,3 +179,22 @@ def test_a_rank_that_dies_stops_the_other(tmp_path: Path) -> None:
         "0.jpg": 1,
         "1.jpg": 1,
     }
+
+
+def test_a_rank_that_fails_is_quoted_with_all_its_lines() -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("first")
+        except KeyError:
+            raise ValueError(
+                "Iteration 3: the loss explodes.\n  It begins here.\nWhat may help: no."
+            )
+
+    try:
+        fail()
+    except ValueError:
+        trace = f"\n\n-- Process 1 terminated with the following error:\n{traceback.format_exc()}\n"
+    args = Namespace(num_gpus=2, num_machines=1, machine_rank=0)
+    text = _describe(ProcessRaisedException(trace, 1, 77), args)
+    said = "ValueError: Iteration 3: the loss explodes.\n  It begins here.\nWhat may help: no"
+    assert text.startswith(f"rank 1 of 2 (process 77) failed: {said}. The others")

@@ -15,6 +15,7 @@ from torch import nn
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
 from fpn_plugin.engine.checkpoint import TAG, Checkpointer, find_checkpoint
+from fpn_plugin.plain_files import read_plain
 
 Write = Callable[[Any, Path], object]
 
@@ -143,7 +144,8 @@ def test_safetensors_load(tmp_path: Path) -> None:
         ("w.pth", {1: torch.zeros(2)}, "holds no state dict"),
         ("w.pth", {"model": {"weight": "x"}}, "'weight' is a str, not a tensor"),
         ("w.pkl", {"blobs": 3}, "holds no state dict"),
-        ("w.pkl", {"weight": np.array([None])}, "'weight' is a ndarray, not a tensor of numbers"),
+        ("w.pkl", {"weight": np.array([None])}, "numpy.dtype of objects"),
+        ("w.pkl", {"weight": np.array(["a"])}, "'weight' is a ndarray, not a tensor of numbers"),
         ("w.pyth", {"model": {}}, "pycls' files have a 'model_state'"),
     ],
 )
@@ -169,3 +171,36 @@ def test_last_checkpoint_leads_nowhere_else(text: str, tmp_path: Path) -> None:
         find_checkpoint(str(run))
     (run / TAG).write_bytes(b"\xff\xfe")  # a broken one, as after a crash, is not followed
     assert find_checkpoint(str(run)) == str(run / "model_final.pth")
+
+
+class Forged:
+    """Has numpy take bytes for the addresses of objects."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __reduce__(self) -> tuple:
+        if self.how == "called":
+            return np.ndarray, ((1,), "O", bytes(8))
+        state = (1, (1,), np.dtype("O"), False, [None])
+        return np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
+
+
+@pytest.mark.parametrize("how", ["called", "filled"])
+@pytest.mark.parametrize("form", ["zip", "before zip", "pickle"])
+def test_no_bytes_are_taken_for_objects(form: str, how: str, tmp_path: Path) -> None:
+    name, write = FORMS[form]
+    write({"weight": Forged(how)}, tmp_path / name)
+    with pytest.raises(ValueError, match="cannot be read as plain weights"):
+        read_plain(tmp_path / name, "w")
+
+
+@pytest.mark.parametrize("form", ["zip", "before zip", "pickle"])
+def test_arrays_come_as_they_went(form: str, tmp_path: Path) -> None:
+    name, write = FORMS[form]
+    arrays = [np.arange(6).astype(kind).reshape(2, 3) for kind in "?bBhHiIlLqQefd"]
+    arrays += [np.asfortranarray(arrays[-1]), arrays[-1].astype(">f4"), np.float32(3)]
+    write(arrays, tmp_path / name)
+    for one, other in zip(arrays, read_plain(tmp_path / name, "w"), strict=True):
+        assert type(one) is type(other) and one.dtype.kind == other.dtype.kind
+        assert one.itemsize == other.itemsize and (one == other).all()  # numpy may swap bytes

@@ -14,7 +14,13 @@ from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from fpn_plugin.engine.faults.finite import is_finite, listed, non_finite, tensors_of
+from fpn_plugin.engine.faults.finite import (
+    broken_weights,
+    is_finite,
+    listed,
+    non_finite,
+    tensors_of,
+)
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 
 Shows = Callable[[nn.Module, Any, Any], bool]
@@ -94,6 +100,7 @@ def find_origin(
     random: dict[str, Tensor],
     backward: bool = False,
     large: bool = False,
+    rerun: bool = True,
 ) -> str:
     """Where in a step the first number is that is not finite, or too large.
 
@@ -108,15 +115,18 @@ def find_origin(
         backward: whether to look for it in the gradients, if not before.
         large: whether also to look for the first part with weights of its own that gives a number
             beyond `LARGE`.
+        rerun: False to look no further than the batch and the weights.
 
     Returns:
         the end of a sentence that says where it is, or "" if there is none.
     """
     if bad := _bad_samples(batch):
         return f"the batch, before the model: {listed(bad)}"
-    if bad := non_finite(_constants(model)):
+    if bad := broken_weights(model, _written(model)):
         named = [describe(model, name) for name in bad]
         return f"the weights, before the step: {listed(named)}"
+    if not rerun:
+        return ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model, device, random))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -131,7 +141,10 @@ def find_origin(
             return trace.first
         if trace.first or gradients is None:
             return trace.first
-        return gradients.run(losses)
+        try:
+            return gradients.run(losses)
+        except _BROKEN:  # there may be no room for a second set of gradients
+            return gradients.first
 
 
 def rerunning_needs_all(model: nn.Module) -> bool:
@@ -162,16 +175,14 @@ def _bad_samples(batch: Sequence[Any]) -> list[str]:
     return found
 
 
-def _constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a step computes with; not the running statistics that training only writes."""
-    written = {
+def _written(model: nn.Module) -> set[str]:
+    """The running statistics that training writes, and does not compute with."""
+    return {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
         for name in ("running_mean", "running_var")
     }
-    yield from model.named_parameters()
-    yield from ((name, x) for name, x in model.named_buffers() if name not in written)
 
 
 class GradientTrace:

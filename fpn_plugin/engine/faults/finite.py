@@ -3,10 +3,10 @@ with."""
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Collection, Iterable, Iterator, Mapping
 
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 _SHOWN = 3  # names in a message
 
@@ -54,18 +54,34 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield name, held
 
 
-def refuse_non_finite(state: Mapping[str, Any], what: str) -> None:
+def broken_weights(model: nn.Module, without: Collection[str] = ()) -> list[str]:
+    """The names of the weights, and of the statistics of norms, that are not finite.
+
+    Infinity in other buffers may be meant, as in an attention mask; NaN is not.
+
+    Args:
+        without: names that do not count.
+    """
+    norms = {path for path, part in model.named_modules() if hasattr(part, "running_mean")}
+    found = non_finite(model.named_parameters())
+    for name, x in model.named_buffers():
+        strict = name.rpartition(".")[0] in norms
+        if not is_finite(x) and name not in without and (strict or bool(x.isnan().any())):
+            found.append(name)
+    return found
+
+
+def refuse_broken(model: nn.Module, what: str) -> None:
     """Refuse weights that no run can go on from.
 
     Args:
-        state: a state dict.
-        what: is not done with it, for the message.
+        what: is not done with them, for the message.
 
     Raises:
         DivergedError: naming the weights that are not finite.
     """
-    if bad := non_finite(tensors_of(state)):
+    if bad := broken_weights(model):
         raise DivergedError(
-            f"{what}: {len(bad)} of its {len(state)} weights and statistics are not finite:"
-            f" {listed(bad)}. The checkpoints that are there stay as they are"
+            f"{what}: {len(bad)} of its weights and statistics are not finite: {listed(bad)}. The"
+            " checkpoints that are there stay as they are"
         )

@@ -25,7 +25,8 @@ def save_error(path: Path, error: OSError, needed: int = 0) -> SaveError:
         needed: its size in bytes, as far as that is known; 0: unknown.
     """
     size = f", it needs about {_megabytes(needed)}" if needed else ""
-    free = _megabytes(shutil.disk_usage(path.parent).free)
+    folder = next((place for place in path.parents if place.is_dir()), Path("."))
+    free = _megabytes(shutil.disk_usage(folder).free)
     advice = "make room" if error.errno in _FULL else "see to that"
     text = (
         f"{error.strerror or error}: {path.name} was not written{size}; {free} are free. What was"

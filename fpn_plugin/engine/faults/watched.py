@@ -118,7 +118,7 @@ class Watched(nn.Module):
         except (FloatingPointError, AssertionError) as error:
             # the other processes go on, and can't be asked
             alone = comm.get_world_size() > 1
-            origin = "" if alone and rerunning_needs_all(self.bare) else self._look()
+            origin = self._look()
             if not origin and isinstance(error, AssertionError):
                 raise  # about something else
             said = str(error).rstrip(".") or type(error).__name__
@@ -145,6 +145,8 @@ class Watched(nn.Module):
             random=self.random,
             backward=backward,
             large=large,
+            # one that finds it early, or fails, would leave the others waiting
+            rerun=comm.get_world_size() == 1 or not rerunning_needs_all(self.bare),
         )
 
     def error(self, what: str, origin: str, alone: bool = False) -> DivergedError:
