@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import time
 import traceback
@@ -26,6 +27,7 @@ from test_resume import assert_same, final_state
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
+from fpn_plugin.engine import launch
 from fpn_plugin.engine.checkpoint import Checkpointer, write_atomically
 from fpn_plugin.engine.faults.explained import explained
 from fpn_plugin.engine.faults.saving import SaveError
@@ -198,3 +200,27 @@ def test_a_rank_that_fails_is_quoted_with_all_its_lines() -> None:
     text = _describe(ProcessRaisedException(trace, 1, 77), args)
     said = "ValueError: Iteration 3: the loss explodes.\n  It begins here.\nWhat may help: no"
     assert text.startswith(f"rank 1 of 2 (process 77) failed: {said}. The others")
+
+
+@pytest.mark.parametrize(
+    "message, waits",
+    [
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:4", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("shape mismatch", False),
+    ],
+)
+def test_the_one_that_died_is_named_not_the_one_that_lost_it(
+    message: str, waits: bool, heeded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher names who ended first, so the others give it time."""
+    slept: list[float] = []
+    monkeypatch.setattr(launch.mp, "parent_process", lambda: object())
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+
+    def fail() -> None:
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        launch._run_rank(launch.Shared(), fail)
+    assert bool(slept) == waits
