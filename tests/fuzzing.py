@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import traceback
 from pathlib import Path
@@ -50,6 +52,50 @@ def answer(action: Callable[[], Any], *named: str) -> str:
         place = f"{last.filename}:{last.lineno}: {last.line}"
         raise AssertionError(f"{type(error).__name__}: {error}\n  in {place}") from error
     return "works"
+
+
+def mutated(
+    draw: st.DrawFn,
+    sound: Any,
+    actions: st.SearchStrategy[str],
+    keys: st.SearchStrategy[str],
+    value: Callable[[tuple], Any],
+) -> Any:
+    """Nested lists and dicts with one to three values replaced, dropped, doubled or added.
+
+    Args:
+        sound: is left as it is.
+        actions: gives "replace", "drop", "double" or "add".
+        keys: of what is added.
+        value: what comes to a place, by its path.
+    """
+    changed = copy.deepcopy(sound)
+    for _ in range(draw(st.integers(1, 3))):
+        found = _places(changed)
+        if not found:
+            break
+        *path, key = draw(st.sampled_from(found))
+        node = functools.reduce(lambda inner, part: inner[part], path, changed)
+        action = draw(actions)
+        if action == "drop":
+            del node[key]
+        elif action == "double" and isinstance(node, list):
+            node.append(copy.deepcopy(node[key]))
+        else:
+            if action == "add" and isinstance(node, dict):
+                key = draw(keys)
+            node[key] = copy.deepcopy(value((*path, key)))
+    return changed
+
+
+def _places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The path of every value inside of a value."""
+    if not isinstance(value, (dict, list)):
+        return []
+    found = []
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        found += [(*path, key), *_places(item, (*path, key))]
+    return found
 
 
 NUMBERS = st.one_of(

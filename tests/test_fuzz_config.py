@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
-from fuzzing import NUMBERS, SCALARS, VALUES, WORDS, answer, fuzz_settings
+from fuzzing import NUMBERS, SCALARS, VALUES, WORDS, answer, fuzz_settings, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -223,16 +222,6 @@ GRAPH: list[dict[str, Any]] = [
 ]
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The path of every value inside of a value."""
-    if not isinstance(value, (dict, list)):
-        return []
-    found = []
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        found += [(*path, key), *places(item, (*path, key))]
-    return found
-
-
 def named(*kinds: str) -> st.SearchStrategy:
     """Operators of these kinds, by name or with an argument."""
     names = st.sampled_from([name for kind in kinds for name in REGISTRIES[kind].names()])
@@ -261,30 +250,19 @@ BY_FIELD: dict[Any, st.SearchStrategy] = {
 ANYTHING = st.one_of(VALUES, OPERATOR, SOURCES)
 
 
+ACTIONS = st.sampled_from([*["replace"] * 6, "add", "add", "drop", "double"])
+ADDED = st.sampled_from(["output", "fuse", "block", "project", "resample", "eps"])
+
+
 @st.composite
 def graphs(draw: st.DrawFn) -> Any:
-    """The graph with one to three values replaced, mostly by what may stand there, or dropped,
-    doubled or added."""
-    graph: Any = copy.deepcopy(GRAPH)
-    for _ in range(draw(st.integers(1, 3))):
-        found = places(graph)
-        if not found:
-            break
-        *path, key = draw(st.sampled_from(found))
-        node = functools.reduce(lambda inner, part: inner[part], path, graph)
-        what = draw(st.sampled_from([*["replace"] * 6, "add", "add", "drop", "double"]))
-        if what == "drop":
-            del node[key]
-        elif what == "double" and isinstance(node, list):
-            node.append(copy.deepcopy(node[key]))
-        else:
-            if what == "add" and isinstance(node, dict):
-                key = draw(
-                    st.sampled_from(["output", "fuse", "block", "project", "resample", "eps"])
-                )
-            likely = BY_FIELD.get(key, ANYTHING) if path else ANYTHING
-            node[key] = draw(ANYTHING if draw(st.integers(0, 5)) == 0 else likely)
-    return graph
+    """The graph, changed in one to three places, mostly to what may stand there."""
+
+    def value(path: tuple) -> Any:
+        likely = BY_FIELD.get(path[-1], ANYTHING) if len(path) > 1 else ANYTHING
+        return draw(ANYTHING if draw(st.integers(0, 5)) == 0 else likely)
+
+    return mutated(draw, GRAPH, ACTIONS, ADDED, value)
 
 
 @fuzz_settings(200)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from fuzzing import VALUES, answer, fuzz_settings
+from fuzzing import VALUES, answer, fuzz_settings, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -91,15 +90,6 @@ def use(text: str, masks: bool, check: str) -> None:
         MetadataCatalog.remove(NAME)
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    if not isinstance(value, (dict, list)):
-        return []
-    found = []
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        found += [(*path, key), *places(item, (*path, key))]
-    return found
-
-
 LIKELY = st.one_of(
     st.integers(-1, 5),
     st.sampled_from(
@@ -112,26 +102,15 @@ LIKELY = st.one_of(
 )
 
 
+ACTIONS = st.sampled_from(["replace", "replace", "replace", "drop", "double", "add"])
+ADDED = st.sampled_from(["ignore", "keypoints", "segmentation", "iscrowd", "x"])
+
+
 @st.composite
 def documents(draw: st.DrawFn) -> Any:
-    """The sound document with one to three values replaced, dropped, doubled or added."""
-    document: Any = copy.deepcopy(SOUND)
-    for _ in range(draw(st.integers(1, 3))):
-        found = places(document)
-        if not found:
-            break
-        *path, key = draw(st.sampled_from(found))
-        node = functools.reduce(lambda inner, part: inner[part], path, document)
-        what = draw(st.sampled_from(["replace", "replace", "replace", "drop", "double", "add"]))
-        if what == "drop":
-            del node[key]
-        elif what == "double" and isinstance(node, list):
-            node.append(copy.deepcopy(node[key]))
-        else:
-            if what == "add" and isinstance(node, dict):
-                key = draw(st.sampled_from(["ignore", "keypoints", "segmentation", "iscrowd", "x"]))
-            node[key] = copy.deepcopy(draw(st.one_of(LIKELY, LIKELY, VALUES)))
-    return document
+    """The sound document, changed in one to three places."""
+    values = st.one_of(LIKELY, LIKELY, VALUES)
+    return mutated(draw, SOUND, ACTIONS, ADDED, lambda path: draw(values))
 
 
 CHECKS = st.sampled_from(["full", "full", "annotations"])
