@@ -91,6 +91,10 @@ def test_a_zoo_file_becomes_ours_and_no_file_is_lost(
     to = ("--to", "detectron2", "--weights", str(out), "--output", str(tmp_path / "no.pth"))
     with pytest.raises(ValueError, match="two pyramids"):
         convert(monkeypatch, *to)
+    network = a_config(tmp_path, {}, MODEL__BOTTOM_UP__NAME="timm/resnet18")
+    (out.parent / "config.yaml").write_text(network.dump())
+    with pytest.raises(ValueError, match="MODEL.BOTTOM_UP.NAME is 'timm/resnet18', not 'build_re"):
+        convert(monkeypatch, *to)
     (out.parent / "config.yaml").write_text(a_config(tmp_path, TARGETS["pafpn"]).dump())
     with pytest.raises(ValueError, match="cannot become .*: MODEL.FPN.TOPOLOGY is 'pafpn', not 'f"):
         convert(monkeypatch, *to)

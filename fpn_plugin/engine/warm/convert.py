@@ -93,7 +93,10 @@ def to_detectron2(weights: str, output: str) -> None:
             raise ValueError(f"{where}: MODEL.FPN.{key} is {settings[key]!r}, not {valid}")
     network = model.get("BOTTOM_UP", {}).get("NAME", "build_resnet_backbone")
     if network != "build_resnet_backbone":
-        logger.warning("MODEL.BOTTOM_UP.NAME is %r, which Detectron2 has no FPN on", network)
+        raise ValueError(
+            f"{where}: MODEL.BOTTOM_UP.NAME is {network!r}, not 'build_resnet_backbone', which its"
+            " FPN stands on"
+        )
     _write(output, {"model": read_state_dict(weights, WEIGHTS), "__author__": "fpn_plugin"})
     builder = "retinanet_resnet" if settings["EXTRA_LEVELS"] == "conv_c5" else "resnet"
     name = f"build_{builder}_fpn_backbone"
