@@ -100,6 +100,9 @@ class _Alarm(BaseException):
 def time_limit(seconds: int, hint: str) -> Iterator[None]:
     """Stop what takes longer, in the main thread of a system that has alarms; 0 for no limit.
 
+    torch may be left in the middle of a trace: a process that was stopped should compile and export
+    no more.
+
     Raises:
         TimeoutError: with the hint.
     """
