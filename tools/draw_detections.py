@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.config_file:
-        args.opts = []
+        args.opts = ["MODEL.WEIGHTS", ""]  # which need not be there any more
         register_own(load_config(args))
     for path in draw_dataset(args.results, args.dataset, args.output, args.num, args.score):
         print(path)

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     add("--fixed-size", default="", metavar="HxW", help="the file takes this size only")
     add("--batch", type=int, default=0, help="the only one of the file; 0: any (default)")
     text = "photos to compare on, for a detector that finds nothing in random images"
-    add("--input", nargs="+", default=(), type=Path, metavar="FILE", help=text)
+    add("--input", nargs="+", default=(), type=Path, metavar="FILE", dest="inputs", help=text)
     add("--time-limit", type=int, default=900, metavar="S", help="seconds (default: 900); 0: none")
     add("--overwrite", action="store_true", help="replace a file that is there")
     add("--quiet", action="store_true", help="no progress; only the differences and the file")
@@ -52,27 +52,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
+    args = vars(parse_args())
+    quiet = args.pop("quiet")
     warnings.simplefilter("ignore")
-    if args.quiet:
+    if quiet:
         logging.disable(logging.INFO)
-    settings = Settings(
-        args.config_file,
-        args.format,
-        args.output,
-        args.weights,
-        args.what,
-        args.sizes,
-        args.fixed_size,
-        args.batch,
-        args.input,
-        args.time_limit,
-        args.overwrite,
-        args.opts,
-    )
-    for difference in export(settings, Bar(args.quiet)):
+    for difference in export(Settings(**args), Bar(quiet)):
         print(difference)
-    print(args.output)
+    print(args["output"])
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ def parse_args() -> argparse.Namespace:
     add("--config-file", required=True, metavar="FILE", help="of the model")
     add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", default=(), help="images, folders or patterns")
+    text = "images, folders or patterns"
+    source.add_argument("--input", nargs="+", default=(), dest="inputs", help=text)
     source.add_argument("--dataset", default="", metavar="NAME", help="a registered dataset")
     add("--num", type=int, default=4, help="images of --dataset, at most (default: 4)")
     add("--output", required=True, type=Path, metavar="DIR", help="where the pictures go")
     add("--html", action="store_true", help="also write one page with all: DIR/index.html")
     text = "no pictures, only which level finds objects of which size: DIR/sizes.md"
-    add("--sizes-only", action="store_true", help=text)
+    add("--sizes-only", action="store_false", dest="pictures", help=text)
     add("--score", type=float, default=0.5, help=SCORE_HELP)
     add("--overwrite", action="store_true", help="replace pictures of an earlier call")
     add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
@@ -52,24 +53,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
-    if args.quiet:
+    args = vars(parse_args())
+    quiet = args.pop("quiet")
+    if quiet:
         logging.disable(logging.INFO)
         warnings.simplefilter("ignore")
-    settings = Settings(
-        args.config_file,
-        args.output,
-        args.weights,
-        args.input,
-        args.dataset,
-        args.num,
-        args.score,
-        args.html,
-        not args.sizes_only,
-        args.overwrite,
-        args.opts,
-    )
-    for path in visualize(settings, Bar(args.quiet)):
+    for path in visualize(Settings(**args), Bar(quiet)):
         print(path)
 
 

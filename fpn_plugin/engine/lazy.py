@@ -22,7 +22,6 @@ from detectron2.engine import (
     SimpleTrainer,
     create_ddp_model,
     default_setup,
-    default_writers,
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -41,7 +40,7 @@ from fpn_plugin.engine.faults.explained import explained
 from fpn_plugin.engine.faults.lazy_advice import divergence_rules, evaluation_hints, training_hints
 from fpn_plugin.engine.faults.watched import last_sizes
 from fpn_plugin.engine.folder_lock import hold
-from fpn_plugin.engine.metrics import trim_metrics
+from fpn_plugin.engine.metrics import FlushMetrics, build_writers, trim_metrics
 from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
@@ -166,11 +165,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         remove_old_run(cfg.train.output_dir)
     elif resume and comm.is_main_process():
         trim_metrics(cfg.train.output_dir, start)
-
-    def hints() -> list[str]:
-        return training_hints(cfg, last_sizes(trainer.model))
-
-    with explained("training", cfg.train.output_dir, hints, "dataloader.train.num_workers"):
+    folder, key = cfg.train.output_dir, "dataloader.train.num_workers"
+    with explained("training", folder, lambda: training_hints(cfg, last_sizes(trainer.model)), key):
         trainer.train(start, cfg.train.max_iter)
     return _last_results(trainer)
 
@@ -206,10 +202,11 @@ def _hooks(
         hooks.LRScheduler(optimizer, scheduler=instantiate(cfg.lr_multiplier)),
     ]
     if main:
+        writers = build_writers(settings.output_dir, settings.max_iter)
+        chosen.append(FlushMetrics(writers, settings.checkpointer.period))
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
     chosen.append(EvalHook(settings.eval_period, lambda: evaluate(cfg, model)))
     if main:
-        writers = default_writers(settings.output_dir, settings.max_iter)
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
     return chosen
 

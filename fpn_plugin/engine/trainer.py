@@ -115,12 +115,8 @@ class Trainer(DefaultTrainer):
             WorkerError: if a process that loads data died.
             OutOfMemoryError: with what to lower.
         """
-        model = self._trainer.model
-
-        def hints() -> list[str]:
-            return training_hints(self.cfg, last_sizes(model))
-
-        with explained("training", self.cfg.OUTPUT_DIR, hints):
+        folder, model = self.cfg.OUTPUT_DIR, self._trainer.model
+        with explained("training", folder, lambda: training_hints(self.cfg, last_sizes(model))):
             return super().train()
 
     def after_train(self) -> None:

@@ -46,6 +46,25 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> Any:
     return tool.main(lazy.setup(args), args)
 
 
+def iterations(output: Path) -> list[int]:
+    """Those whose losses are in metrics.json."""
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return [line["iteration"] for line in lines if line.get("total_loss", 0) > 0]
+
+
+def own_config(path: Path, *lines: str) -> Path:
+    """A Python config that changes CONFIG."""
+    head = [
+        "from detectron2.config import LazyCall as L, LazyConfig",
+        f"_cfg = LazyConfig.load({str(CONFIG)!r})",
+        "model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier",
+        "dataloader, train = _cfg.dataloader, _cfg.train",
+        "del dataloader.evaluator",
+    ]
+    path.write_text("\n".join([*head, *lines]))
+    return path
+
+
 def test_train_resume_and_evaluate(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,14 +72,14 @@ def test_train_resume_and_evaluate(
     results = run(monkeypatch, output, "train.amp.enabled=True")
     assert "bbox/AP" in results
     assert (output / "inference" / "coco_instances_results.json").is_file()
-    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert lines[0]["iteration"] == 1 and lines[0]["total_loss"] > 0
+    assert iterations(output) == [0, 1]  # written before each checkpoint, so that none is lost
     first = torch.load(output / "model_0000000.pth", weights_only=False)
     assert first["iteration"] == 0 and "optimizer" in first["trainer"]
 
     with pytest.raises(FileExistsError, match="train.output_dir .* --resume .* --overwrite"):
         run(monkeypatch, output)
     run(monkeypatch, output, "--resume", "train.max_iter=3")
+    assert iterations(output) == [0, 1, 2]
     assert sorted(file.name for file in output.glob("model_*")) == [
         "model_0000000.pth",
         "model_0000001.pth",
@@ -81,19 +100,12 @@ def test_train_resume_and_evaluate(
 
 def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path: Path) -> None:
     """The data is named by its files, as a Python config can."""
-    config = tmp_path / "own.py"
-    config.write_text(f"""
-from detectron2.config import LazyCall as L, LazyConfig
-from detectron2.data.datasets import load_coco_json
-
-_cfg = LazyConfig.load({str(CONFIG)!r})
-model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
-dataloader, train = _cfg.dataloader, _cfg.train
-del dataloader.evaluator
-dataloader.train.dataset = L(load_coco_json)(
-    json_file={str(dataset)!r}, image_root={str(dataset.parent)!r}, dataset_name={TRAIN!r}
-)
-""")
+    data = f"json_file={str(dataset)!r}, image_root={str(dataset.parent)!r}, dataset_name={TRAIN!r}"
+    config = own_config(
+        tmp_path / "own.py",
+        "from detectron2.data.datasets import load_coco_json",
+        f"dataloader.train.dataset = L(load_coco_json)({data})",
+    )
     tool = ROOT / "tools" / "lazyconfig_train_net.py"
     line = [sys.executable, str(tool), "--config-file", str(config), "--num-gpus", "2"]
     port = 20_000 + os.getpid() % 20_000
@@ -162,20 +174,14 @@ def test_a_pyramid_starts_as_another_one(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lazy, "setup_logger", lambda *args, **kwargs: None)
-    config = tmp_path / "warm.py"
-    config.write_text(f"""
-from detectron2.config import LazyCall as L, LazyConfig
-from fpn_plugin import PyramidBackbone
-
-_cfg = LazyConfig.load({str(CONFIG)!r})
-model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
-dataloader, train = _cfg.dataloader, _cfg.train
-del dataloader.evaluator
-_old = {{key: x for key, x in model.backbone.items() if key not in ("_target_", "bottom_up")}}
-model.backbone.warm_from = L(PyramidBackbone)(bottom_up="${{..bottom_up}}", **_old)
-model.backbone.warm_from.in_features = ["res2", "res3", "res4", "res5"]
-model.backbone.topology = "pafpn"
-""")
+    config = own_config(
+        tmp_path / "warm.py",
+        "from fpn_plugin import PyramidBackbone",
+        "_old = {k: x for k, x in model.backbone.items() if k not in ('_target_', 'bottom_up')}",
+        "model.backbone.warm_from = L(PyramidBackbone)(bottom_up='${..bottom_up}', **_old)",
+        "model.backbone.warm_from.in_features = ['res2', 'res3', 'res4', 'res5']",
+        "model.backbone.topology = 'pafpn'",
+    )
     before = lazy.build_model(lazy.load_config(str(CONFIG), SMALL))
     (tmp_path / "old").mkdir()
     torch.save({"model": before.state_dict()}, tmp_path / "old" / "model.pth")

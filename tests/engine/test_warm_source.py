@@ -4,6 +4,7 @@ a warm-started run later; mistakes."""
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,6 +19,7 @@ from warm_models import BIFPN, RETINANET, TARGETS, a_config, a_model, image, key
 
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
 from fpn_plugin.engine.checkpoint import Checkpointer
+from fpn_plugin.engine.setup import load_config
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.warm.source import describe_checkpoint, resolve_warm_start
 from fpn_plugin.engine.warm.start import start_warm
@@ -138,6 +140,9 @@ def test_the_source_may_be_gone_once_the_run_is_there(trained: Path, tmp_path: P
         again = run_setup("--config-file", record, *more, *DATA)
         assert again.MODEL.FPN.WARM_START_FROM == cfg.MODEL.FPN.WARM_START_FROM
     assert again.MODEL.WEIGHTS == own
+    # as tools/draw_detections.py reads it, for its data
+    given = Namespace(config_file=record, opts=["MODEL.WEIGHTS", ""])
+    assert load_config(given).MODEL.FPN.WARM_START_FROM == cfg.MODEL.FPN.WARM_START_FROM
 
 
 def test_the_same_pyramid_is_loaded_as_it_is(

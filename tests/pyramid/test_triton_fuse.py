@@ -38,6 +38,7 @@ COARSE = [
 SIZES = [((12, 20), (6, 10)), ((13, 21), (7, 11)), ((11, 9), (4, 9)), ((5, 130), (5, 1))]
 ONE_TILE_AND_MORE = [(1, 1), (2, 3), (1, 33), (1, 130)]  # images and channels
 
+# The same cases run on the CPU as well, in Triton's interpreter; these are for machines with a GPU.
 cuda = pytest.param(
     "cuda",
     marks=[

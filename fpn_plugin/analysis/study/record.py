@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from fpn_plugin.engine.checkpoint import write_atomically
 
 RECORD = "study.json"
 
@@ -19,6 +20,5 @@ def read_record(folder: Path) -> dict[str, Any]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write it whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = (folder / RECORD).with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, folder / RECORD)
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(folder / RECORD, lambda file: file.write(text.encode()))
