@@ -59,6 +59,7 @@ benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against e
 	if [ -n "$$failed" ]; then echo "refused or failed:$$failed"; exit 1; fi
 
 test: setup ## run all tests, in TEST_JOBS processes of one thread each
+	@mkdir -p .cache
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal
 
 lint: setup ## black, isort, flake8 and mypy
