@@ -17,7 +17,7 @@ from PIL import Image
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.data import DatasetError, check_config_datasets, check_dataset, register_coco_format
 from fpn_plugin.data.annotation_checks import check_annotations
-from fpn_plugin.data.findings import Findings
+from fpn_plugin.data.coco_json import Findings
 
 Change = Callable[[dict[str, Any]], Any]
 pytestmark = pytest.mark.usefixtures("registry")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from prepare_scenes import CLASSES, SceneOptions, prepare_scenes
 
 from fpn_plugin.data import check_dataset, register_all
-from fpn_plugin.data.scenes import CLASSES, SceneOptions, prepare_scenes
 
 NAMES = ("trees_train", "trees_val", "scenes_train", "scenes_val")
 

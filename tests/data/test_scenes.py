@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prepare_scenes import CLASSES, SceneOptions, draw_scene, prepare_scenes
 from pycocotools import mask as mask_util
-
-from fpn_plugin.data.polygons import mask_to_polygons
-from fpn_plugin.data.scene_shapes import SHAPES, polygon_mask, shape_points
-from fpn_plugin.data.scenes import CLASSES, SceneOptions, draw_scene, prepare_scenes
+from scene_shapes import SHAPES, mask_to_polygons, polygon_mask, shape_points
 
 SMALL = {"train": 4, "val": 2, "width": 160, "height": 128}
 

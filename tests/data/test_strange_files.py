@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from wheels import read_members
 
 from fpn_plugin import add_fpn_config
 from fpn_plugin.data import (
@@ -27,7 +28,6 @@ from fpn_plugin.data import (
     register_coco_format,
     register_own,
 )
-from fpn_plugin.data.wheels import read_members
 
 
 class Payload:
