@@ -116,7 +116,7 @@ def documents(draw: st.DrawFn) -> Any:
 CHECKS = st.sampled_from(["full", "full", "annotations"])
 
 
-@fuzz_settings(250)
+@fuzz_settings(150)
 @given(documents(), st.booleans(), CHECKS)
 def test_any_document(document: Any, masks: bool, check: str) -> None:
     text = json.dumps(document)
@@ -132,7 +132,7 @@ PIECES = st.one_of(
 )
 
 
-@fuzz_settings(150)
+@fuzz_settings(100)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 40), PIECES), max_size=3), st.floats(0, 4)
 )

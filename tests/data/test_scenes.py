@@ -44,7 +44,7 @@ def test_smaller_set_is_a_prefix_and_splits_differ() -> None:
         draw_scene(options, "test", 0)
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(4))
 def test_objects_stay_visible_and_polygons_match(index: int) -> None:
     scene = draw_scene(SceneOptions(), "train", index)
     height, width = scene.owner.shape
@@ -76,7 +76,7 @@ def test_json_agrees_with_the_pictures(tmp_path: Path) -> None:
 
 
 def test_sizes_span_the_range() -> None:
-    scenes = [draw_scene(SceneOptions(), "train", i) for i in range(40)]
+    scenes = [draw_scene(SceneOptions(), "train", i) for i in range(24)]
     areas = [int(s.mask(n).sum()) for s in scenes for n in range(len(s.classes))]
     share = np.histogram(areas, [0, 32**2, 96**2, 320**2])[0] / len(areas)
     assert (share > [0.3, 0.2, 0.05]).all()
