@@ -20,10 +20,10 @@ __all__ = ["check_annotations", "check_categories", "check_images"]
 _DROPPED = "Detectron2 leaves it out of training"
 _BORDER_TOLERANCE = 1.0
 _LARGEST = 2**53  # JSON's integers have no bound, those of tensors do
-_RUN = 2**40  # more than an image has pixels, and far from where integers of 64 bits end
+_LONGEST_RUN = 2**40  # more than an image has pixels, and far from where integers of 64 bits end
 
 
-def read_records(content: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]]:
+def _read_records(content: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]]:
     """Return the records under a key; an absent key, or another type, is an error."""
     records = content.get(key)
     if not isinstance(records, list):
@@ -36,7 +36,7 @@ def read_records(content: dict[str, Any], key: str, findings: Findings) -> list[
     return [record for record in records if isinstance(record, dict)] if wrong else records
 
 
-def _integers(
+def _with_integers(
     records: list[dict[str, Any]], table: str, keys: tuple[str, ...], findings: Findings
 ) -> list[dict[str, Any]]:
     """Return the records whose values under all keys are integers; the others are errors."""
@@ -66,8 +66,8 @@ def _duplicates(records: list[dict[str, Any]]) -> dict[int, int]:
 
 def check_categories(content: dict[str, Any], findings: Findings) -> dict[int, str]:
     """Check ``categories`` and return their names by id."""
-    categories = _integers(
-        read_records(content, "categories", findings), "categories", ("id",), findings
+    categories = _with_integers(
+        _read_records(content, "categories", findings), "categories", ("id",), findings
     )
     for key, count in _duplicates(categories).items():
         findings.error(f"category id {key} is used {count} times")
@@ -88,7 +88,7 @@ def check_images(
         outside: whether they may name files outside of the image folder.
     """
     keys = ("id", "width", "height")
-    images = _integers(read_records(content, "images", findings), "images", keys, findings)
+    images = _with_integers(_read_records(content, "images", findings), "images", keys, findings)
     if content.get("images") == []:
         findings.error("the dataset is empty: 'images' has no entry")
     for key, count in _duplicates(images).items():
@@ -125,11 +125,11 @@ def check_annotations(
         evaluation: the keys that an evaluation reads from every annotation.
         polygons: whether training accepts masks as polygons only.
     """
-    annotations = read_records(content, "annotations", findings)
+    annotations = _read_records(content, "annotations", findings)
     if content.get("annotations") == []:
         findings.error("the dataset is empty: 'annotations' has no entry")
     keys = ("id", "image_id", "category_id")
-    valid = _integers(annotations, "annotations", keys, findings)
+    valid = _with_integers(annotations, "annotations", keys, findings)
     _check_ids(valid, images, categories, findings)
     _check_boxes([a for a in valid if a["image_id"] in images], images, findings)
     _check_masks(valid, images, masks, polygons, findings)
@@ -317,7 +317,7 @@ def _runs(counts: Any) -> list[int] | None:
         counts = decoded.tolist() if decoded is not None else None
     if not isinstance(counts, list) or not set(map(type, counts)) <= {int}:
         return None
-    return counts if all(0 <= run < _RUN for run in counts) else None
+    return counts if all(0 <= run < _LONGEST_RUN for run in counts) else None
 
 
 def _decode_runs(text: str) -> np.ndarray | None:

@@ -36,11 +36,11 @@ class SampleKey(NamedTuple):
 
     Attributes:
         position: in the sampler's order; no two samples of a run share it.
-        index: of the image in the dataset.
+        image: its index in the dataset.
     """
 
     position: int
-    index: int
+    image: int
 
 
 class ResumableSampler(torchdata.Sampler):
@@ -116,14 +116,14 @@ class SeededDataset(torchdata.Dataset):
         for attempt in range(_MAPPER_TRIES):
             # The seed also chooses the image that replaces a refused one.
             seed = derive_seed(self.seed, SAMPLE_STREAM, self.rank, key.position, attempt)
-            index = key.index if attempt == 0 else seed % len(self)
+            index = key.image if attempt == 0 else seed % len(self)
             with seeded(seed):
                 sample = self._map(index, skipped)
             if sample is not None:
                 return {**sample, SKIPPED: skipped} if skipped else sample
         first = f" ({': '.join(skipped[0])})" if skipped else ""
         raise ValueError(
-            f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {key.index}"
+            f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {key.image}"
             f"{first}"
         )
 
@@ -174,7 +174,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
             cfg, mapper=mapper, dataset=dataset, **loader_options(cfg)
         )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    groups = [_is_wide(record) for record in dataset] if grouped else None
+    groups = [_aspect_group(record) for record in dataset] if grouped else None
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
     sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), batch_size, groups)
@@ -265,7 +265,7 @@ def _batch_per_process(cfg: CfgNode) -> int:
     return total // processes
 
 
-def _is_wide(record: dict[str, Any]) -> int:
+def _aspect_group(record: dict[str, Any]) -> int:
     """Detectron2's aspect ratio group: 1 for an image that is wider than high, else 0."""
     if "width" in record and "height" in record:
         return int(record["width"] > record["height"])

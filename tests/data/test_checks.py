@@ -122,35 +122,37 @@ def test_not_coco(text: str, message: str, write: Any) -> None:
         check_dataset("t")
 
 
-@pytest.mark.parametrize("level", ["full", "headers", "annotations"])
-def test_truncated_image_is_found_by_decoding(level: str, sound: Any, write: Any) -> None:
-    paths = write(sound)
-    picture = Path(paths[1]) / "b.jpg"
-    picture.write_bytes(picture.read_bytes()[:-400])
-    register_coco_format("t", *paths)
-    if level == "full":
-        with pytest.raises(DatasetError, match=r"own\.json(.|\n)*'b.jpg' .*cannot be read to"):
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-400])
+
+
+def turn(file: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(file, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "level, spoil, message",
+    [
+        ("full", truncate, "cannot be read to its end"),
+        ("headers", truncate, ""),
+        ("headers", lambda file: file.write_text("hello"), "is not an image"),
+        ("headers", turn, "48 x 64 pixels .turned"),
+        ("annotations", turn, ""),
+    ],
+)
+def test_image_files(
+    level: str, spoil: Callable[[Path], Any], message: str, sound: Any, write: Any
+) -> None:
+    json_file, images = write(sound)
+    spoil(Path(images) / "b.jpg")
+    register_coco_format("t", json_file, images)
+    if message:
+        with pytest.raises(DatasetError, match=rf"own\.json(.|\n)*'b.jpg' .*{message}"):
             check_dataset("t", level)
     else:
         assert check_dataset("t", level).level == level
-
-
-def test_file_that_is_no_image(sound: Any, write: Any) -> None:
-    paths = write(sound)
-    (Path(paths[1]) / "b.jpg").write_text("hello")
-    register_coco_format("t", *paths)
-    with pytest.raises(DatasetError, match="'b.jpg' .*is not an image"):
-        check_dataset("t", "headers")
-
-
-def test_size_is_compared_after_the_exif_rotation(sound: Any, write: Any) -> None:
-    paths = write(sound)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (64, 48)).save(Path(paths[1]) / "b.jpg", exif=exif)
-    register_coco_format("t", *paths)
-    with pytest.raises(DatasetError, match="'b.jpg' .*48 x 64 pixels .turned"):
-        check_dataset("t")
 
 
 def test_missing_image_folder(sound: Any, write: Any) -> None:

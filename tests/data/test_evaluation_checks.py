@@ -78,10 +78,7 @@ MORE = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "c
 def test_categories_of_all_datasets_agree(
     categories: Any, difference: str, names: str, sound: Any, write: Any
 ) -> None:
-    json_file, images = write(sound)
-    other = renumber(sound, categories, Path(json_file).with_name("other.json"))
-    register_coco_format("t", json_file, images)
-    register_coco_format("v", str(other), images)
+    register_both(sound, write, categories)
     files = rf"own\.json has 2: cat, dog\n.*other\.json has {names}$"
     cfg = config(("t",), ("v",))
     with pytest.raises(ValueError, match=rf"{difference}:\n.*{files}"):
@@ -92,37 +89,29 @@ def test_categories_of_all_datasets_agree(
     assert [report.level for report in check_config_datasets(cfg)] == ["off", "off"]
 
 
-def renumber(content: Any, categories: Any, path: Path) -> Path:
-    first, second = categories[0]["id"], categories[1]["id"]
+def register_both(content: Any, write: Any, categories: Any) -> None:
+    """Register a dataset as "t", and with other categories as "v"."""
+    register_coco_format("t", *write(content))
     for i, annotation in enumerate(content["annotations"]):
-        annotation["category_id"] = first if i % 2 else second
-    path.write_text(json.dumps({**content, "categories": categories}))
-    return path
+        annotation["category_id"] = categories[i % 2]["id"]
+    register_coco_format("v", *write({**content, "categories": categories}, "other.json"))
 
 
 def test_other_ids_in_the_same_order_agree(sound: Any, write: Any) -> None:
-    json_file, images = write(sound)
-    categories = [{"id": 7, "name": "dog"}, {"id": 5, "name": "cat"}]
-    other = renumber(sound, categories, Path(json_file).with_name("other.json"))
-    register_coco_format("t", json_file, images)
-    register_coco_format("v", str(other), images)
+    register_both(sound, write, [{"id": 7, "name": "dog"}, {"id": 5, "name": "cat"}])
     reports = check_config_datasets(config(("t",), ("v",)))
     assert [report.classes for report in reports] == [("cat", "dog")] * 2
 
 
 def test_proposals_have_no_classes(sound: Any, write: Any) -> None:
-    json_file, images = write(sound)
-    register_coco_format("t", json_file, images)
-    register_coco_format(
-        "v", str(renumber(sound, ORDER, Path(json_file).with_name("other.json"))), images
-    )
+    register_both(sound, write, ORDER)
     cfg = config(("t",), ("v",))
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     assert len(check_config_datasets(cfg)) == 2
 
 
 def lvis(content: Any, write: Any) -> None:
-    """Register ``content`` with the file names of LVIS v0.5, its pictures in ``val2017``."""
+    """Register ``content`` with the file names of LVIS v0.5, its images in ``val2017``."""
     for image in content["images"]:
         image["coco_url"] = f"http://images.cocodataset.org/val2017/{image['file_name']}"
         image["file_name"] = f"COCO_val2014_{image['file_name']}"
@@ -131,8 +120,8 @@ def lvis(content: Any, write: Any) -> None:
     json_file, images = write(content)
     folder = Path(images)
     (folder / "val2017").mkdir()
-    for picture in folder.glob("*.jpg"):
-        picture.rename(folder / "val2017" / picture.name)
+    for image_file in folder.glob("*.jpg"):
+        image_file.rename(folder / "val2017" / image_file.name)
     register_lvis_instances("t", {}, json_file, f"{images}/")
 
 

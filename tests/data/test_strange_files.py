@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from fpn_plugin.data import (
     register_coco_format,
     register_own,
 )
+
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 class Payload:
@@ -59,34 +60,26 @@ def test_proposals_run_no_code(split: str, tmp_path: Path) -> None:
 NAMES = ["../x.jpg", "a/../../x.jpg", "/x.jpg", "C:x.jpg", "c:\\x.jpg", "a\\..\\..\\x.jpg", "//h/x"]
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_leads_out_of_the_folder_is_an_error_unless_allowed(
-    name: str, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+    name: str, sound: Any, write: Any
 ) -> None:
     sound["images"][0]["file_name"] = name
     register_coco_format("t", *write(sound))
-    message = "'file_name' must stay below the image folder .unless DATASETS.OUTSIDE_FILES is True"
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match="'file_name' must stay below .*DATASETS.OUTSIDE_FILES"):
         check_dataset("t", "annotations")
     assert check_dataset("t", "annotations", outside=True).num_images == 2
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("name", ["a\0.jpg", "\ud800.jpg"])
-def test_a_name_that_no_file_can_have_is_an_error(
-    name: str, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
-) -> None:
+def test_a_name_that_no_file_can_have_is_an_error(name: str, sound: Any, write: Any) -> None:
     sound["images"][0]["file_name"] = name
     register_coco_format("t", *write(sound))
     with pytest.raises(DatasetError, match="cannot be the name of a file"):
         check_dataset("t", "annotations", outside=True)
 
 
-@pytest.mark.usefixtures("registry")
-def test_ones_own_data_stays_in_its_folder_also_without_checks(
-    sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
-) -> None:
+def test_ones_own_data_stays_in_its_folder_also_without_checks(sound: Any, write: Any) -> None:
     sound["images"][0]["file_name"] = "../images/a.jpg"
     json_file, images = write(sound)
     cfg = config(TRAIN_JSON=json_file, TRAIN_IMAGES=images)
@@ -107,10 +100,7 @@ def test_ones_own_data_stays_in_its_folder_also_without_checks(
     assert len(DatasetCatalog.get("own_train")) == 2
 
 
-@pytest.mark.usefixtures("registry")
-def test_a_link_in_the_folder_may_lead_out(
-    tmp_path: Path, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
-) -> None:
+def test_a_link_in_the_folder_may_lead_out(tmp_path: Path, sound: Any, write: Any) -> None:
     json_file, folder = write(sound)
     Path(folder, "a.jpg").rename(tmp_path / "elsewhere.jpg")
     Path(folder, "a.jpg").symlink_to(tmp_path / "elsewhere.jpg")
@@ -119,9 +109,8 @@ def test_a_link_in_the_folder_may_lead_out(
     assert len(DatasetCatalog.get("t")) == 2
 
 
-@pytest.mark.usefixtures("registry")
 def test_the_names_of_panoptic_files_are_checked_too(
-    tmp_path: Path, sound: dict[str, Any], write: Callable[[Any], tuple[str, str]]
+    tmp_path: Path, sound: Any, write: Any
 ) -> None:
     panoptic = tmp_path / "panoptic.json"
     panoptic.write_text(json.dumps({"annotations": [{"file_name": "../../x.png"}]}))

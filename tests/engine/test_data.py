@@ -49,7 +49,7 @@ def head(sampler: Any, count: int) -> list[Any]:
 def test_order_is_detectron2s_own() -> None:
     inner = TrainingSampler(10, seed=3)
     keys = head(ResumableSampler(inner, 2), 30)
-    assert [key.index for key in keys] == head(inner, 30)
+    assert [key.image for key in keys] == head(inner, 30)
     assert [key.position for key in keys] == list(range(30))
 
 
@@ -68,8 +68,8 @@ def test_batches_hold_one_group_and_miss_no_image() -> None:
     groups = [0, 1, 0, 0, 1, 0, 0, 1, 0, 0]
     keys = head(ResumableSampler(TrainingSampler(10, seed=3), 3, groups), 60)
     for start in range(0, 60, 3):
-        assert len({groups[key.index] for key in keys[start : start + 3]}) == 1
-    assert {key.index for key in keys} == set(range(10))
+        assert len({groups[key.image] for key in keys[start : start + 3]}) == 1
+    assert {key.image for key in keys} == set(range(10))
     assert len({key.position for key in keys}) == 60
 
 

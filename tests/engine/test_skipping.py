@@ -101,7 +101,7 @@ def test_a_run_counts_what_it_trained_on_also_when_resumed(
     train(tmp_path / "whole")
     report = json.loads((tmp_path / "whole" / "skipped.json").read_text())
     positions = build_train_loader(tiny_config(tmp_path, **OVERRIDES)).dataset.sampler
-    drawn = [key.index for key in itertools.islice(positions, 16)]
+    drawn = [key.image for key in itertools.islice(positions, 16)]
     # what is drawn in the place of one may be broken as well
     counts = {int(Path(file).stem): entry["times"] for file, entry in report.items()}
     assert set(counts) == set(BROKEN) and all(counts[i] >= drawn.count(i) for i in BROKEN)
