@@ -26,7 +26,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.engine.size_bins import SizeBinEvaluator, check_config
+from fpn_plugin.engine.size_bins import SizeBinEvaluator, check_size_bins
 from fpn_plugin.registry import Registry
 
 EvaluatorBuilder = Callable[[CfgNode, str, str], "list[DatasetEvaluator]"]
@@ -226,7 +226,7 @@ def check_evaluators(cfg: CfgNode) -> None:
         ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
         ValueError: for a bad `TEST.SIZE_BINS`.
     """
-    check_config(cfg)
+    check_size_bins(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
     coco_eval_class(cfg)

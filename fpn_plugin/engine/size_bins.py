@@ -46,7 +46,7 @@ def check_edges(edges: Any, key: str = KEY) -> list[float]:
     return list(edges)
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_size_bins(cfg: CfgNode) -> None:
     """Check `TEST.SIZE_BINS`, and warn of test sets that it has no effect on.
 
     Raises:
