@@ -175,8 +175,6 @@ def _add_speed_keys(cfg: CfgNode) -> None:
     cfg.DATALOADER.PIN_MEMORY = False
     # How many batches each worker prepares ahead; 0: torch's own number, 2
     cfg.DATALOADER.PREFETCH_FACTOR = 0
-    # Keep decoded training images in memory, up to so many megabytes in each worker; 0: none
-    cfg.DATALOADER.CACHE_IMAGES = 0
     # A training image that cannot be read: raise (an error that names it) or skip (another one in
     # its place; OUTPUT_DIR/skipped.json lists and counts them)
     cfg.DATALOADER.ON_ERROR = "raise"

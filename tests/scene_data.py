@@ -10,8 +10,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
-
-from fpn_plugin.data.scenes import CLASSES, SceneOptions, _annotation, draw_scene
+from prepare_scenes import CLASSES, SceneOptions, coco_annotation, draw_scene
 
 TRAIN, VAL = "heads_train", "heads_val"
 SEM_SEG = "heads_val_sem_seg"  # the same pictures, for Detectron2's semantic evaluator
@@ -39,9 +38,9 @@ def write_split(folder: Path, split: str) -> Path:
         height, width = scene.owner.shape
         images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
         for number in range(len(scene.classes)):
-            found: dict[str, Any] = {"id": len(annotations) + 1, "image_id": index + 1}
-            found |= {"keypoints": extreme_points(scene.mask(number)), "num_keypoints": len(POINTS)}
-            annotations.append(found | _annotation(scene, number))
+            ids = {"id": len(annotations) + 1, "image_id": index + 1}
+            points = {"keypoints": extreme_points(scene.mask(number)), "num_keypoints": len(POINTS)}
+            annotations.append({**ids, **points, **coco_annotation(scene, number)})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     path = folder / f"{split}.json"
@@ -60,8 +59,8 @@ def with_labels(path: Path, name: str) -> list[dict[str, Any]]:
 def register(folder: Path) -> None:
     """Register the three datasets; again if they are there already."""
     paths = {split: write_split(folder, split) for split in ("train", "val")}
-    kinds = {TRAIN: ("train", "coco"), VAL: ("val", "coco"), SEM_SEG: ("val", "sem_seg")}
-    for name, (split, evaluator) in kinds.items():
+    datasets = {TRAIN: ("train", "coco"), VAL: ("val", "coco"), SEM_SEG: ("val", "sem_seg")}
+    for name, (split, evaluator) in datasets.items():
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)

@@ -21,7 +21,7 @@ from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.config import validate_config
 from fpn_plugin.config_files import leaves
 from fpn_plugin.engine.amp import choose_dtype
-from fpn_plugin.engine.data import _options
+from fpn_plugin.engine.data import loader_options
 from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.overrides import merge_overrides
 from fpn_plugin.engine.setup import load_config
@@ -133,7 +133,7 @@ def run(cfg: CfgNode) -> None:
             maps = backbone(torch.zeros(1, 3, 64, 64))
         assert list(maps) == list(backbone.output_shape())
     choose_dtype(cfg.SOLVER.AMP.PRECISION, "cpu", "SOLVER.AMP.PRECISION")
-    _options(cfg)
+    loader_options(cfg)
     build_optimizer(cfg, backbone)
 
 

@@ -22,13 +22,16 @@ from pathlib import Path  # noqa: E402
 
 from fpn_plugin.analysis.pictures import draw_dataset  # noqa: E402
 from fpn_plugin.analysis.progress import follow, summary  # noqa: E402
-from fpn_plugin.data.scenes import prepare_scenes  # noqa: E402
-from fpn_plugin.data.trees import prepare_trees  # noqa: E402
-from fpn_plugin.data.weights import prepare_weights  # noqa: E402
 from fpn_plugin.engine.run_folder import claim_demo_dir  # noqa: E402
 from fpn_plugin.paths import dataset_root  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "datasets"))
+
+from prepare_scenes import prepare_scenes  # noqa: E402
+from prepare_trees import prepare_trees  # noqa: E402
+from prepare_weights import prepare_weights  # noqa: E402
+
 CONFIGS = {"trees": "faster_rcnn_trees_FPN", "scenes": "mask_rcnn_scenes_FPN"}
 
 

@@ -1,7 +1,7 @@
-"""Checks of a COCO JSON file that need no picture. A million annotations take a few seconds.
+"""Checks of a COCO JSON file that open no image. A million annotations take a few seconds.
 
-What is right about all records is seen in one pass over each of their values; only where something
-is wrong are they looked at one by one.
+One pass over a value of all records finds out whether it is right everywhere; only if it is not are
+the records checked one by one.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from .file_names import name_fault
-from .findings import Findings
-from .mask_checks import check_masks
+from .coco_json import NO_POLYGON, Findings
+from .image_checks import image_file_name, name_fault
 
-__all__ = ["check_annotations", "check_categories", "check_images", "image_file_name"]
+__all__ = ["check_annotations", "check_categories", "check_images"]
 
 _DROPPED = "Detectron2 leaves it out of training"
 _BORDER_TOLERANCE = 1.0
 _LARGEST = 2**53  # JSON's integers have no bound, those of tensors do
+_LONGEST_RUN = 2**40  # more than an image has pixels, and far from where integers of 64 bits end
 
 
-def read_records(content: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]]:
+def _read_records(content: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]]:
     """Return the records under a key; an absent key, or another type, is an error."""
     records = content.get(key)
     if not isinstance(records, list):
-        found = "is missing" if key not in content else f"is a {type(records).__name__}"
-        findings.error(f"{key!r} {found}, but must be a list of objects")
+        fault = "is missing" if key not in content else f"is a {type(records).__name__}"
+        findings.error(f"{key!r} {fault}, but must be a list of objects")
         return []
     wrong = [i for i, record in enumerate(records) if not isinstance(record, dict)]
     for index in wrong:
@@ -36,7 +36,7 @@ def read_records(content: dict[str, Any], key: str, findings: Findings) -> list[
     return [record for record in records if isinstance(record, dict)] if wrong else records
 
 
-def _integers(
+def _with_integers(
     records: list[dict[str, Any]], table: str, keys: tuple[str, ...], findings: Findings
 ) -> list[dict[str, Any]]:
     """Return the records whose values under all keys are integers; the others are errors."""
@@ -66,8 +66,8 @@ def _duplicates(records: list[dict[str, Any]]) -> dict[int, int]:
 
 def check_categories(content: dict[str, Any], findings: Findings) -> dict[int, str]:
     """Check ``categories`` and return their names by id."""
-    categories = _integers(
-        read_records(content, "categories", findings), "categories", ("id",), findings
+    categories = _with_integers(
+        _read_records(content, "categories", findings), "categories", ("id",), findings
     )
     for key, count in _duplicates(categories).items():
         findings.error(f"category id {key} is used {count} times")
@@ -79,22 +79,16 @@ def check_categories(content: dict[str, Any], findings: Findings) -> dict[int, s
     return {category["id"]: str(category.get("name")) for category in categories}
 
 
-def image_file_name(image: dict[str, Any]) -> str | None:
-    """Return an image's path below the image folder."""
-    name = image.get("file_name")
-    return name if isinstance(name, str) and name else None
-
-
 def check_images(
     content: dict[str, Any], findings: Findings, outside: bool = False
 ) -> dict[int, dict[str, Any]]:
-    """Check ``images`` and return those that are sound by id.
+    """Check ``images`` and return the valid ones by id.
 
     Args:
-        outside: whether files outside of the image folder may be named.
+        outside: whether they may name files outside of the image folder.
     """
     keys = ("id", "width", "height")
-    images = _integers(read_records(content, "images", findings), "images", keys, findings)
+    images = _with_integers(_read_records(content, "images", findings), "images", keys, findings)
     if content.get("images") == []:
         findings.error("the dataset is empty: 'images' has no entry")
     for key, count in _duplicates(images).items():
@@ -124,23 +118,23 @@ def check_annotations(
 
     Args:
         content: the JSON file's.
-        images: the sound images by id.
+        images: the valid images by id.
         categories: the names of the categories by id.
         findings: where faults are noted.
-        masks: whether the model has a mask head, which every annotation must have a mask for.
+        masks: whether the model has a mask head, so that every annotation needs a mask.
         evaluation: the keys that an evaluation reads from every annotation.
-        polygons: whether training takes polygons alone.
+        polygons: whether training accepts masks as polygons only.
     """
-    annotations = read_records(content, "annotations", findings)
+    annotations = _read_records(content, "annotations", findings)
     if content.get("annotations") == []:
         findings.error("the dataset is empty: 'annotations' has no entry")
     keys = ("id", "image_id", "category_id")
-    sound = _integers(annotations, "annotations", keys, findings)
-    _check_ids(sound, images, categories, findings)
-    _check_boxes([a for a in sound if a["image_id"] in images], images, findings)
-    check_masks(sound, images, (masks, polygons), findings, _label)
-    _check_keypoints(sound, images, findings)
-    _check_evaluation(sound, images, evaluation, findings)
+    valid = _with_integers(annotations, "annotations", keys, findings)
+    _check_ids(valid, images, categories, findings)
+    _check_boxes([a for a in valid if a["image_id"] in images], images, findings)
+    _check_masks(valid, images, masks, polygons, findings)
+    _check_keypoints(valid, images, findings)
+    _check_evaluation(valid, images, evaluation, findings)
     return len(annotations)
 
 
@@ -193,23 +187,23 @@ def _check_ids(
 def _check_boxes(
     annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]], findings: Findings
 ) -> None:
-    sound = _with_boxes(annotations, images, findings)
-    if not sound:
+    valid = _with_boxes(annotations, images, findings)
+    if not valid:
         return
-    boxes = [annotation["bbox"] for annotation in sound]
-    sizes = [images[annotation["image_id"]] for annotation in sound]
+    boxes = [annotation["bbox"] for annotation in valid]
+    sizes = [images[annotation["image_id"]] for annotation in valid]
     flat = np.fromiter(chain.from_iterable(boxes), float, 4 * len(boxes)).reshape(-1, 4)
     widths = np.fromiter((size["width"] for size in sizes), float, len(sizes))
     heights = np.fromiter((size["height"] for size in sizes), float, len(sizes))
-    for kind, wrong in _box_faults(flat, np.stack([widths, heights], axis=1)).items():
+    for fault, wrong in _box_faults(flat, np.stack([widths, heights], axis=1)).items():
         hits = np.flatnonzero(wrong)
 
         def describe(i: int, hits: np.ndarray = hits) -> str:
             hit = hits[i]
             size = f"{sizes[hit]['width']} x {sizes[hit]['height']}"
-            return f"{_label(sound[hit], images)}: bbox {boxes[hit]}, image {size}"
+            return f"{_label(valid[hit], images)}: bbox {boxes[hit]}, image {size}"
 
-        findings.warn(kind, len(hits), describe)
+        findings.warn(fault, len(hits), describe)
 
 
 def _with_boxes(
@@ -222,36 +216,40 @@ def _with_boxes(
         if set(map(len, boxes)) <= {4} and _types(numbers) <= {int, float}:  # type: ignore
             if max(numbers, default=0) < _LARGEST and min(numbers, default=0) > -_LARGEST:
                 return annotations
-    sound = []
+    valid = []
     for annotation, box in zip(annotations, boxes):
         if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
-            sound.append(annotation)
+            valid.append(annotation)
         else:
             value = repr(box) if "bbox" in annotation else "missing"
             findings.error(
                 f"{_label(annotation, images)}: 'bbox' is {value}, but must be four numbers "
                 "[x, y, width, height]"
             )
-    return sound
+    return valid
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a tensor can hold; infinite and nan are told apart later."""
+    """Whether a tensor can hold the value, infinity and nan included."""
     return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
 
 
 def _box_faults(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return by kind which of the boxes ``(N, 4)``, as x, y, width, height, have a fault."""
+    """Return for each fault which of the boxes ``(N, 4)``, as x, y, width, height, have it.
+
+    Args:
+        sizes: width and height of each box's image, ``(N, 2)``.
+    """
     finite = np.isfinite(boxes).all(axis=1)
     with np.errstate(invalid="ignore"):
         low, extent = boxes[:, :2], boxes[:, 2:]
         high = low + extent
         negative = finite & (extent < 0).any(axis=1)
         empty = finite & ~negative & (extent == 0).any(axis=1)
-        solid = finite & ~negative & ~empty
-        outside = solid & ((high <= 0) | (low >= sizes)).any(axis=1)
+        valid = finite & ~negative & ~empty
+        outside = valid & ((high <= 0) | (low >= sizes)).any(axis=1)
         over = (low < -_BORDER_TOLERANCE) | (high > sizes + _BORDER_TOLERANCE)
-        clipped = solid & ~outside & over.any(axis=1)
+        clipped = valid & ~outside & over.any(axis=1)
     return {
         f"box that is not finite ({_DROPPED})": ~finite,
         f"box of negative size ({_DROPPED})": negative,
@@ -259,6 +257,95 @@ def _box_faults(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         f"box outside the image ({_DROPPED})": outside,
         "box that reaches over the image's border (Detectron2 clips it)": clipped,
     }
+
+
+def _check_masks(
+    annotations: list[dict[str, Any]],
+    images: dict[int, dict[str, Any]],
+    required: bool,
+    polygons: bool,
+    findings: Findings,
+) -> None:
+    """Check each ``segmentation``, in which `read_json` has left a polygon's length."""
+    short: list[dict[str, Any]] = []
+    for annotation in annotations:
+        mask = annotation.get("segmentation")
+        if type(mask) is list and mask:
+            if NO_POLYGON in mask:
+                findings.error(
+                    f"{_label(annotation, images)}: 'segmentation' has a polygon that is not a list"
+                    " of finite numbers [x, y, x, y, …]"
+                )
+            elif any(length < 6 or length % 2 for length in mask):
+                short.append(annotation)
+        elif mask:
+            fault = _run_length_fault(mask, images.get(annotation["image_id"]))
+            if not fault and polygons and annotation.get("iscrowd", 0) == 0:
+                fault = "is RLE, which needs INPUT.MASK_FORMAT: bitmask"
+            if fault:
+                findings.error(f"{_label(annotation, images)}: 'segmentation' {fault}")
+        elif required:
+            findings.error(
+                f"{_label(annotation, images)}: has no 'segmentation', but MODEL.MASK_ON is True"
+            )
+    fault = "polygon of under three points or an odd number of values (Detectron2 drops it)"
+    findings.warn(fault, len(short), lambda i: _label(short[i], images))
+
+
+def _run_length_fault(mask: Any, image: dict[str, Any] | None) -> str:
+    """What is wrong with a mask that is no list of polygons; "" if nothing is."""
+    if not (isinstance(mask, dict) and {"counts", "size"} <= set(mask)):
+        return "must be a list of polygons, or RLE with 'counts' and 'size'"
+    size = mask["size"]
+    if image is None:
+        return ""  # the unknown image is an error already
+    if size != [image["height"], image["width"]] or any(type(side) is not int for side in size):
+        sides = f"{image['height']} rows and {image['width']} columns"
+        return f"is RLE of size {size!r}, but the image has {sides}"
+    runs = _runs(mask["counts"])
+    if runs is None:
+        return "is RLE whose 'counts' are neither numbers of pixels nor pycocotools' text"
+    if sum(runs) != size[0] * size[1]:
+        return f"is RLE of {sum(runs)} pixels, but the image has {size[0] * size[1]}"
+    return ""
+
+
+def _runs(counts: Any) -> list[int] | None:
+    """The lengths of the runs, or None if they cannot be read."""
+    if isinstance(counts, str):
+        decoded = _decode_runs(counts)
+        counts = decoded.tolist() if decoded is not None else None
+    if not isinstance(counts, list) or not set(map(type, counts)) <= {int}:
+        return None
+    return counts if all(0 <= run < _LONGEST_RUN for run in counts) else None
+
+
+def _decode_runs(text: str) -> np.ndarray | None:
+    """Run lengths from pycocotools' text, or None if it is malformed.
+
+    Not by pycocotools itself, whose C code trusts the text.
+    """
+    if not text.isascii() or not text:
+        return None
+    # A character holds six bits, counted from "0": five of a number, the lowest come first, and
+    # whether more of that number follow.
+    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((codes & 32) == 0)
+    if codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
+        return None
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 8:  # 40 bits
+        return None
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    # The highest bit of a number is its sign, as in two's complement.
+    numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on, a number is the difference to the run two before.
+    runs = numbers.copy()
+    runs[1::2] = np.cumsum(numbers[1::2])
+    runs[2::2] = np.cumsum(numbers[2::2])
+    return runs
 
 
 def _check_keypoints(
@@ -278,7 +365,7 @@ def _check_evaluation(
     keys: tuple[str, ...],
     findings: Findings,
 ) -> None:
-    """Find what would end an evaluation, after all the training, in a ``KeyError``."""
+    """Find what would end an evaluation, hours of training later, in a ``KeyError``."""
     rules = {"area": "a number", "iscrowd": "0 or 1"}
     if _types(a.get("area") for a in annotations) <= {int, float}:
         keys = tuple(key for key in keys if key != "area")
@@ -287,8 +374,8 @@ def _check_evaluation(
             value = annotation.get(key)
             good = type(value) in (int, float) if key == "area" else value in (0, 1)
             if not good:
-                found = repr(value) if key in annotation else "missing"
+                given = repr(value) if key in annotation else "missing"
                 findings.error(
-                    f"{_label(annotation, images)}: {key!r} is {found}, but must be {rules[key]}: "
+                    f"{_label(annotation, images)}: {key!r} is {given}, but must be {rules[key]}: "
                     "the evaluation of a dataset in DATASETS.TEST reads it"
                 )

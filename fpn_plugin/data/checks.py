@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -17,16 +17,14 @@ from detectron2.utils.file_io import PathManager
 from fpn_plugin.plain_files import read_pickle
 
 from .annotation_checks import check_annotations, check_categories, check_images
-from .coco_json import read_json
-from .file_names import name_fault
-from .findings import DatasetError, Findings
-from .image_checks import check_pictures
+from .coco_json import DatasetError, Findings, read_json
+from .image_checks import check_image_files, name_fault
 
-__all__ = ["IMAGE_CHECKS", "DatasetError", "Report", "check_config_datasets", "check_dataset"]
+__all__ = ["IMAGE_CHECKS", "Report", "check_config_datasets", "check_dataset"]
 
 IMAGE_CHECKS = ("auto", "full", "headers", "annotations", "off")
 _FULL_LIMIT, _HEADERS_LIMIT = 5_000, 20_000
-_DONE = {
+_CHECKED = {
     "full": "annotations, and every image decoded",
     "headers": "annotations, and every image's existence and size (not decoded)",
     "annotations": "annotations only (no image opened)",
@@ -50,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked, and what was found that is no error.
+    """What was checked of a dataset without errors.
 
     Attributes:
         name: of the dataset.
@@ -59,7 +57,7 @@ class Report:
         num_images: images in the JSON.
         num_annotations: annotations in the JSON.
         classes: names of the categories, in the order of their ids.
-        warnings: count of each kind of warning.
+        warnings: how often each warning was found.
     """
 
     name: str
@@ -69,17 +67,6 @@ class Report:
     num_annotations: int = 0
     classes: tuple[str, ...] = ()
     warnings: dict[str, int] = field(default_factory=dict)
-
-
-class _Task(NamedTuple):
-    """What a dataset is checked for: the arguments of :func:`check_dataset`."""
-
-    images: str
-    training: bool
-    masks: bool
-    evaluation: bool
-    outside: bool
-    polygons: bool
 
 
 def check_dataset(
@@ -95,21 +82,21 @@ def check_dataset(
 
     Args:
         name: as in ``DatasetCatalog``.
-        images: how the pictures are checked: "full" (decode all), "headers" (existence and size),
-            "annotations" (not at all), "off" (no check of anything), or "auto": full up to 5,000
-            pictures, headers up to 20,000, annotations above.
+        images: how the image files are checked: "full" (decode all), "headers" (existence and
+            size), "annotations" (not at all), "off" (no check of anything), or "auto": full up to
+            5,000 images, headers up to 20,000, annotations above.
         training: False for a dataset that is only evaluated, which may lack ``annotations``
             (COCO's own test sets do).
         masks: whether every annotation must have a ``segmentation``.
         evaluation: whether every annotation must have what its evaluator reads: ``area``, and
-            ``iscrowd`` unless it is LVIS's. Always so if ``training`` is False.
+            ``iscrowd`` unless it is LVIS's. Implied if ``training`` is False.
         outside: whether its JSON may name files outside of the image folder.
-        polygons: whether training takes masks as polygons alone (``INPUT.MASK_FORMAT``).
+        polygons: whether training accepts masks as polygons only (``INPUT.MASK_FORMAT``).
 
     Raises:
         KeyError: the dataset is not registered.
         ValueError: ``images`` is none of the above.
-        DatasetError: the dataset has errors, all of which the message counts.
+        DatasetError: the dataset has errors; the message counts them all.
     """
     if images not in IMAGE_CHECKS:
         raise ValueError(f"DATASETS.CHECK is {images!r}, choose from {', '.join(IMAGE_CHECKS)}")
@@ -122,49 +109,47 @@ def check_dataset(
         return Report(name, str(json_file or ""), "off")
     content = _read(name, metadata)
     findings = Findings(str(json_file))
-    task = _Task(images, training, masks, evaluation or not training, outside, polygons)
-    report = _check_content(name, content, metadata, task, findings)
-    for line in findings.warning_lines():
-        logger.warning("Dataset %s: %s", name, line)
-    findings.raise_errors()
-    logger.info(
-        "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
-        *(name, report.num_images, report.num_annotations, len(report.classes)),
-        _DONE[report.level],
-    )
-    return report
-
-
-def _check_content(
-    name: str, content: dict[str, Any], metadata: Any, task: _Task, findings: Findings
-) -> Report:
-    evaluator = metadata.get("evaluator_type")
+    evaluator = str(metadata.get("evaluator_type"))
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
-    records = check_images(content, findings, task.outside)
+    records = check_images(content, findings, outside)
     if panoptic := metadata.get("panoptic_json"):
-        _check_panoptic_names(str(panoptic), findings, task.outside)
-    annotations = 0
-    if task.training or "annotations" in content:
-        keys = _EVALUATION_KEYS.get(str(evaluator), ()) if task.evaluation else ()
-        masks = task.masks and (task.training or bool(keys))
-        polygons = task.polygons and task.training
-        annotations = check_annotations(
+        _check_panoptic_names(str(panoptic), findings, outside)
+    num_annotations = 0
+    if training or "annotations" in content:
+        keys = _EVALUATION_KEYS.get(evaluator, ()) if evaluation or not training else ()
+        masks, polygons = masks and (training or bool(keys)), polygons and training
+        num_annotations = check_annotations(
             content, records, categories, findings, masks, keys, polygons
         )
     else:
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
-    level = task.images
-    if level == "auto":
-        level = "full" if len(records) <= _FULL_LIMIT else "headers"
-        level = level if len(records) <= _HEADERS_LIMIT else "annotations"
+    level = _image_check(images, len(records))
     if level != "annotations":
         folder = PathManager.get_local_path(str(metadata.get("image_root", "")))
-        check_pictures(records.values(), folder, level == "full", findings)
+        check_image_files(records.values(), folder, level == "full", findings)
+    for line in findings.warning_lines():
+        logger.warning("Dataset %s: %s", name, line)
+    findings.raise_errors()
     classes = tuple(categories[key] for key in sorted(categories))
-    counts = (len(records), annotations)
-    return Report(name, findings.source, level, *counts, classes, dict(findings.counts))
+    counts = (len(records), num_annotations)
+    report = Report(name, findings.source, level, *counts, classes, dict(findings.counts))
+    logger.info(
+        "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
+        *(name, report.num_images, report.num_annotations, len(report.classes)),
+        _CHECKED[level],
+    )
+    return report
+
+
+def _image_check(images: str, num_images: int) -> str:
+    """How the image files are checked, with "auto" decided by their number."""
+    if images != "auto":
+        return images
+    if num_images <= _FULL_LIMIT:
+        return "full"
+    return "headers" if num_images <= _HEADERS_LIMIT else "annotations"
 
 
 def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
@@ -189,7 +174,7 @@ def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
 def _check_panoptic_names(path: str, findings: Findings, outside: bool) -> None:
     """Check the names of the PNG files that the panoptic evaluator reads."""
     local = PathManager.get_local_path(path)
-    content = read_json(local) if os.path.isfile(local) else {}  # else Detectron2 says so
+    content = read_json(local) if os.path.isfile(local) else {}  # Detectron2 reports its absence
     records = content.get("annotations")
     for record in records if isinstance(records, list) else ():
         name = record.get("file_name") if isinstance(record, dict) else None
@@ -215,11 +200,11 @@ def _read(name: str, metadata: Any) -> dict[str, Any]:
 
 
 def check_config_datasets(cfg: CfgNode) -> list[Report]:
-    """Check every dataset of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` once, as a config asks for.
+    """Check every dataset of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` once, as the config asks.
 
-    Also compares the datasets' classes with each other, since another order would give a wrong AP,
-    and their number with the model's, since too many would end in a CUDA assertion and too few
-    would go unnoticed.
+    Also compares the datasets' classes with each other, since a different order gives a wrong AP,
+    and their number with the model's, since too many end in a CUDA assertion and too few go
+    unnoticed.
 
     Raises:
         KeyError: a dataset is not registered.
@@ -236,13 +221,13 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     polygons = masks and cfg.INPUT.MASK_FORMAT == "polygon"
     for name in training + testing:
         _require_registered(name)
-    # Bad training images are skipped when they come, unless AP is computed from them too.
+    # The loader skips bad training images; those that AP is computed from must be good.
     skip = cfg.DATALOADER.ON_ERROR == "skip" and level in ("auto", "full", "headers")
     reports = []
     for name in training:
         tested = name in cfg.DATASETS.TEST
-        pictures = "annotations" if skip and not tested else level
-        reports.append(check_dataset(name, pictures, True, masks, tested, outside, polygons))
+        images = "annotations" if skip and not tested else level
+        reports.append(check_dataset(name, images, True, masks, tested, outside, polygons))
     reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]
     if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
         _compare_classes([report for report in reports if report.level != "off"])
@@ -252,7 +237,7 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
 
 
 def _check_proposal_files(cfg: CfgNode) -> None:
-    """Read what Detectron2 will unpickle, whatever it calls, by what admits arrays alone."""
+    """Read the files that Detectron2 will unpickle by a reader that runs none of their code."""
     if not cfg.MODEL.LOAD_PROPOSALS:
         return
     for split in ("TRAIN", "TEST"):
@@ -265,17 +250,17 @@ def _check_proposal_files(cfg: CfgNode) -> None:
 
 
 def _compare_classes(reports: list[Report]) -> None:
-    """A model knows classes by their place in the order of the ids, not by name or id."""
+    """Compare the classes in the order of their ids: a model knows them by their index only."""
     for other in reports[1:]:
         first = reports[0]
         if other.classes == first.classes:
             continue
         pairs = enumerate(zip_longest(first.classes, other.classes))
-        place, names = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        index, names = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         here, there = ("no class" if name is None else repr(name) for name in names)
         raise ValueError(
             "the datasets in DATASETS.TRAIN and DATASETS.TEST must have the same categories in the "
-            f"order of their ids, but class {place} is {here} in {first.name} and {there} in "
+            f"order of their ids, but class {index} is {here} in {first.name} and {there} in "
             f"{other.name}:\n  {_class_list(first)}\n  {_class_list(other)}"
         )
 
@@ -289,10 +274,10 @@ def _check_class_count(cfg: CfgNode, report: Report) -> None:
     section = _CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
     if section is None or report.level == "off":
         return
-    expected, found = cfg.MODEL[section].NUM_CLASSES, len(report.classes)
-    if expected != found:
-        names = ", ".join(report.classes[:10]) + (", …" if found > 10 else "")
+    expected, count = cfg.MODEL[section].NUM_CLASSES, len(report.classes)
+    if expected != count:
+        names = ", ".join(report.classes[:10]) + (", …" if count > 10 else "")
         raise ValueError(
             f"MODEL.{section}.NUM_CLASSES is {expected}, but dataset {report.name} "
-            f"({report.json_file}) has {found} categories: {names}"
+            f"({report.json_file}) has {count} categories: {names}"
         )

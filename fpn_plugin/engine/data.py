@@ -1,8 +1,9 @@
-"""The training loader: Detectron2's samplers and mapper, able to go on at any iteration.
+"""The training loader: Detectron2's samplers and mapper, resumable at any iteration.
 
-Which images make a batch is decided in the sampler, before any image is read, and what a sample's
-augmentation draws follows from its position alone. So the batches are a function of the run's seed
-and the iteration, for any number of workers; a resumed run skips what is done without loading it.
+The sampler decides which images make a batch before any image is read, and a sample's augmentation
+is seeded by its position in the sampler's order. So the batches are a function of the run's seed
+and the iteration, for any number of workers, and a resumed run skips finished batches without
+loading them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from PIL import Image
 
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
 from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
-from fpn_plugin.engine.image_cache import CachedMapper
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
 logger = logging.getLogger(__name__)
@@ -31,22 +31,29 @@ logger = logging.getLogger(__name__)
 _MAPPER_TRIES = 100
 
 
-class Token(NamedTuple):
-    """A sample of this process: its position in the sampler's order, its index in the dataset."""
+class SampleKey(NamedTuple):
+    """One sample of this process.
+
+    Attributes:
+        position: in the sampler's order; no two samples of a run share it.
+        image: its index in the dataset.
+    """
 
     position: int
-    item: int
+    image: int
 
 
 class ResumableSampler(torchdata.Sampler):
-    """Yields the tokens of whole batches, from any batch on.
+    """Yields the keys of whole batches, starting at any batch.
 
     Args:
-        sampler: an endless sampler of this process's indices that starts over, in the same order,
-            each time it is iterated; Detectron2's training samplers do.
+        sampler: an endless sampler of this process's indices that gives the same order each time it
+            is iterated, as Detectron2's training samplers do.
         batch_size: images per batch of this process.
-        groups: the group of every dataset index; a batch holds images of one group. None: no
-            grouping.
+        groups: the group of every dataset index, if a batch shall hold images of one group only.
+
+    Attributes:
+        start_batch: how many batches the run has done; to be set before iteration.
     """
 
     def __init__(
@@ -55,38 +62,37 @@ class ResumableSampler(torchdata.Sampler):
         self.sampler = sampler
         self.batch_size = batch_size
         self.groups = groups
-        # Set before iteration: how many batches the run has done.
         self.start_batch = 0
 
-    def __iter__(self) -> Iterator[Token]:
+    def __iter__(self) -> Iterator[SampleKey]:
         for number, batch in enumerate(self._batches()):
             if number >= self.start_batch:
                 yield from batch
 
-    def _batches(self) -> Iterator[list[Token]]:
-        buckets: dict[int, list[Token]] = {}
+    def _batches(self) -> Iterator[list[SampleKey]]:
+        buckets: dict[int, list[SampleKey]] = {}
         for position, index in enumerate(self.sampler):
             group = self.groups[index] if self.groups is not None else 0
             bucket = buckets.setdefault(group, [])
-            bucket.append(Token(position, index))
+            bucket.append(SampleKey(position, index))
             if len(bucket) == self.batch_size:
                 del buckets[group]
                 yield bucket
 
 
 class SeededDataset(torchdata.Dataset):
-    """Maps a token to a training sample, with a seed that follows from the token.
+    """Maps a key to a training sample, seeded by the key's position.
 
-    Detectron2's MapDataset is not used because its replacement for a sample that the mapper
-    refuses (returns None for) depends on what the worker did before; here it is drawn from the
-    token's seed as well.
+    Detectron2's MapDataset does not do: the image with which it replaces one that the mapper
+    refuses (returns None for) depends on what the worker did before. Here it is drawn from the
+    sample's seed, too.
 
     Args:
         dataset: dataset dicts by index.
-        mapper: a dataset dict -> the model's input, or None to refuse it.
+        mapper: a dataset dict -> the model's input, or None to refuse the image.
         seed: the run's seed.
-        skip: whether an image that cannot be read is treated as if it were refused. The sample that
-            comes in its place has the files and their errors under "skipped".
+        skip: whether an image that cannot be read counts as refused. The sample that replaces it
+            has pairs of file and error under "skipped".
     """
 
     def __init__(
@@ -105,24 +111,24 @@ class SeededDataset(torchdata.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, token: Token) -> Any:
+    def __getitem__(self, key: SampleKey) -> Any:
         skipped: list[tuple[str, str]] = []
         for attempt in range(_MAPPER_TRIES):
-            # The seed covers which image replaces a refused one, so a retry needs its own.
-            seed = derive_seed(self.seed, SAMPLE_STREAM, self.rank, token.position, attempt)
-            index = token.item if attempt == 0 else seed % len(self)
+            # The seed also chooses the image that replaces a refused one.
+            seed = derive_seed(self.seed, SAMPLE_STREAM, self.rank, key.position, attempt)
+            index = key.image if attempt == 0 else seed % len(self)
             with seeded(seed):
                 sample = self._map(index, skipped)
             if sample is not None:
                 return {**sample, SKIPPED: skipped} if skipped else sample
         first = f" ({': '.join(skipped[0])})" if skipped else ""
         raise ValueError(
-            f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {token.item}"
+            f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {key.image}"
             f"{first}"
         )
 
     def _map(self, index: int, skipped: list[tuple[str, str]]) -> Any:
-        """The sample of an image, or None."""
+        """The sample of an image, or None if the image is refused or skipped."""
         try:
             return self.mapper(self.dataset[index])
         except READ_ERRORS as error:
@@ -140,36 +146,35 @@ class SeededDataset(torchdata.Dataset):
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> Any:
-    """Detectron2's `build_detection_train_loader`, resumable: see the module's docstring.
+    """Detectron2's `build_detection_train_loader`, but resumable by :func:`start_at`.
 
     Args:
-        cfg: with `SEED` not negative; Detectron2's keys keep their meaning.
+        cfg: with a `SEED` that is not negative; Detectron2's keys keep their meaning.
         mapper: by default Detectron2's DatasetMapper for training.
 
     Returns:
-        a DataLoader that gives lists of mapped samples; pass it to :func:`start_at` before it is
-        iterated.
+        A DataLoader of lists of mapped samples.
 
     Raises:
-        ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes, or a key of
-            DATALOADER does not fit.
+        ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes, no image is
+            left to train on, or a key of DATALOADER does not fit.
         KeyError: if DATALOADER.ON_ERROR is unknown.
     """
     batch_size = _batch_per_process(cfg)
     skip = check_on_error(cfg.DATALOADER.ON_ERROR) == "skip"
-    dataset = _training_dicts(cfg)
+    dataset = load_training_dicts(cfg)
     mapper = mapper or DatasetMapper(cfg, is_train=True)
-    if cfg.DATALOADER.CACHE_IMAGES:
-        mapper = CachedMapper(mapper, cfg.DATALOADER.CACHE_IMAGES, cfg.INPUT.FORMAT)
     if isinstance(dataset, torchdata.IterableDataset):
         if skip:
             raise ValueError(f"{KEY} 'skip': DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a stream")
         logger.warning(
             "DATASETS.TRAIN %s is a stream: a resumed run starts it over", cfg.DATASETS.TRAIN
         )
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset, **_options(cfg))
+        return build_detection_train_loader(
+            cfg, mapper=mapper, dataset=dataset, **loader_options(cfg)
+        )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    groups = [_is_wide(record) for record in dataset] if grouped else None
+    groups = [_aspect_group(record) for record in dataset] if grouped else None
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
     sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), batch_size, groups)
@@ -180,17 +185,16 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        # Without a generator of its own the loader would draw from the training step's.
-        seed=cfg.SEED,
-        **_options(cfg),
+        seed=cfg.SEED,  # otherwise the loader draws from the training step's generator
+        **loader_options(cfg),
     )
 
 
-def _options(cfg: CfgNode) -> dict[str, Any]:
-    """What of `DATALOADER` torch's DataLoader is given beside Detectron2's own arguments.
+def loader_options(cfg: CfgNode) -> dict[str, Any]:
+    """The keyword arguments of torch's DataLoader that our keys of `DATALOADER` set.
 
     Raises:
-        ValueError: naming the key, if it is for workers and there are none, or is negative.
+        ValueError: if a key is negative, or is for workers and there are none.
     """
     loader = cfg.DATALOADER
     options: dict[str, Any] = {"pin_memory": loader.PIN_MEMORY}
@@ -211,17 +215,17 @@ def _options(cfg: CfgNode) -> dict[str, Any]:
 
 
 def start_at(loader: Any, iteration: int) -> None:
-    """Let a loader of :func:`build_train_loader` begin with the batch of this iteration."""
+    """Make a loader of :func:`build_train_loader` start with the batch of this iteration."""
     sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
     if isinstance(sampler, ResumableSampler):
         sampler.start_batch = iteration
 
 
-def _training_dicts(cfg: CfgNode) -> Any:
-    """The records of `DATASETS.TRAIN`.
+def load_training_dicts(cfg: CfgNode) -> Any:
+    """The dataset dicts of `DATASETS.TRAIN`, filtered as `DATALOADER` and `MODEL` ask.
 
     Raises:
-        ValueError: if none is left that could be trained on.
+        ValueError: if none is left to train on.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     try:
@@ -231,15 +235,14 @@ def _training_dicts(cfg: CfgNode) -> Any:
             min_keypoints=keypoints,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    except AssertionError as error:  # Detectron2's word for a dataset that nothing is left of
+    except AssertionError as error:  # Detectron2's error for a dataset without images
         raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
 
 
 def _detectron2_sampler(cfg: CfgNode, dataset: Any) -> torchdata.Sampler:
-    """Detectron2's sampler of `DATALOADER.SAMPLER_TRAIN`, with every seed from the run's.
+    """Detectron2's sampler of `DATALOADER.SAMPLER_TRAIN`, seeded by the run's seed.
 
-    Only some of its samplers can be given a seed; the rest draw one from numpy, so it is numpy
-    that is seeded.
+    Not all of its samplers accept a seed; the others draw one from numpy, so numpy is seeded.
     """
     with seeded(cfg.SEED):
         loader = build_detection_train_loader(
@@ -262,8 +265,8 @@ def _batch_per_process(cfg: CfgNode) -> int:
     return total // processes
 
 
-def _is_wide(record: dict[str, Any]) -> int:
-    """1 for an image that is wider than high: Detectron2's two aspect ratio groups."""
+def _aspect_group(record: dict[str, Any]) -> int:
+    """Detectron2's aspect ratio group: 1 for an image that is wider than high, else 0."""
     if "width" in record and "height" in record:
         return int(record["width"] > record["height"])
     with Image.open(record["file_name"]) as image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import Any, Callable, Sequence
@@ -22,14 +23,15 @@ from detectron2.evaluation import (
 from detectron2.evaluation.coco_evaluation import COCOeval_opt, _evaluate_predictions_on_coco
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.engine.size_bins import SizeBinEvaluator, check_config
+from fpn_plugin.engine.size_bins import SizeBinEvaluator, check_size_bins
 from fpn_plugin.registry import Registry
 
 EvaluatorBuilder = Callable[[CfgNode, str, str], "list[DatasetEvaluator]"]
 EVALUATORS: Registry[EvaluatorBuilder] = Registry("evaluator_type")
-# What Detectron2's evaluators import, some only while they evaluate, and pip's name for it.
+# What Detectron2's evaluators import, some only while they evaluate, and what to give pip.
 # panopticapi is on no package index.
 _CITYSCAPES = ("cityscapesscripts", "'fpn_plugin[cityscapes]'")
 _PACKAGES = {
@@ -41,12 +43,13 @@ _PACKAGES = {
 
 
 class InstanceEvaluator(SizeBinEvaluator):
-    """Detectron2's with AP by size bins and any `COCOeval`, also for proposals that were scored in
-    bfloat16, which numpy does not have.
+    """Detectron2's `COCOEvaluator` with AP by size bins and any `COCOeval`.
+
+    It also takes proposals that were scored in bfloat16, which numpy does not have.
 
     Args:
-        tasks: of bbox, segm and keypoints; None for what the predictions have.
-        cocoeval: what computes the metrics; see :func:`coco_eval_class`.
+        tasks: some of bbox, segm and keypoints; None for those that the predictions have.
+        cocoeval: the class that computes the metrics; see :func:`coco_eval_class`.
         options: of Detectron2's evaluator, and `size_bins`.
 
     Raises:
@@ -62,18 +65,18 @@ class InstanceEvaluator(SizeBinEvaluator):
         **options: Any,
     ) -> None:
         super().__init__(dataset_name, **options)
-        self._asked = tasks
+        self._requested_tasks = tasks
         self._cocoeval = cocoeval
         self._use_fast_impl = cocoeval is not COCOeval  # for Detectron2's log
-        odd = [key for key in self._coco_api.getImgIds() if not isinstance(key, int)]
-        if odd and cocoeval not in (COCOeval, COCOeval_opt):
+        others = [key for key in self._coco_api.getImgIds() if not isinstance(key, int)]
+        if others and cocoeval not in (COCOeval, COCOeval_opt):
             raise ValueError(
                 f"TEST.FAST_COCO_EVAL: image ids of {dataset_name!r} must be whole numbers, but one"
-                f" is {odd[0]!r}; choose False"
+                f" is {others[0]!r}; choose False"
             )
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
-        """Take in the outputs for a batch of images."""
+        """Add the outputs for a batch of images."""
         super().process(inputs, outputs)
         for prediction in self._predictions[-len(inputs) :]:
             if "proposals" in prediction:
@@ -81,12 +84,12 @@ class InstanceEvaluator(SizeBinEvaluator):
                 proposals.objectness_logits = proposals.objectness_logits.float()
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        super()._eval_predictions(predictions, img_ids)  # all but the tasks
+        super()._eval_predictions(predictions, img_ids)  # does all but compute metrics
         if not self._do_evaluation:
             return
-        # with the dataset's own category ids by now
+        # It has also replaced the category ids by the dataset's.
         results = [result for prediction in predictions for result in prediction["instances"]]
-        for task in sorted(self._asked or super()._tasks_from_predictions(results)):
+        for task in sorted(self._requested_tasks or super()._tasks_from_predictions(results)):
             evaluated = results and _evaluate_predictions_on_coco(
                 self._coco_api,
                 results,
@@ -100,23 +103,40 @@ class InstanceEvaluator(SizeBinEvaluator):
             self._results[task] = self._derive_coco_results(evaluated or None, task, names)
 
     def _tasks_from_predictions(self, predictions: Any) -> list[str]:
-        """None: Detectron2's loop over the tasks has its `COCOeval` built in."""
+        """None, to skip Detectron2's loop over the tasks, which has its `COCOeval` built in."""
         return []
 
 
 def coco_eval_class(cfg: CfgNode) -> type[COCOeval]:
-    """What computes COCO's metrics: pycocotools' `COCOeval`, or what gives the same faster.
+    """The class that computes COCO's metrics; all give the same numbers.
 
-    That is Detectron2's where it is compiled, or by `TEST.FAST_COCO_EVAL` faster-coco-eval's.
-    `params` are to be set before `evaluate()`; `evalImgs` may be missing.
+    It is Detectron2's compiled one, or pycocotools' `COCOeval` where that is not compiled. With
+    `TEST.FAST_COCO_EVAL` it is faster-coco-eval's, whose `evaluate()` computes everything: `params`
+    are set before it, and there is no `evalImgs`.
 
     Raises:
-        ImportError: if the package is not installed; it names the key.
+        ImportError: if faster-coco-eval is not installed; the message names the key.
     """
     if not cfg.TEST.FAST_COCO_EVAL:
         return COCOeval_opt
     _require("faster_coco_eval", "'fpn_plugin[fast_eval]'", "TEST.FAST_COCO_EVAL: True")
-    from fpn_plugin.engine.fast_coco_eval import FastCOCOeval
+    return _fast_coco_eval()
+
+
+@functools.cache
+def _fast_coco_eval() -> type[COCOeval]:
+    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+
+    class FastCOCOeval(COCOeval_faster):
+        """faster-coco-eval's class on pycocotools' annotations, in place of its own `COCO`."""
+
+        def __init__(self, truth: COCO, detections: COCO, iou_type: str) -> None:
+            # Given the annotations here, it would take the categories of keypoints from what only
+            # its own COCO class has, and leave out categories without annotations.
+            super().__init__(iouType=iou_type, print_function=print)
+            self.cocoGt, self.cocoDt = truth, detections
+            self.params.imgIds = sorted(truth.getImgIds())
+            self.params.catIds = sorted(truth.getCatIds())
 
     return FastCOCOeval
 
@@ -142,9 +162,9 @@ def _sem_seg(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
 
 
 def _read_labels(path: str, dtype: Any = None) -> np.ndarray:
-    """A picture of class labels, `(H, W)`, as an array of its own: the evaluator writes into it.
+    """Read an image of class labels `(H, W)` into an array that the evaluator may write to.
 
-    In place of Detectron2's, whose `np.array(..., copy=False)` is an error in numpy 2.
+    Replaces Detectron2's function, whose `np.array(..., copy=False)` is an error in numpy 2.
     """
     with PathManager.open(path, "rb") as file:
         return np.array(Image.open(file), dtype=dtype)
@@ -183,11 +203,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str = "") ->
     """The evaluator of a registered dataset.
 
     Args:
-        output_folder: where it writes its files. By default `OUTPUT_DIR/inference`, with a folder
-            per dataset in it when `DATASETS.TEST` names several.
+        output_folder: where it writes its files. By default `OUTPUT_DIR/inference`, or a folder per
+            dataset in it if `DATASETS.TEST` names several.
 
     Raises:
-        KeyError: if the dataset's `evaluator_type` is missing or unknown; it names the choices.
+        KeyError: if the dataset's `evaluator_type` is missing or unknown.
         ImportError: if the evaluator needs a package that is not installed.
     """
     if not output_folder:
@@ -202,30 +222,29 @@ def check_evaluators(cfg: CfgNode) -> None:
     """Check that every dataset of `DATASETS.TEST` can be evaluated, before hours of training.
 
     Raises:
-        KeyError: if a dataset's `evaluator_type` is missing or unknown; it names the choices.
-        ImportError: if an evaluator, or `TEST.FAST_COCO_EVAL`, needs a package that is not
-            installed.
+        KeyError: if a dataset's `evaluator_type` is missing or unknown.
+        ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
         ValueError: for a bad `TEST.SIZE_BINS`.
     """
-    check_config(cfg)
+    check_size_bins(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
     coco_eval_class(cfg)
 
 
 def _find_builder(dataset_name: str) -> EvaluatorBuilder:
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     build = EVALUATORS.get(
-        kind, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)"
+        evaluator_type, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)"
     )
-    if kind in _PACKAGES:
-        who = f"DATASETS.TEST {dataset_name!r}: its evaluator_type {kind!r}"
-        _require(*_PACKAGES[kind], who)
+    if evaluator_type in _PACKAGES:
+        user = f"DATASETS.TEST {dataset_name!r}: its evaluator_type {evaluator_type!r}"
+        _require(*_PACKAGES[evaluator_type], user)
     return build
 
 
-def _require(module: str, source: str, who: str) -> None:
+def _require(module: str, source: str, user: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{who} needs {module}: pip install {source}") from error
+        raise ImportError(f"{user} needs {module}: pip install {source}") from error

@@ -1,4 +1,4 @@
-"""Randomness as a function of the run's seed and a position: a resumed run draws the same."""
+"""Seeds that follow from the run's seed and a position: a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-# Streams keep the numbers of a training step apart from those of a sample at the same position.
+# A training step and a sample at the same position draw different numbers.
 STEP_STREAM = 0
 SAMPLE_STREAM = 1
 
 
 def derive_seed(*parts: int) -> int:
-    """A 32-bit seed from all parts: equal for equal parts, unrelated for neighbours.
+    """A 32-bit seed: equal for equal parts, unrelated for parts that differ by one.
 
     Args:
-        parts: the run's seed first, then what identifies the position; none is negative.
+        parts: the run's seed, then what identifies the position; not negative.
     """
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
@@ -34,10 +34,9 @@ def seed_all(seed: int) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block on the CPU under a seed, and leave the generators outside as they were."""
+    """Seed the CPU's generators within a block and restore their states afterwards."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    # Not torch.manual_seed: that would also reset the GPUs' generators, which belong to the
-    # training step.
+    # Not torch.manual_seed, which would also seed the GPUs' generators: the training step's.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -52,8 +51,8 @@ def seeded(seed: int) -> Iterator[None]:
 class SeedHook(HookBase):
     """Seeds every training step from the run's seed, the iteration and the rank.
 
-    What a step draws (RPN and ROI sampling, dropout) then depends on nothing that happened before
-    it: neither on an evaluation in between nor on whether the run was interrupted.
+    What a step draws (RPN and ROI sampling, dropout) then depends neither on an evaluation before
+    it nor on whether the run was interrupted.
     """
 
     def __init__(self, seed: int) -> None:
@@ -64,9 +63,9 @@ class SeedHook(HookBase):
         seed_all(derive_seed(self.seed, STEP_STREAM, comm.get_rank(), self.trainer.iter))
 
     def state_dict(self) -> dict[str, int]:
-        """The run's seed goes into the checkpoint."""
+        """The run's seed, for the checkpoint."""
         return {"seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The run goes on with the seed it was started with."""
+        """Continue with the seed that the run was started with."""
         self.seed = state["seed"]

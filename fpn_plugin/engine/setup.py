@@ -62,7 +62,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
     setup_logger(name="fpn_plugin")
-    cfg = register_own(load_config(args))
+    alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
+    cfg = register_own(load_config(args), keep_json=alone)
     choose_device(cfg)
     if cfg.MODEL.BACKBONE.NAME == "build_pyramid_backbone":
         validate_config(cfg)  # also when the model is built, but that is after the data was read
@@ -148,7 +149,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(decided)[0]
     write_pixels(cfg, pixels)
     cfg.SEED = _run_seed(cfg, args.resume)
-    register_own(cfg)  # again, for a process that was launched
+    register_own(cfg, keep_json=comm.is_main_process())  # again, for a process that was launched
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # neither read nor checked
     _share_cores(cfg)

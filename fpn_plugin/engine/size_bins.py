@@ -1,8 +1,7 @@
-"""AP by finer size bins than COCO's three, with which pyramids that differ by scale can be told
-apart.
+"""AP by finer size bins than COCO's three, which show at what scale two pyramids differ.
 
-Edges are sides in pixels: an object belongs to the bin in which the square root of its area lies.
-As with COCO's own, one whose area is exactly an edge's belongs to the bins on both sides of it.
+Edges are side lengths in pixels: an object belongs to the bin that holds the square root of its
+area. As with COCO's own bins, an object exactly on an edge belongs to both bins beside it.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from detectron2.evaluation import COCOEvaluator
 from tabulate import tabulate
 
 KEY = "TEST.SIZE_BINS"
-_LARGEST = 1e5  # pixels of side: COCO's own end of its last bin
-_WITH_COCO = ("coco", "coco_panoptic_seg")
+_LARGEST = 1e5  # side in pixels at which COCO's last bin ends
+_COCO_EVALUATORS = ("coco", "coco_panoptic_seg")
 
 logger = logging.getLogger(__name__)
 
 
 def check_edges(edges: Any, key: str = KEY) -> list[float]:
-    """The edges of bins, if they are some; an empty list for no bins.
+    """Check the edges between bins and return them; an empty list means no bins.
 
     Args:
         key: the config key or the option that the error names.
 
     Raises:
-        ValueError: unless they are increasing positive numbers.
+        ValueError: if they are not increasing positive numbers.
     """
     numbers = isinstance(edges, (list, tuple)) and all(
         isinstance(edge, (int, float)) and not isinstance(edge, bool) and 0 < edge < _LARGEST
@@ -47,8 +46,8 @@ def check_edges(edges: Any, key: str = KEY) -> list[float]:
     return list(edges)
 
 
-def check_config(cfg: CfgNode) -> None:
-    """Check `TEST.SIZE_BINS`, and warn of test sets that it does nothing for.
+def check_size_bins(cfg: CfgNode) -> None:
+    """Check `TEST.SIZE_BINS`, and warn of test sets that it has no effect on.
 
     Raises:
         ValueError: naming the key and its value.
@@ -56,13 +55,15 @@ def check_config(cfg: CfgNode) -> None:
     if not check_edges(cfg.TEST.SIZE_BINS):
         return
     for name in cfg.DATASETS.TEST:
-        kind = MetadataCatalog.get(name).get("evaluator_type", None)
-        if kind not in _WITH_COCO:
-            logger.warning("%s does nothing for %s, whose evaluator_type is %r", KEY, name, kind)
+        evaluator_type = MetadataCatalog.get(name).get("evaluator_type", None)
+        if evaluator_type not in _COCO_EVALUATORS:
+            logger.warning(
+                "%s does nothing for %s, whose evaluator_type is %r", KEY, name, evaluator_type
+            )
 
 
 def bin_names(edges: Sequence[float]) -> list[str]:
-    """ "0-8", "8-16", …, "256-inf"; no names without edges."""
+    """The bins' names: "0-8", "8-16", …, "256-inf"; none without edges."""
     ends = [f"{edge:g}" for edge in (0, *edges)]
     return [f"{low}-{high}" for low, high in zip(ends, [*ends[1:], "inf"])] if edges else []
 
@@ -73,44 +74,44 @@ def area_ranges(edges: Sequence[float]) -> list[list[float]]:
     return [[low, high] for low, high in zip(ends, ends[1:])] if edges else []
 
 
-def ap_of(precision: np.ndarray) -> float:
-    """AP in percent from a part of pycocotools' precisions; nan where there is no object."""
+def mean_precision(precision: np.ndarray) -> float:
+    """AP in percent over a part of pycocotools' `precision`; nan if that has no object."""
     valid = precision[precision > -1]
     return float(np.mean(valid) * 100) if valid.size else math.nan
 
 
 def count_objects(coco: Any, image_ids: Sequence[Any], edges: Sequence[float]) -> list[int]:
-    """The objects of each bin, crowds left out."""
-    found = coco.loadAnns(coco.getAnnIds(imgIds=image_ids, iscrowd=False))
-    areas = np.array([annotation["area"] for annotation in found])
+    """The number of objects in each bin, without crowds."""
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=image_ids, iscrowd=False))
+    areas = np.array([annotation["area"] for annotation in annotations])
     return [int(((areas >= low) & (areas <= high)).sum()) for low, high in area_ranges(edges)]
 
 
 def ap_by_bin(evaluation: Any, edges: Sequence[float]) -> list[float]:
-    """AP of each bin in percent, nan for one without objects.
+    """AP of each bin in percent, nan for a bin without objects.
 
     Args:
-        evaluation: a COCOeval, whose truth, detections and images are evaluated again.
+        evaluation: a `COCOeval`; its truth, detections and images are evaluated once more.
     """
-    again = type(evaluation)(evaluation.cocoGt, evaluation.cocoDt, evaluation.params.iouType)
-    again.params.imgIds = evaluation.params.imgIds
-    again.params.maxDets = [evaluation.params.maxDets[-1]]
-    again.params.areaRng = area_ranges(edges)
-    again.params.areaRngLbl = bin_names(edges)
+    by_bin = type(evaluation)(evaluation.cocoGt, evaluation.cocoDt, evaluation.params.iouType)
+    by_bin.params.imgIds = evaluation.params.imgIds
+    by_bin.params.maxDets = [evaluation.params.maxDets[-1]]
+    by_bin.params.areaRng = area_ranges(edges)
+    by_bin.params.areaRngLbl = bin_names(edges)
     with contextlib.redirect_stdout(io.StringIO()):
-        again.evaluate()
-        again.accumulate()
-    # (IoU, recall, category, bin, detections)
-    return [ap_of(again.eval["precision"][:, :, :, i, 0]) for i in range(len(edges) + 1)]
+        by_bin.evaluate()
+        by_bin.accumulate()
+    precision = by_bin.eval["precision"]  # (IoU, recall, category, bin, detections)
+    return [mean_precision(precision[:, :, :, i, 0]) for i in range(len(edges) + 1)]
 
 
 class SizeBinEvaluator(COCOEvaluator):
-    """Detectron2's, and for boxes and masks AP and the number of objects by size bin.
+    """Detectron2's evaluator with AP and the number of objects by size bin, for boxes and masks.
 
-    `evaluate()` returns for "bbox" and "segm" also "AP@8-16" and "objects@8-16" for each bin.
+    The results of "bbox" and "segm" get "AP@8-16" and "objects@8-16" for each bin.
 
     Args:
-        size_bins: the sides in pixels between the bins; none by default.
+        size_bins: the sides in pixels between the bins; no bins by default.
     """
 
     def __init__(self, *args: Any, size_bins: Sequence[float] = (), **kwargs: Any) -> None:

@@ -14,24 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from detectron2.config import CfgNode, get_cfg
+from coco_data import config
 from detectron2.data.datasets import register_lvis_instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.config import add_fpn_config
 from fpn_plugin.data import DatasetError, check_config_datasets, check_dataset, register_coco_format
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("registry")
-
-
-def config(train: tuple[str, ...], test: tuple[str, ...]) -> CfgNode:
-    cfg = get_cfg()
-    add_fpn_config(cfg)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    return cfg
 
 
 @pytest.mark.parametrize("key, rule", [("area", "a number"), ("iscrowd", "0 or 1")])
@@ -65,8 +56,8 @@ def test_values_that_the_evaluation_cannot_use(
 def evaluate(json_file: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(json_file)
-        found = [{"image_id": 1, "category_id": 1, "bbox": [4, 4, 10, 12], "score": 0.5}]
-        COCOeval(truth, truth.loadRes(found), "bbox").evaluate()
+        results = [{"image_id": 1, "category_id": 1, "bbox": [4, 4, 10, 12], "score": 0.5}]
+        COCOeval(truth, truth.loadRes(results), "bbox").evaluate()
 
 
 ORDER = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
@@ -87,10 +78,7 @@ MORE = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "c
 def test_categories_of_all_datasets_agree(
     categories: Any, difference: str, names: str, sound: Any, write: Any
 ) -> None:
-    json_file, images = write(sound)
-    other = renumber(sound, categories, Path(json_file).with_name("other.json"))
-    register_coco_format("t", json_file, images)
-    register_coco_format("v", str(other), images)
+    register_both(sound, write, categories)
     files = rf"own\.json has 2: cat, dog\n.*other\.json has {names}$"
     cfg = config(("t",), ("v",))
     with pytest.raises(ValueError, match=rf"{difference}:\n.*{files}"):
@@ -101,37 +89,29 @@ def test_categories_of_all_datasets_agree(
     assert [report.level for report in check_config_datasets(cfg)] == ["off", "off"]
 
 
-def renumber(content: Any, categories: Any, path: Path) -> Path:
-    first, second = categories[0]["id"], categories[1]["id"]
+def register_both(content: Any, write: Any, categories: Any) -> None:
+    """Register a dataset as "t", and with other categories as "v"."""
+    register_coco_format("t", *write(content))
     for i, annotation in enumerate(content["annotations"]):
-        annotation["category_id"] = first if i % 2 else second
-    path.write_text(json.dumps({**content, "categories": categories}))
-    return path
+        annotation["category_id"] = categories[i % 2]["id"]
+    register_coco_format("v", *write({**content, "categories": categories}, "other.json"))
 
 
 def test_other_ids_in_the_same_order_agree(sound: Any, write: Any) -> None:
-    json_file, images = write(sound)
-    categories = [{"id": 7, "name": "dog"}, {"id": 5, "name": "cat"}]
-    other = renumber(sound, categories, Path(json_file).with_name("other.json"))
-    register_coco_format("t", json_file, images)
-    register_coco_format("v", str(other), images)
+    register_both(sound, write, [{"id": 7, "name": "dog"}, {"id": 5, "name": "cat"}])
     reports = check_config_datasets(config(("t",), ("v",)))
     assert [report.classes for report in reports] == [("cat", "dog")] * 2
 
 
 def test_proposals_have_no_classes(sound: Any, write: Any) -> None:
-    json_file, images = write(sound)
-    register_coco_format("t", json_file, images)
-    register_coco_format(
-        "v", str(renumber(sound, ORDER, Path(json_file).with_name("other.json"))), images
-    )
+    register_both(sound, write, ORDER)
     cfg = config(("t",), ("v",))
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     assert len(check_config_datasets(cfg)) == 2
 
 
 def lvis(content: Any, write: Any) -> None:
-    """Register ``content`` with the file names of LVIS v0.5, its pictures in ``val2017``."""
+    """Register ``content`` with the file names of LVIS v0.5, its images in ``val2017``."""
     for image in content["images"]:
         image["coco_url"] = f"http://images.cocodataset.org/val2017/{image['file_name']}"
         image["file_name"] = f"COCO_val2014_{image['file_name']}"
@@ -140,8 +120,8 @@ def lvis(content: Any, write: Any) -> None:
     json_file, images = write(content)
     folder = Path(images)
     (folder / "val2017").mkdir()
-    for picture in folder.glob("*.jpg"):
-        picture.rename(folder / "val2017" / picture.name)
+    for image_file in folder.glob("*.jpg"):
+        image_file.rename(folder / "val2017" / image_file.name)
     register_lvis_instances("t", {}, json_file, f"{images}/")
 
 
@@ -170,35 +150,24 @@ def test_coco_images_are_named_by_file_name(sound: Any, write: Any) -> None:
     assert check_dataset("t", "full").num_images == 2
 
 
-UTF8 = """
-import locale, sys
-assert locale.getpreferredencoding(False).lower().replace("-", "") != "utf8"
-from fpn_plugin.data import check_dataset, register_coco_format
-register_coco_format("t", *sys.argv[1:])
-print(ascii(check_dataset("t").classes[0]))
-"""
-
-
-def test_json_is_utf8_whatever_the_locale(sound: Any, write: Any) -> None:
-    sound["categories"][0]["name"] = "K\u00e4tzchen"
-    paths = write(json.dumps(sound, ensure_ascii=False))
-    assert b"K\xc3\xa4tzchen" in Path(paths[0]).read_bytes()
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    result = run([sys.executable, "-c", UTF8, *paths], ROOT, **locale)
-    assert (result.returncode, result.stdout.strip()) == (0, r"'K\xe4tzchen'"), result.stderr
-
-
-def test_command_of_the_readme_checks_by_hand(sound: Any, write: Any, tmp_path: Path) -> None:
+def test_command_of_the_readme_checks_by_hand_whatever_the_locale(
+    sound: Any, write: Any, tmp_path: Path
+) -> None:
     text = (ROOT / "datasets" / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^python -c .*check_dataset.*$", text, re.MULTILINE)
-    write(sound)
+    sound["categories"][0]["name"] = "K\u00e4tzchen"
+    write(json.dumps(sound, ensure_ascii=False))
     (tmp_path / "my").mkdir()
     (tmp_path / "own.json").rename(tmp_path / "my" / "val.json")
     (tmp_path / "images").rename(tmp_path / "my" / "val")
-    result = run([sys.executable, *shlex.split(line)[1:]], tmp_path)
-    assert result.returncode == 0 and "level='full', num_images=2" in result.stdout, result.stderr
-
-
-def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    # files are ASCII by default, the output is not
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf8"}
+    result = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        encoding="utf8",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "level='full', num_images=2" in result.stdout and "K\u00e4tzchen" in result.stdout

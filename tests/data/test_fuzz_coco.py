@@ -21,7 +21,7 @@ from PIL import Image
 
 from fpn_plugin import add_fpn_config
 from fpn_plugin.data import check_config_datasets, register_coco_format
-from fpn_plugin.engine.data import _training_dicts
+from fpn_plugin.engine.data import load_training_dicts
 
 NAME = "fuzz_coco"
 SQUARE = [[4, 4, 14, 4, 14, 16, 4, 16]]
@@ -81,7 +81,7 @@ def use(text: str, masks: bool, check: str) -> None:
         cfg = config(masks).clone()
         cfg.DATASETS.CHECK = check
         check_config_datasets(cfg)
-        records = _training_dicts(cfg)
+        records = load_training_dicts(cfg)
         if check == "full":  # the others do not promise that files are as the JSON says
             mapper = DatasetMapper(cfg, is_train=True)
             assert all(mapper(record)["image"].shape[0] == 3 for record in records)
@@ -116,7 +116,7 @@ def documents(draw: st.DrawFn) -> Any:
 CHECKS = st.sampled_from(["full", "full", "annotations"])
 
 
-@fuzz_settings(250)
+@fuzz_settings(150)
 @given(documents(), st.booleans(), CHECKS)
 def test_any_document(document: Any, masks: bool, check: str) -> None:
     text = json.dumps(document)
@@ -132,7 +132,7 @@ PIECES = st.one_of(
 )
 
 
-@fuzz_settings(150)
+@fuzz_settings(100)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 40), PIECES), max_size=3), st.floats(0, 4)
 )

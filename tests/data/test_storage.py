@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from storage import STAMP, atomic_path, prepare_folder
 
-from fpn_plugin.data.storage import STAMP, atomic_path, prepare_folder
 from fpn_plugin.paths import dataset_root
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepare_trees as trees
 import pytest
-
-from fpn_plugin.data import trees
-from fpn_plugin.data.storage import STAMP
-from fpn_plugin.data.trees import Photo, TreeOptions, cut_tiles, prepare_trees, tile_origins
+from prepare_trees import Photo, TreeOptions, cut_tiles, prepare_trees, tile_origins
+from storage import STAMP
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepare_trees as trees
+import prepare_weights as weights
 import pytest
 import timm
 import torch
-
-from fpn_plugin.data import trees, weights
-from fpn_plugin.data.weights import prepare_weights, rename_in_order
+from prepare_weights import prepare_weights, rename_in_order
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from fpn_plugin.data import wheels
-from fpn_plugin.data.wheels import fetch_wheel, read_members
+import wheels
+from wheels import fetch_wheel, read_members
 
 
 @pytest.fixture

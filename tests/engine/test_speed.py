@@ -387,7 +387,6 @@ def test_training_with_every_lever(make_config: MakeConfig) -> None:
         "DATALOADER__NUM_WORKERS": 1,
         "DATALOADER__PERSISTENT_WORKERS": True,
         "DATALOADER__PREFETCH_FACTOR": 1,
-        "DATALOADER__CACHE_IMAGES": 1,
     }
     fast, fast_loss = run("fast", **levers)
     assert list(fast) == list(plain)

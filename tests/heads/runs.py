@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
+from prepare_scenes import CLASSES
 from scene_data import POINTS, SEM_SEG, TRAIN, VAL
 from torch import Tensor
 
-from fpn_plugin.data.scenes import CLASSES
 from fpn_plugin.engine.setup import load_config
 from fpn_plugin.engine.trainer import Trainer
 

@@ -15,13 +15,13 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from helpers import zoo_config
+from prepare_scenes import CLASSES
 from scene_data import write_split
 from torch import Tensor, nn
 
 from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.data.scenes import CLASSES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FCOS = "COCO-Detection/fcos_R_50_FPN_1x"

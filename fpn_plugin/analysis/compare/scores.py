@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from fpn_plugin.analysis.compare.bootstrap import Matches, matches_of
 from fpn_plugin.analysis.compare.runs import Run
 from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.engine.size_bins import ap_of, area_ranges, bin_names, count_objects
+from fpn_plugin.engine.size_bins import area_ranges, bin_names, count_objects, mean_precision
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}
@@ -113,13 +113,13 @@ def _score(
     precision = evaluation.eval["precision"][..., 0]
     values = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
     values += [precision[..., i] for i in (1, 2, 3)]
-    metrics = {name: ap_of(value) for name, value in zip(METRICS, values, strict=True)}
+    metrics = {name: mean_precision(value) for name, value in zip(METRICS, values, strict=True)}
     categories = truth.coco.loadCats(evaluation.params.catIds)
     if len(categories) > 1:
         for i, category in enumerate(categories):
-            metrics[f"AP-{category['name']}"] = ap_of(precision[:, :, i, 0])
+            metrics[f"AP-{category['name']}"] = mean_precision(precision[:, :, i, 0])
     for i, name in enumerate(bin_names(edges), len(_AREAS)):
-        metrics[f"AP@{name}"] = ap_of(precision[..., i])
+        metrics[f"AP@{name}"] = mean_precision(precision[..., i])
     return Score(metrics, matches_of(evaluation))
 
 

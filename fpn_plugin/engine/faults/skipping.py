@@ -14,7 +14,6 @@ from detectron2.utils import comm
 
 from fpn_plugin.data.image_checks import READ_ERRORS
 from fpn_plugin.engine.checkpoint import write_atomically
-from fpn_plugin.engine.image_cache import PREFIX
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def image_fault(error: Exception) -> str | None:
     """
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return None
-    return f"{type(error).__name__}: {error}".replace(PREFIX, "")
+    return f"{type(error).__name__}: {error}"
 
 
 class TestMapper:

@@ -1,4 +1,4 @@
-"""Where prepared datasets live, and writing them so that a half-written one is never seen."""
+"""Writing prepared datasets so that a half-written one is never seen."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STAMP", "atomic_path", "prepare_folder", "write_json"]
-
 STAMP = "prepared.json"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whose bytes depend on the content only, and create the folder it goes to."""
+    """Write JSON whose bytes depend on the content only; missing parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
@@ -42,12 +40,12 @@ def prepare_folder(
     left alone.
 
     Args:
-        target: the folder to end up with.
+        target: the folder to build.
         parameters: everything that its content depends on; must survive a round trip via JSON.
-        build: writes the content into the (existing, empty) folder that it is given.
+        build: writes the content into the empty folder that it is given.
 
     Returns:
-        Whether the folder was built now.
+        Whether the folder had to be built.
 
     Raises:
         ValueError: ``target`` holds files that are not ours to replace.

