@@ -35,14 +35,15 @@ def read_plain(file: Path, where: str) -> Any:
     """
     if file.suffix == ".safetensors":
         return _read_safetensors(file, where)
-    pickled = file.suffix == ".pkl" and not is_torch_file(file)
-    return (read_pickle if pickled else _read_torch)(file, where)
+    return (read_pickle if is_pickle(file) else _read_torch)(file, where)
 
 
-def is_torch_file(file: Path) -> bool:
-    """Whether it begins as what `torch.save` writes, whatever its name ends with."""
+def is_pickle(file: Path) -> bool:
+    """Whether it is read as a pickle: named `.pkl`, and not written by `torch.save`."""
+    if file.suffix != ".pkl":
+        return False
     with file.open("rb") as stream:
-        return stream.read(len(_ZIP)) == _ZIP
+        return stream.read(len(_ZIP)) != _ZIP
 
 
 def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
@@ -65,11 +66,10 @@ def _read_torch(file: Path | BinaryIO, where: str) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds here, all meaning "not a plain weight file"
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise _unreadable(where, found[1] if found else "", error) from error
+    # torch raises errors of many classes here, all meaning "not a plain weight file"
+    except Exception as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        raise _unreadable(where, called[1] if called else "", error) from error
 
 
 def read_pickle(file: Path, where: str) -> Any:
