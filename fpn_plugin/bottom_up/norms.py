@@ -75,7 +75,7 @@ def _batch_norms(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_frozen_with_activation(module: nn.Module) -> bool:
-    """Whether it is timm's class; without importing timm, which such a module's creator has done."""
+    """Whether it is timm's class; timm is not imported, as only its importers can have one."""
     layers: Any = sys.modules.get("timm.layers.norm_act")
     return layers is not None and isinstance(module, layers.FrozenBatchNormAct2d)
 

@@ -159,23 +159,6 @@ def test_nothing_or_everything_freezes(freeze_at: int) -> None:
     assert {p.requires_grad for p in backbone.parameters()} == {freeze_at == 0}
 
 
-def test_frozen_layers_stay_bit_equal_after_a_step_and_the_rest_moves() -> None:
-    backbone = TimmBackbone("tf_efficientnet_lite0", freeze_at=2, norm="FrozenBN").train()
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    trained = [p for p in backbone.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1.0)
-    sum(x.square().mean() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
-    assert all(p.grad is not None and p.grad.any() for p in trained)
-    optimizer.step()
-    moved = {
-        name
-        for name, value in backbone.state_dict().items()
-        if not torch.equal(value, before[name])
-    }
-    assert moved == {f"{name}" for name, p in backbone.named_parameters() if p.requires_grad}
-    assert not any("bn" in name for name in moved)  # FrozenBN: neither statistics nor affine
-
-
 def test_frozen_batch_norm_keeps_the_activation() -> None:
     """timm's batch norms carry the activation: converting them to plain ones would lose it."""
     plain = TimmBackbone("tf_efficientnet_lite0").eval()
@@ -184,14 +167,6 @@ def test_frozen_batch_norm_keeps_the_activation() -> None:
     x = torch.randn(1, 3, 64, 64)
     for one, two in zip(plain(x).values(), frozen(x).values()):
         assert torch.allclose(one, two, atol=1e-5)
-
-
-def test_the_batch_norms_of_frozen_layers_stand_still() -> None:
-    backbone = TimmBackbone("tf_efficientnet_lite0", freeze_at=2).train()
-    before = {name: value.clone() for name, value in backbone.named_buffers()}
-    backbone(torch.randn(2, 3, 64, 64))
-    moved = [n for n, value in backbone.named_buffers() if not torch.equal(value, before[n])]
-    assert moved and all(int(name.split("blocks.")[1][0]) >= 2 for name in moved)
 
 
 def test_channels_last_networks_are_turned() -> None:
