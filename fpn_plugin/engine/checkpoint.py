@@ -199,7 +199,7 @@ def _remove_leftovers(folder: str) -> None:
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic saves, which resumes only from whole checkpoints.
 
-    It runs no code of the files that it loads. The arguments are Detectron2's; `save_dir` is a local
+    No code of the files that it loads is run. The arguments are Detectron2's; `save_dir` is a local
     folder.
     """
 
