@@ -108,7 +108,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("freeze_at", [1, 2, 3])
+@pytest.mark.parametrize("freeze_at", [1, 3])  # test_networks.py has 2
 @pytest.mark.parametrize("model", FREEZING)
 def test_the_stem_and_the_stages_freeze(model: str, freeze_at: int) -> None:
     if not FREEZING[model][0] and freeze_at == 1:
@@ -131,7 +131,7 @@ def test_the_stem_and_the_stages_freeze(model: str, freeze_at: int) -> None:
 
 def test_without_a_stem_what_res1_depends_on_freezes() -> None:
     """VGG has no stem, and timm names the activations at its stages' ends."""
-    network = TimmBackbone("vgg11", ["res2"], freeze_at=1).model
+    network = TimmBackbone("vgg11", ["res2"], freeze_at=1, args={"mlp_ratio": 0.01}).model
     frozen = {name.split(".")[0] for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen == {"features_0", "features_3"}
 
