@@ -151,18 +151,6 @@ def test_frozen_batch_norm_keeps_the_activation(lite0: TimmBackbone) -> None:
         assert torch.allclose(one, two, atol=1e-5)
 
 
-def test_channels_last_networks_are_turned() -> None:
-    model = "swin_tiny_patch4_window7_224"
-    backbone = TimmBackbone(model, out_features=["res2", "res5"], args=SMALL_SWIN).eval()
-    x = torch.randn(1, 3, 100, 132)
-    maps = backbone(x)
-    assert {name: tuple(y.shape) for name, y in maps.items()} == {
-        "res2": (1, 16, 25, 33),
-        "res5": (1, 128, 4, 5),
-    }
-    assert torch.equal(maps["res5"], backbone.model(x)[1].permute(0, 3, 1, 2))
-
-
 def test_swin_gives_the_same_for_any_size_and_for_its_own() -> None:
     """What lets it take any size changes nothing for the size that it is made for."""
     model = "swin_tiny_patch4_window7_224"
