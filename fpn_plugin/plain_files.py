@@ -1,7 +1,7 @@
 """Reading files of weights without running code of theirs: torch's, pickles, safetensors.
 
-A pickle is a program: what it names is called while it is read. Here only names on a list are,
-those of arrays, tensors and plain containers.
+A pickle is a program: reading it calls the functions that it names. Here it may name only those on
+a list, which make arrays, tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ZIP = b"PK\x03\x04"  # how what torch.save writes begins
+_ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
 
 
 def read_plain(file: Path, where: str) -> Any:
@@ -31,18 +31,19 @@ def read_plain(file: Path, where: str) -> Any:
 
     Raises:
         ImportError: if it is a safetensors file and safetensors is not installed.
-        ValueError: if it is broken, or calls anything else than what makes up plain data.
+        ValueError: if it is broken, or names anything that makes more than plain data.
     """
     if file.suffix == ".safetensors":
         return _read_safetensors(file, where)
-    pickled = file.suffix == ".pkl" and not is_torch_file(file)
-    return (read_pickle if pickled else _read_torch)(file, where)
+    return (read_pickle if is_pickle(file) else _read_torch)(file, where)
 
 
-def is_torch_file(file: Path) -> bool:
-    """Whether it begins as what `torch.save` writes, whatever its name ends with."""
+def is_pickle(file: Path) -> bool:
+    """Whether it is read as a pickle: named `.pkl`, and not written by `torch.save`."""
+    if file.suffix != ".pkl":
+        return False
     with file.open("rb") as stream:
-        return stream.read(len(_ZIP)) == _ZIP
+        return stream.read(len(_ZIP)) != _ZIP
 
 
 def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
@@ -65,11 +66,10 @@ def _read_torch(file: Path | BinaryIO, where: str) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds here, all meaning "not a plain weight file"
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise _unreadable(where, found[1] if found else "", error) from error
+    # torch raises errors of many classes here, all meaning "not a plain weight file"
+    except Exception as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        raise _unreadable(where, called[1] if called else "", error) from error
 
 
 def read_pickle(file: Path, where: str) -> Any:
@@ -79,13 +79,13 @@ def read_pickle(file: Path, where: str) -> Any:
             return _ArrayUnpickler(stream, encoding="latin1").load()
     except _Refused as error:
         raise _unreadable(where, str(error), error) from error
-    except Exception as error:  # as for torch
+    except Exception as error:  # of many classes, as in torch
         raise _unreadable(where, "", error) from error
 
 
 def _unreadable(where: str, called: str, error: Exception) -> ValueError:
-    """The error for a file that is broken, or calls something when it is read."""
-    # torch puts advice before the reason: to run the file's code
+    """The error for a file that is broken, or that names the function `called`."""
+    # torch's message advises to run the file's code before it gives the reason
     reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
     if called:
         reason = (
@@ -102,22 +102,22 @@ _FROM_BUFFER: Any = np.zeros(0).__reduce_ex__(5)[0]
 
 
 class _Refused(pickle.UnpicklingError):
-    """A name in a pickle that is not admitted."""
+    """A name in a pickle that is not on the list."""
 
 
 class _Array:
-    """Stands for `np.ndarray`, which a file could call with bytes that it would take for objects'
-    addresses."""
+    """Stands for `np.ndarray`, whose constructor would take a file's bytes for the addresses of
+    objects."""
 
 
-def _array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
-    """An empty array, which its state fills."""
+def _array(cls: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """An empty array of numpy's own class, whatever `cls` is; the pickle's state fills it."""
     array: np.ndarray = _RECONSTRUCT(np.ndarray, shape, dtype)
     return array
 
 
 def _dtype(*args: Any) -> np.dtype:
-    """A type of numbers or texts: the state of one with objects in it can call them bytes."""
+    """A data type without objects: their addresses could be taken from a file's bytes."""
     dtype: np.dtype = np.dtype(*args)
     if dtype.hasobject:
         raise _Refused("numpy.dtype of objects")
@@ -125,30 +125,30 @@ def _dtype(*args: Any) -> np.dtype:
 
 
 _NUMPY: list[Any] = [
-    (np.ndarray, "\n"),  # torch fills only what is here; no file can name it so
+    (np.ndarray, "\n"),  # torch sets the state of listed classes only; no file can have this name
     *((_Array, "numpy.ndarray"), (_dtype, "numpy.dtype"), _SCALAR),
     *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     (_SCALAR, "numpy.core.multiarray.scalar"),
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 ]
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """What Python 3 writes for bytes in an old pickle protocol: only `latin1`."""
+    """Bytes, as Python 3 writes them in old pickle protocols: encoded in `latin1` only."""
     if encoding != "latin1":
         raise _Refused(f"encode with {encoding!r}")
     return text.encode("latin1")
 
 
 def _storage(content: bytes) -> Any:
-    """In the place of torch's own, which reads the bytes inside a pickled tensor as any pickle."""
+    """Replaces torch's own function, which unpickles the bytes inside a tensor unrestrictedly."""
     return _read_torch(io.BytesIO(content), "a tensor")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy's arrays, torch's tensors and plain containers; any other name is an error."""
+    """Reads numpy's arrays, torch's tensors and plain containers; any other name is an error."""
 
-    _ADMITTED: dict[tuple[str, str], Any] = {
+    _ALLOWED: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("_codecs", "encode"): _encode,
         ("numpy", "ndarray"): _Array,
@@ -173,11 +173,11 @@ class _ArrayUnpickler(pickle.Unpickler):
         super().__init__(stream, encoding=encoding)
 
     def find_class(self, module: str, name: str) -> Any:
-        """The object under a name, if it is admitted.
+        """The object under a name.
 
         Raises:
-            UnpicklingError: if it is not.
+            UnpicklingError: if it is not on the list.
         """
-        if (module, name) not in self._ADMITTED:
+        if (module, name) not in self._ALLOWED:
             raise _Refused(f"{module}.{name}")
-        return self._ADMITTED[module, name]
+        return self._ALLOWED[module, name]

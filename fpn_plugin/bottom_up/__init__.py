@@ -10,7 +10,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
-from fpn_plugin.bottom_up.weights import KEY, load_weights
+from fpn_plugin.bottom_up.weight_files import KEY
+from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.heads.inputs import head_features, validate_heads
 from fpn_plugin.registry import unknown_name
 

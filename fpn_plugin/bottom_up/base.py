@@ -1,4 +1,4 @@
-"""What the adapters for other libraries' networks share. Shapes are `(N, C, H, W)`."""
+"""The base of all adapters for other libraries' networks. Shapes are `(N, C, H, W)`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from fpn_plugin.registry import unknown_name
 
 
 class MapInfo(NamedTuple):
-    """A map that a network gives: its channels, its stride in pixels, whether it is `(N, H, W,
-    C)`."""
+    """A feature map of a network.
+
+    Attributes:
+        channels: its channels.
+        stride: in pixels.
+        channels_last: whether it is `(N, H, W, C)`.
+    """
 
     channels: int
     stride: int
@@ -21,13 +26,14 @@ class MapInfo(NamedTuple):
 
 
 def name_maps(source: str, strides: Sequence[int]) -> dict[str, int]:
-    """Names for maps by their strides: `res<log2(stride)>`.
+    """Name maps by their strides: `res<log2(stride)>`.
 
-    Of several maps of one stride the last counts: the deepest of its stage, as in arXiv:1612.03144.
+    Of several maps with the same stride the last counts, the deepest of its stage, as in
+    arXiv:1612.03144.
 
     Args:
         source: the network's name, for messages.
-        strides: in pixels, in the order in which the network makes the maps.
+        strides: in pixels, in the order in which the network computes the maps.
 
     Returns:
         the position of each map in `strides` by its name, from high to low resolution.
@@ -38,19 +44,19 @@ def name_maps(source: str, strides: Sequence[int]) -> dict[str, int]:
     where = f"MODEL.BOTTOM_UP.NAME: {source}"
     if not strides:
         raise ValueError(f"{where} gives no maps that a pyramid could read")
-    last: dict[int, int] = {}
+    deepest: dict[int, int] = {}
     for position, stride in enumerate(strides):
         if stride < 1 or stride & (stride - 1):
             raise ValueError(
                 f"{where} gives a map of stride {stride} pixels, not a power of two"
                 f" (its strides: {list(strides)})"
             )
-        last[stride] = position
-    return {f"res{stride.bit_length() - 1}": last[stride] for stride in sorted(last)}
+        deepest[stride] = position
+    return {f"res{stride.bit_length() - 1}": deepest[stride] for stride in sorted(deepest)}
 
 
-def wanted_maps(source: str, names: Sequence[str], out_features: Sequence[str]) -> list[str]:
-    """The maps to give, in the network's order: `out_features`, or all if that is empty.
+def select_maps(source: str, names: Sequence[str], out_features: Sequence[str]) -> list[str]:
+    """The names of the maps to return, in the network's order: `out_features`, or all if empty.
 
     Raises:
         KeyError: naming a map that the network lacks, and those that it has.
@@ -65,9 +71,10 @@ class AdaptedBackbone(Backbone):
     """A network of another library, as a Detectron2 backbone.
 
     Args:
-        model: images `(N, 3, H, W)` -> a dict whose values are the maps.
-        maps: what they are, by name and in that order, from high to low resolution.
-        size_divisibility: what the image's sides must be divisible by, in pixels; 0 for any.
+        model: maps images `(N, 3, H, W)` to a dict whose values are the feature maps.
+        maps: their properties by name, in the same order, from high to low resolution.
+        size_divisibility: the image's height and width must be divisible by it, in pixels; 0 for
+            any size.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class AdaptedBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """What the image's height and width must be divisible by, in pixels; 0 for no such need."""
+        """The image's height and width must be divisible by it, in pixels; 0 for any size."""
         return self._size_divisibility
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
@@ -113,24 +120,24 @@ class AdaptedBackbone(Backbone):
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Stop the gradients of these parameters."""
+    """Exclude these parameters from training."""
     for parameter in parameters:
         parameter.requires_grad = False
 
 
 def parameters_behind(values: Iterable[Tensor]) -> set[nn.Parameter]:
-    """The parameters that these values were computed from, by autograd's record of it.
+    """The parameters that these values depend on, according to autograd's graph.
 
-    So it is exact where the order in which layers are registered is not: for parallel branches.
+    This is exact for parallel branches too, where the order of registered layers is not.
     """
-    found: set[nn.Parameter] = set()
+    parameters: set[nn.Parameter] = set()
     seen: set[Any] = {None}
-    todo: list[Any] = [value.grad_fn for value in values]
-    while todo:
-        node = todo.pop()
+    pending: list[Any] = [value.grad_fn for value in values]
+    while pending:
+        node = pending.pop()
         if node not in seen:
             seen.add(node)
-            todo.extend(before for before, _ in node.next_functions)
-            if hasattr(node, "variable"):
-                found.add(node.variable)
-    return found
+            pending.extend(previous for previous, _ in node.next_functions)
+            if hasattr(node, "variable"):  # autograd's leaf
+                parameters.add(node.variable)
+    return parameters

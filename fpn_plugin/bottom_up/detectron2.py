@@ -1,8 +1,7 @@
-"""Builders for Detectron2's classes that its own config files do not know: RegNet, Swin, MViT and
-ViT.
+"""Builders for those of Detectron2's networks that have no config keys: RegNet, Swin, MViT and ViT.
 
-Each takes the class as it is, with the defaults of a size that Detectron2 or the paper has, and
-`MODEL.BOTTOM_UP.ARGS` for any other. Shapes are `(N, C, H, W)`.
+Each builds Detectron2's class with the arguments of a well-known size; `MODEL.BOTTOM_UP.ARGS`
+changes them. Shapes are `(N, C, H, W)`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, wanted_maps
+from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
 from fpn_plugin.bottom_up.families import (
     ARGS,
     Family,
@@ -32,12 +31,12 @@ _INSTALL = {"timm": "pip install 'fpn_plugin[timm]'", "fairscale": "pip install 
 
 
 class Detectron2Backbone(AdaptedBackbone):
-    """One of Detectron2's classes with its maps named `res<level>`, with level = log2(stride).
+    """One of Detectron2's networks with its maps named `res<level>`, where level = log2(stride).
 
     Args:
-        model: images -> its maps by its own names, from high to low resolution.
-        maps: what they are, in that order, by their new names.
-        pad_to: the image's sides are padded with zeros to multiples of this, in pixels.
+        model: maps images to feature maps by its own names, from high to low resolution.
+        maps: their properties by their new names, in the same order.
+        pad_to: images are padded with zeros to multiples of this, in pixels.
     """
 
     def __init__(self, model: nn.Module, maps: Mapping[str, MapInfo], pad_to: int = 1) -> None:
@@ -60,7 +59,7 @@ class Detectron2Backbone(AdaptedBackbone):
 
 @BACKBONE_REGISTRY.register()
 def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
-    """RegNet (arXiv:2003.13678); RegNetX-4GF if `MODEL.BOTTOM_UP.ARGS` says nothing.
+    """RegNet (arXiv:2003.13678); RegNetX-4GF by default.
 
     `stem_class` and `block_class` are names of `detectron2.modeling.backbone.regnet`.
 
@@ -72,10 +71,10 @@ def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Bac
 
 @BACKBONE_REGISTRY.register()
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
-    """Swin Transformer (arXiv:2103.14030); Swin-T if `MODEL.BOTTOM_UP.ARGS` says nothing.
+    """Swin Transformer (arXiv:2103.14030); Swin-T by default.
 
     Raises:
-        ImportError: if it drops paths and timm is not installed.
+        ImportError: if stochastic depth is on and timm is not installed.
         ValueError: (KeyError for an unknown argument or map) naming the config key.
     """
     return _build("build_swin_backbone", SwinFamily(), cfg, input_shape)
@@ -83,7 +82,7 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backb
 
 @BACKBONE_REGISTRY.register()
 def build_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
-    """MViTv2 (arXiv:2112.01526); MViTv2-T if `MODEL.BOTTOM_UP.ARGS` says nothing.
+    """MViTv2 (arXiv:2112.01526); MViTv2-T by default.
 
     Raises:
         ImportError: if timm is not installed, or fairscale for `use_act_checkpoint`.
@@ -94,9 +93,9 @@ def build_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backb
 
 @BACKBONE_REGISTRY.register()
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
-    """ViT as in ViTDet (arXiv:2203.16527); ViT-B if `MODEL.BOTTOM_UP.ARGS` says nothing.
+    """ViT as in ViTDet (arXiv:2203.16527); ViT-B by default.
 
-    It gives one map, `res4` with patches of 16 pixels, for `MODEL.FPN.TOPOLOGY: simple`.
+    It has one map, `res4` with patches of 16 pixels, for `MODEL.FPN.TOPOLOGY: simple`.
 
     Raises:
         ImportError: if timm is not installed, or fairscale for `use_act_checkpoint`.
@@ -110,19 +109,19 @@ def _build(name: str, family: Family, cfg: CfgNode, input_shape: ShapeSpec) -> D
     strides = family.strides(model)
     stages = list(strides)
     positions = name_maps(name, list(strides.values()))
-    names = wanted_maps(name, list(positions), cfg.MODEL.FPN.IN_FEATURES)
-    numbers = [positions[map_name] for map_name in names]
-    maps = {
-        map_name: MapInfo(model._out_feature_channels[stages[number]], strides[stages[number]])
-        for map_name, number in zip(names, numbers)
-    }
+    maps, numbers = {}, []
+    for map_name in select_maps(name, list(positions), cfg.MODEL.FPN.IN_FEATURES):
+        number = positions[map_name]
+        stage = stages[number]
+        maps[map_name] = MapInfo(model._out_feature_channels[stage], strides[stage])
+        numbers.append(number)
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     if freeze_at >= 1:
         freeze(family.stem(model))
     for number, stride in enumerate(strides.values()):
         if stride <= 2**freeze_at:
             freeze(family.stage(model, number))
-    family.keep(model, [stages[number] for number in numbers], numbers[-1])
+    family.shorten(model, [stages[number] for number in numbers], numbers[-1])
     freeze_norm_statistics(model)
     return Detectron2Backbone(model, maps, family.pad_to(model))
 
@@ -130,8 +129,8 @@ def _build(name: str, family: Family, cfg: CfgNode, input_shape: ShapeSpec) -> D
 def _construct(name: str, family: Family, given: Mapping[str, Any], channels: int) -> Any:
     known = [
         argument
-        for argument in inspect.signature(family.kind.__init__).parameters
-        if argument not in ("self", *family.taken)
+        for argument in inspect.signature(family.network_class.__init__).parameters
+        if argument not in ("self", *family.reserved)
     ]
     for argument in given:
         if argument not in known:

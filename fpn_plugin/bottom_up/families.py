@@ -1,4 +1,4 @@
-"""What differs between Detectron2's RegNet, Swin, MViT and ViT where a pyramid is put on them."""
+"""Detectron2's RegNet, Swin, MViT and ViT: arguments, strides, stages, and how to shorten them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ARGS = "MODEL.BOTTOM_UP.ARGS"
 
 
 class Family(ABC):
-    """What differs between the classes.
+    """How to build, freeze and shorten the networks of one Detectron2 class.
 
-    A stage is what makes the maps of one stride. Its name is the class's own, `s1` or `p0`.
+    A stage computes the maps of one stride. Its name is the class's own, e.g. `s1` or `p0`.
 
     Attributes:
-        kind: the class.
-        defaults: its arguments, those of a well-known size.
-        taken: arguments that other keys decide, or that no config file can hold.
+        network_class: Detectron2's class.
+        defaults: arguments for a well-known size.
+        reserved: arguments that other keys decide, or that no config file can hold.
     """
 
-    kind: Any
+    network_class: Any
     defaults: Mapping[str, Any]
-    taken: Sequence[str]
+    reserved: Sequence[str]
 
     def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
         """All arguments of the class.
@@ -40,26 +40,25 @@ class Family(ABC):
         return {**self.defaults, **given, "in_chans": channels}
 
     def construct(self, arguments: Mapping[str, Any]) -> Any:
-        """The network, with all its maps."""
-        return self.kind(**arguments)
+        """Build the network with all its maps."""
+        return self.network_class(**arguments)
 
     def strides(self, model: Any) -> dict[str, int]:
         """The stride of each stage, in pixels, from high to low resolution."""
         return dict(model._out_feature_strides)
 
     @abstractmethod
-    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
-        """Give the wanted maps alone, and drop all stages behind number `last`."""
+    def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
+        """Return only the wanted maps, and drop all stages after number `last`, in place."""
 
     def stem(self, model: Any) -> Iterable[nn.Parameter]:
-        """What runs before the first stage."""
+        """The parameters before the first stage."""
         position = [] if model.pos_embed is None else [model.pos_embed]
         return [*model.patch_embed.parameters(), *position]
 
     @abstractmethod
     def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
-        """What runs in a stage. The norm on its map alone is not of it: no pretrained network has
-        that."""
+        """The parameters of a stage, without the norm on its map, which is never pretrained."""
 
     def pad_to(self, model: Any) -> int:
         """The multiple of pixels that images are padded to."""
@@ -67,7 +66,7 @@ class Family(ABC):
 
 
 class RegNetFamily(Family):
-    kind = RegNet
+    network_class = RegNet
     # RegNetX-4GF, of Detectron2's new_baselines
     defaults = {
         "stem_class": "SimpleStem",
@@ -79,7 +78,7 @@ class RegNetFamily(Family):
         "w_m": 2.43,
         "group_width": 40,
     }
-    taken = ("activation_class", "freeze_at", "norm", "out_features")
+    reserved = ("activation_class", "freeze_at", "norm", "out_features")
     CLASSES = {
         "stem_class": ("SimpleStem", "ResStem"),
         "block_class": ("ResBottleneckBlock", "ResBasicBlock", "VanillaBlock"),
@@ -91,14 +90,14 @@ class RegNetFamily(Family):
                 f"MODEL.BOTTOM_UP.NAME: build_regnet_backbone takes images of 3 channels, not"
                 f" {channels} (MODEL.PIXEL_MEAN has one value per channel)"
             )
-        made = {**self.defaults, **given}
+        arguments = {**self.defaults, **given}
         for key, choices in self.CLASSES.items():
-            if made[key] not in choices:
-                raise unknown_name(f"{ARGS}.{key}", made[key], choices)
-            made[key] = getattr(regnet, made[key])
-        return made
+            if arguments[key] not in choices:
+                raise unknown_name(f"{ARGS}.{key}", arguments[key], choices)
+            arguments[key] = getattr(regnet, arguments[key])
+        return arguments
 
-    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+    def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
         model._out_features = list(wanted)
         for _, name in model.stages_and_names[last:]:
             delattr(model, name)
@@ -113,28 +112,28 @@ class RegNetFamily(Family):
 
 
 class SwinFamily(Family):
-    kind = SwinTransformer
+    network_class = SwinTransformer
     defaults: Mapping[str, Any] = {}  # the class's own are Swin-T's
-    taken = ("frozen_stages", "in_chans", "norm_layer", "out_indices")
+    reserved = ("frozen_stages", "in_chans", "norm_layer", "out_indices")
 
     def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
-        made = super().arguments(given, channels)
-        stages = len(made["depths"]) if "depths" in made else 4
-        return {**made, "out_indices": tuple(range(stages))}
+        arguments = super().arguments(given, channels)
+        stages = len(arguments["depths"]) if "depths" in arguments else 4
+        return {**arguments, "out_indices": tuple(range(stages))}
 
     def construct(self, arguments: Mapping[str, Any]) -> Any:
         model = super().construct(arguments)
         if arguments.get("use_checkpoint"):
-            # recomputing gives no gradients to a block whose input wants none: behind a frozen stem
-            model.patch_embed.register_forward_hook(_want_gradient)
+            # checkpointed blocks get no gradients if their input requires none: after a frozen stem
+            model.patch_embed.register_forward_hook(_require_gradient)
         return model
 
     def strides(self, model: Any) -> dict[str, int]:
-        # the class says 4 for the first, whatever its patches are
+        # the class itself claims stride 4 for the first map, whatever the size of its patches
         patch = model.patch_embed.patch_size[0]
         return {f"p{i}": patch * 2**i for i in range(model.num_layers)}
 
-    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+    def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
         for i in model.out_indices:
             if f"p{i}" not in wanted:
                 delattr(model, f"norm{i}")
@@ -148,14 +147,14 @@ class SwinFamily(Family):
         return [*model.patch_embed.parameters(), *position]
 
     def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
-        """Unlike the class's `frozen_stages`, which counts the merging of patches to the stage
-        before it."""
+        """Includes the patch merging before it, which the class's own `frozen_stages` counts to the
+        previous stage."""
         merging = model.layers[number - 1].downsample.parameters() if number else []
         return [*merging, *model.layers[number].blocks.parameters()]
 
 
 class MViTFamily(Family):
-    kind = MViT
+    network_class = MViT
     # MViTv2-T, of Detectron2's projects/MViTv2
     defaults = {
         "embed_dim": 96,
@@ -166,14 +165,14 @@ class MViTFamily(Family):
         "drop_path_rate": 0.2,
         "norm_layer": partial(nn.LayerNorm, eps=1e-6),
     }
-    taken = ("act_layer", "in_chans", "norm_layer", "out_features")
+    reserved = ("act_layer", "in_chans", "norm_layer", "out_features")
 
     def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
-        made = super().arguments(given, channels)
-        stages = len(made["last_block_indexes"])
-        return {**made, "out_features": tuple(f"scale{i + 2}" for i in range(stages))}
+        arguments = super().arguments(given, channels)
+        stages = len(arguments["last_block_indexes"])
+        return {**arguments, "out_features": tuple(f"scale{i + 2}" for i in range(stages))}
 
-    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+    def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
         for name in model._out_features:
             if name not in wanted:
                 delattr(model, f"{name}_norm")
@@ -186,7 +185,7 @@ class MViTFamily(Family):
 
 
 class ViTFamily(Family):
-    kind = ViT
+    network_class = ViT
     # ViT-B, of Detectron2's common/models/mask_rcnn_vitdet.py: blocks 2, 5, 8 and 11 see the whole
     # image
     defaults = {
@@ -201,9 +200,9 @@ class ViTFamily(Family):
         "use_rel_pos": True,
         "norm_layer": partial(nn.LayerNorm, eps=1e-6),
     }
-    taken = ("act_layer", "in_chans", "norm_layer", "out_feature")
+    reserved = ("act_layer", "in_chans", "norm_layer", "out_feature")
 
-    def keep(self, model: Any, wanted: Sequence[str], last: int) -> None:
+    def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
         pass  # there is one map
 
     def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
@@ -213,6 +212,6 @@ class ViTFamily(Family):
         return model.patch_embed.proj.stride[0]
 
 
-def _want_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()

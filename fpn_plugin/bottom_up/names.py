@@ -1,4 +1,4 @@
-"""Which tensor of a weight file is which of a network: one network, named by several libraries."""
+"""Matching the keys of a weight file with a network's, across the libraries' naming schemes."""
 
 from __future__ import annotations
 
@@ -7,148 +7,145 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Iterable, Mapping
 
-# What other modules call the network that they hold: a name may begin with several of these
+# The names under which other modules hold a network: a key may begin with several of these
 _HOLDERS = frozenset(
     "module model backbone bottom_up body encoder net network trunk _orig_mod img_backbone".split()
 )
 
-# Detectron2's names of a ResNet -> torchvision's, which are timm's too
+# Detectron2's keys of a ResNet -> torchvision's, which timm shares
 _SPELLINGS = (
     (re.compile(r"^stem\.conv1\.norm\."), "bn1."),
     (re.compile(r"^stem\.conv1\."), "conv1."),
     (re.compile(r"^linear\."), "fc."),
-    (re.compile(r"^res([2-5])\."), lambda found: f"layer{int(found[1]) - 1}."),
+    (re.compile(r"^res([2-5])\."), lambda match: f"layer{int(match[1]) - 1}."),
     (re.compile(r"\.conv(\d)\.norm\."), r".bn\1."),
     (re.compile(r"\.shortcut\.norm\."), ".downsample.1."),
     (re.compile(r"\.shortcut\."), ".downsample.0."),
-    # in the DenseNet files that torchvision publishes and renames when it loads them itself
+    # torchvision's published DenseNet files, whose keys it converts itself while loading
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
 )
-
 
 _DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
-class Matching:
-    """How the names of a file and of a network belong together.
+class KeyMatching:
+    """How the keys of a network and of a file correspond.
 
     Attributes:
-        pairs: the file's name of each tensor of the network that the file has.
-        prefix: what the file's names have before the network's own.
+        pairs: the file's key of each tensor of the network that the file has.
+        prefix: of the file's keys, before the network's own.
     """
 
     pairs: Mapping[str, str]
     prefix: str
 
 
-def match_names(wanted: Iterable[str], given: Iterable[str], prefix: str = "") -> Matching:
+def match_keys(
+    network_keys: Iterable[str], file_keys: Iterable[str], prefix: str = ""
+) -> KeyMatching:
     """Find the tensors of a network in a file.
 
-    Both sides may have the names of modules that hold the network before its own; of all such
-    prefixes those by which most tensors match count, and of these the shortest. Then equal names
-    belong together, and names that are equal in the spelling of :func:`canonical`, where that
-    leaves no choice.
+    On both sides the keys may begin with the names of modules that hold the network. Of all such
+    prefixes those with which most tensors match are taken, and of these the shortest. Then equal
+    keys match, and keys with the same :func:`canonical_key` where that is unambiguous.
 
     Args:
-        wanted: the network's names.
-        given: the file's names.
-        prefix: another one that the file's names may have.
+        prefix: another one that the file's keys may have.
     """
-    wanted, given = list(wanted), list(given)
-    best = Matching({}, "")
-    ours, theirs = prefixes(wanted), prefixes(given)
-    for own, other in product(
-        ours, theirs if not prefix or prefix in theirs else [*theirs, prefix]
-    ):
-        pairs = _pairs(_without(own, wanted), _without(other, given))
+    network_keys, file_keys = list(network_keys), list(file_keys)
+    file_prefixes = holder_prefixes(file_keys)
+    if prefix and prefix not in file_prefixes:
+        file_prefixes.append(prefix)
+    best = KeyMatching({}, "")
+    for network_prefix, file_prefix in product(holder_prefixes(network_keys), file_prefixes):
+        pairs = _pairs(_strip(network_prefix, network_keys), _strip(file_prefix, file_keys))
         if len(pairs) > len(best.pairs):
-            best = Matching(pairs, other)
+            best = KeyMatching(pairs, file_prefix)
     return best
 
 
-def prefixes(names: Iterable[str]) -> list[str]:
-    """What could stand before a network's own names: "", "module.", "backbone.bottom_up.", ..."""
-    found = {""}
-    for name in names:
-        words = name.split(".")[:-1]
+def holder_prefixes(keys: Iterable[str]) -> list[str]:
+    """The prefixes of keys that may belong to modules around a network, shortest first: "",
+    "module.", "backbone.bottom_up.", ..."""
+    prefixes = {""}
+    for key in keys:
         prefix = ""
-        for i, word in enumerate(words):
+        for i, word in enumerate(key.split(".")[:-1]):
             if word not in _HOLDERS and not (i and word.isdigit()):
                 break
             prefix += f"{word}."
-            found.add(prefix)
-    return sorted(found, key=lambda item: (len(item), item))
+            prefixes.add(prefix)
+    return sorted(prefixes, key=lambda prefix: (len(prefix), prefix))
 
 
-def lost_blocks(given: Iterable[str], matched: Iterable[str]) -> list[str]:
-    """Modules of a file that are numbered like matched ones beside them in one stage.
+def surplus_blocks(unmatched: Iterable[str], matched: Iterable[str]) -> list[str]:
+    """The blocks by which the file's network is deeper, within stages that both networks have.
 
-    What the network lacks of them is missing from its middle: `layer1.2` beside a matched
-    `layer1.1`. A stage is a module with a number in its name, so that whole stages after the last
-    that the network has (`layer4`, `blocks.6`, `features.7`) do not count.
+    Such a block is a module numbered like a matched one of the same stage: `layer1.2` beside a
+    matched `layer1.1`. A stage is a module with a number in its name, so whole stages after the
+    network's last (`layer4`, `blocks.6`, `features.7`) do not count.
 
     Args:
-        given: names of tensors that nothing matches.
-        matched: names of tensors that match, as the file has them.
+        unmatched: the file's keys that match nothing.
+        matched: the file's keys that match.
     """
-    beside: set[str] = set()
-    for name in matched:
-        beside.update(_numbered(module) for module in _modules(name))
-    own = {module for name in matched for module in _modules(name)}
-    found: dict[str, None] = {}
-    for name in given:
-        new = next((module for module in _modules(name) if module not in own), "")
-        stage, _, last = new.rpartition(".")
-        if _DIGITS.search(stage) and _DIGITS.search(last) and _numbered(new) in beside:
-            found[new] = None
-    return list(found)
+    matched_modules = {module for key in matched for module in _modules(key)}
+    siblings = {_number_sign(module) for module in matched_modules}
+    blocks: dict[str, None] = {}
+    for key in unmatched:
+        module = next((module for module in _modules(key) if module not in matched_modules), "")
+        stage, _, block = module.rpartition(".")
+        if _DIGITS.search(stage) and _DIGITS.search(block) and _number_sign(module) in siblings:
+            blocks[module] = None
+    return list(blocks)
 
 
-def canonical(name: str) -> str:
-    """One spelling for the names that libraries give one tensor.
+def canonical_key(key: str) -> str:
+    """One spelling of the keys that libraries have for the same tensor.
 
-    A ResNet's are torchvision's, and dots and underscores are one: timm's feature networks write
+    A ResNet's are torchvision's. Dots and underscores are the same: timm's feature networks have
     `stages_0` for `stages.0`.
     """
     for pattern, spelling in _SPELLINGS:
-        name = pattern.sub(spelling, name)
-    return name.replace("_", ".")
+        key = pattern.sub(spelling, key)
+    return key.replace("_", ".")
 
 
-def _modules(name: str) -> list[str]:
-    """The modules that hold a tensor, from the outermost: "a", "a.0", "a.0.conv"."""
-    words = name.split(".")[:-1]
+def _modules(key: str) -> list[str]:
+    """The modules that contain a tensor, from the outermost: "a", "a.0", "a.0.conv"."""
+    words = key.split(".")[:-1]
     return [".".join(words[: i + 1]) for i in range(len(words))]
 
 
-def _numbered(module: str) -> str:
-    """A module's name with # for the numbers in its last word: its siblings have the same."""
+def _number_sign(module: str) -> str:
+    """A module's name with # for the numbers in its last word, the same for its siblings."""
     stage, dot, last = module.rpartition(".")
     return stage + dot + _DIGITS.sub("#", last)
 
 
-def _without(prefix: str, names: Iterable[str]) -> dict[str, str]:
-    """The names that begin with the prefix, by what follows it."""
-    return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+def _strip(prefix: str, keys: Iterable[str]) -> dict[str, str]:
+    """The keys with this prefix, by what follows it."""
+    return {key[len(prefix) :]: key for key in keys if key.startswith(prefix)}
 
 
-def _pairs(wanted: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
-    ours, theirs = _by_spelling(wanted), _by_spelling(given)
+def _pairs(network: Mapping[str, str], file: Mapping[str, str]) -> dict[str, str]:
+    """The full keys that match; both sides give them by their keys without a prefix."""
+    network_spellings, file_spellings = _by_spelling(network), _by_spelling(file)
     pairs = {}
-    for name, full in wanted.items():
-        spelling = canonical(name)
-        if name in given:
-            pairs[full] = given[name]
-        elif ours[spelling] and (found := theirs.get(spelling)):
-            pairs[full] = given[found]
+    for key, full_key in network.items():
+        spelling = canonical_key(key)
+        if key in file:
+            pairs[full_key] = file[key]
+        elif network_spellings[spelling] and file_spellings.get(spelling):
+            pairs[full_key] = file[file_spellings[spelling]]
     return pairs
 
 
-def _by_spelling(names: Iterable[str]) -> dict[str, str]:
-    """Each name by its canonical spelling; "" where several have the same."""
-    found: dict[str, str] = {}
-    for name in names:
-        spelling = canonical(name)
-        found[spelling] = "" if spelling in found else name
-    return found
+def _by_spelling(keys: Iterable[str]) -> dict[str, str]:
+    """Each key by its canonical spelling; "" where several have the same."""
+    spellings: dict[str, str] = {}
+    for key in keys:
+        spelling = canonical_key(key)
+        spellings[spelling] = "" if spelling in spellings else key
+    return spellings

@@ -1,7 +1,7 @@
-"""What the norms of a network become, for a network of any library.
+"""Converting the batch norms of a network of any library.
 
-Batch norms come as torch's, torchvision's, Detectron2's and timm's classes, frozen or not; timm's
-carry an activation. What replaces them keeps the names `weight`, `bias` (and `running_mean`,
+They come as torch's, torchvision's, Detectron2's and timm's classes, frozen or not; timm's include
+the activation. Their replacements keep the names `weight` and `bias` (and `running_mean`,
 `running_var`), so weight files still match.
 """
 
@@ -20,15 +20,20 @@ from fpn_plugin.registry import unknown_name
 KEY = "MODEL.BOTTOM_UP.NORM"
 GROUPS = 32
 
-_PLAIN = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
+_WITHOUT_ACTIVATION = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    FrozenBatchNorm2d,
+    TorchvisionFrozenBatchNorm2d,
+)
 
 
 def convert_norms(module: nn.Module, norm: str, where: str) -> None:
-    """Replace every batch norm of `module` by `norm`, in place; what is frozen stays so.
+    """Replace every batch norm of `module` by `norm`, in place; frozen layers stay frozen.
 
     Args:
-        norm: FrozenBN, BN, SyncBN or GN (32 groups, or as many of the numbers below that divide the
-            channels); "" leaves all as it is.
+        norm: FrozenBN, BN, SyncBN or GN (with 32 groups, or the largest number below that divides
+            the channels); "" changes nothing.
         where: the network's name, for messages.
 
     Raises:
@@ -38,22 +43,22 @@ def convert_norms(module: nn.Module, norm: str, where: str) -> None:
         return
     if norm not in NORMS:
         raise unknown_name(KEY, norm, ["", *NORMS])
-    found = _batch_norms(module)
-    if not found:
+    norms = _batch_norms(module)
+    if not norms:
         raise ValueError(
             f"{KEY}: {norm!r}: {where} has no batch norms to convert (its norms:"
             f" {', '.join(_norm_names(module)) or 'none'}); leave it empty"
         )
-    own = {parameter for old in found.values() for parameter in old.parameters()}
-    frozen = {name for name in found if _in_frozen_part(module, name, own)}
-    for name, old in found.items():
+    affine = {parameter for old in norms.values() for parameter in old.parameters()}
+    frozen = {name for name in norms if _is_in_frozen_layer(module, name, affine)}
+    for name, old in norms.items():
         new = NORMS[norm](_as_batch_norm(old))
         freeze(new.parameters() if name in frozen else ())
         _replace(module, name, new)
 
 
 def freeze_norm_statistics(module: nn.Module) -> None:
-    """Make every batch norm whose parameters are frozen a FrozenBN, in place, as Detectron2
+    """Replace every batch norm whose parameters are frozen by a FrozenBN, in place, as Detectron2
     does."""
     for name, norm in _batch_norms(module).items():
         parameters = list(norm.parameters())
@@ -65,31 +70,31 @@ def _batch_norms(module: nn.Module) -> dict[str, Any]:
     return {
         name: child
         for name, child in module.named_modules()
-        if isinstance(child, _PLAIN) or _is_frozen_with_activation(child)
+        if isinstance(child, _WITHOUT_ACTIVATION) or _is_frozen_with_activation(child)
     }
 
 
 def _is_frozen_with_activation(module: nn.Module) -> bool:
-    """timm's class for it, without importing timm: nobody can hold one who did not."""
+    """Whether it is timm's class; timm is not imported, as only its importers can have one."""
     layers: Any = sys.modules.get("timm.layers.norm_act")
     return layers is not None and isinstance(module, layers.FrozenBatchNormAct2d)
 
 
 def _norm_names(module: nn.Module) -> list[str]:
-    kinds = {type(child).__name__ for child in module.modules()}
-    return sorted(kind for kind in kinds if "norm" in kind.lower())
+    classes = {type(child).__name__ for child in module.modules()}
+    return sorted(name for name in classes if "norm" in name.lower())
 
 
-def _in_frozen_part(module: nn.Module, name: str, norms: set[nn.Parameter]) -> bool:
-    """Whether the parameters beside a norm are frozen: those of the nearest module around it that
+def _is_in_frozen_layer(module: nn.Module, name: str, affine: set[nn.Parameter]) -> bool:
+    """Whether the parameters beside a norm are frozen: those of the nearest enclosing module that
     has any.
 
     Args:
-        norms: the parameters of all norms, which are not looked at.
+        affine: the parameters of all norms, which do not count.
     """
     while name:
         name = name.rpartition(".")[0]
-        beside = [p for p in module.get_submodule(name).parameters() if p not in norms]
+        beside = [p for p in module.get_submodule(name).parameters() if p not in affine]
         if beside:
             return not any(parameter.requires_grad for parameter in beside)
     return False
@@ -102,21 +107,21 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _as_batch_norm(norm: Any) -> Any:
-    """The same numbers as a plain or timm's trainable batch norm, whose converters know them."""
+    """The same norm as torch's or timm's trainable class, which the converters accept."""
     if isinstance(norm, nn.BatchNorm2d):
         return norm
     if hasattr(norm, "act"):
         from timm.layers import BatchNormAct2d
 
-        made = BatchNormAct2d(norm.weight.numel(), eps=norm.eps)
-        made.act, made.drop = norm.act, norm.drop
+        new = BatchNormAct2d(norm.weight.numel(), eps=norm.eps)
+        new.act, new.drop = norm.act, norm.drop
     else:
-        made = nn.BatchNorm2d(norm.weight.numel(), eps=norm.eps)
-    made = made.to(norm.weight)
-    made.momentum = getattr(norm, "momentum", made.momentum)
-    for tensor in ("weight", "bias", "running_mean", "running_var"):
-        getattr(made, tensor).data.copy_(getattr(norm, tensor))
-    return made
+        new = nn.BatchNorm2d(norm.weight.numel(), eps=norm.eps)
+    new = new.to(norm.weight)
+    new.momentum = getattr(norm, "momentum", new.momentum)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(new, name).data.copy_(getattr(norm, name))
+    return new
 
 
 def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
@@ -141,13 +146,13 @@ def _grouped(norm: Any) -> nn.Module:
     if hasattr(norm, "act"):
         from timm.layers import GroupNormAct
 
-        made: Any = GroupNormAct(channels, groups)
-        made.act, made.drop = norm.act, norm.drop
+        new: Any = GroupNormAct(channels, groups)
+        new.act, new.drop = norm.act, norm.drop
     else:
-        made = nn.GroupNorm(groups, channels)
+        new = nn.GroupNorm(groups, channels)
     if norm.affine:
-        made.weight, made.bias = norm.weight, norm.bias
-    return made
+        new.weight, new.bias = norm.weight, norm.bias
+    return new
 
 
 NORMS: dict[str, Callable[[Any], nn.Module]] = {

@@ -7,32 +7,32 @@ from typing import Any, Dict, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, wanted_maps
+from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
-from fpn_plugin.bottom_up.trial import frozen_names, gives_nhwc, try_sizes, unread_names
+from fpn_plugin.bottom_up.probe import frozen_names, is_channels_last, probe, unused_names
 from fpn_plugin.registry import unknown_name
 
 NAME, ARGS = "MODEL.BOTTOM_UP.NAME", "MODEL.BOTTOM_UP.ARGS"
-# What lets a network of a fixed image size take any: the names that timm's families have for it
+# With these arguments networks of a fixed image size accept any; each family has its own of them
 ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
 # Arguments of timm.create_model that other keys or this adapter decide
-TAKEN = ("features_only", "out_indices", "in_chans", "pretrained", "feature_cls", "model_name")
+RESERVED = ("features_only", "out_indices", "in_chans", "pretrained", "feature_cls", "model_name")
 
 
 class TimmBackbone(AdaptedBackbone):
-    """A timm network (`features_only=True`) whose maps are named `res<level>`, with level =
+    """A timm network (`features_only=True`) whose maps are named `res<level>`, where level =
     log2(stride).
 
-    Of several maps of one stride the last counts, so a plain ViT gives one. What lies behind the
-    last wanted map is left out; parameters that no wanted map depends on are frozen.
+    Of several maps with the same stride the last counts, so a plain ViT has one. Layers after the
+    last wanted map are dropped; parameters that no wanted map depends on are frozen.
 
     Args:
         model: timm's name for it, e.g. "tf_efficientnet_lite0" or "resnet50.a1_in1k".
-        out_features: the maps to give, e.g. `["res3", "res4", "res5"]`; empty for all.
-        freeze_at: 0: train everything; 1: freeze the stem, that is all that runs before the first
-            stage of stride 4 or more; 2: and all that `res2` depends on; and so on, as Detectron2
-            counts. HRNet, whose `res2` depends on nearly everything, counts its stages instead.
-        norm: what its batch norms become: a name of `norms.NORMS`; "" keeps them.
+        out_features: the maps to return, e.g. `["res3", "res4", "res5"]`; empty for all.
+        freeze_at: 0: train everything; 1: freeze the stem, that is everything before the first
+            stage of stride 4 or more; 2: also all that `res2` depends on; and so on, as Detectron2
+            counts. For HRNet, whose `res2` depends on nearly everything, it counts stages instead.
+        norm: converts its batch norms to this one of `norms.NORMS`; "" keeps them.
         in_channels: of the image.
         args: more arguments for `timm.create_model`, and `grad_checkpointing: True`.
         pretrained: start from the weights that timm publishes for it.
@@ -54,44 +54,46 @@ class TimmBackbone(AdaptedBackbone):
     ) -> None:
         source = f"timm/{model}"
         options = {key: value for key, value in (args or {}).items() if key != "grad_checkpointing"}
+        # the network with all its maps says which there are and what they depend on ...
         whole, options = _create(model, in_channels, options)
         info: Any = whole.feature_info
-        made = [index % len(info.info) for index in info.out_indices]
+        all_indices = [index % len(info.info) for index in info.out_indices]
         positions = name_maps(source, info.reduction())
-        wanted = wanted_maps(source, list(positions), out_features)
-        run = try_sizes(whole, source, in_channels, options.get("img_size"))
-        stopped = frozen_names(source, whole, run, positions, freeze_at)
-        stopped |= unread_names(whole, [run.maps[positions[name]] for name in wanted])
+        names = select_maps(source, list(positions), out_features)
+        probed = probe(whole, source, in_channels, options.get("img_size"))
+        frozen = frozen_names(source, whole, probed, positions, freeze_at)
+        frozen |= unused_names(whole, [probed.maps[positions[name]] for name in names])
 
-        indices = [made[positions[name]] for name in wanted]
+        # ... and another one is built with the wanted maps alone
+        indices = [all_indices[positions[name]] for name in names]
         network = whole
         if pretrained:
             network = _pretrained(model, in_channels, options, indices)
-        elif indices != made:
+        elif indices != all_indices:
             network = _shorten(_create(model, in_channels, options, out_indices=indices)[0])
-        nhwc = gives_nhwc(whole)
+        channels_last = is_channels_last(whole)
         maps = {
-            name: MapInfo(info.channels(index), info.reduction(index), nhwc)
-            for name, index in zip(wanted, indices)
+            name: MapInfo(info.channels(index), info.reduction(index), channels_last)
+            for name, index in zip(names, indices)
         }
-        super().__init__(network, maps, run.divisor if run.divisor > 1 else 0)
+        super().__init__(network, maps, probed.divisor if probed.divisor > 1 else 0)
         convert_norms(network, norm, source)
-        freeze(p for name, p in network.named_parameters() if name in stopped)
+        freeze(p for name, p in network.named_parameters() if name in frozen)
         freeze_norm_statistics(network)
         if (args or {}).get("grad_checkpointing"):
             _checkpoint_gradients(source, network)
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
-        """As in the base class; timm's networks give a list."""
+        """As in the base class; timm's networks return a list."""
         return self._named(self.model(x))
 
 
 def _create(
     model: str, in_channels: int, args: Mapping[str, Any], **settings: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that gives maps, and the arguments that it took."""
+    """A feature network, and the arguments that it accepted of `args` and `ANY_SIZE`."""
     timm = _timm(model)
-    if clash := sorted(set(args) & set(TAKEN)):
+    if clash := sorted(set(args) & set(RESERVED)):
         raise ValueError(f"{ARGS}: {clash} are decided by other keys; they cannot be given here")
     options = {**_any_size(timm, model), **args}
     while True:
@@ -119,7 +121,7 @@ def _create(
 def _any_size(timm: Any, model: str) -> dict[str, bool]:
     try:
         published = timm.models.get_pretrained_cfg(model)
-    except RuntimeError as error:  # what follows the dot in the name
+    except RuntimeError as error:  # for an unknown tag after the dot in the name
         raise ValueError(f"{NAME}: timm/{model}: {error}") from error
     return dict(ANY_SIZE) if getattr(published, "fixed_input_size", False) else {}
 
@@ -143,14 +145,14 @@ def _pretrained(
         raise ValueError(f"{where} do not exist: timm publishes none; give a file")
     try:
         network, _ = _create(model, in_channels, args, out_indices=indices, pretrained=True)
-    except Exception as error:  # whatever the hub's client, its cache or the network raise
+    except Exception as error:  # of the hub's client, its cache or the network connection
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where} could not be had ({reason}); give a file") from error
     return _shorten(network)
 
 
 def _shorten(network: Any) -> nn.Module:
-    """Leave out what lies behind the last map, where timm does not (EfficientNet, MobileNetV3)."""
+    """Drop the blocks after the last map where timm does not (EfficientNet, MobileNetV3)."""
     last = network.feature_info.get_dicts()[-1]
     if isinstance(getattr(network, "blocks", None), nn.Sequential) and "stage" in last:
         network.blocks = network.blocks[: last["stage"]]

@@ -1,17 +1,29 @@
-"""Reading weight files: names with tensors, whatever wrote the file, and no code of it runs."""
+"""Checkpoints and weight files in the forms that libraries write; no code of a file is run.
+
+`read_checkpoint` is for whole detectors: it accepts what Detectron2's checkpointer accepts and
+returns it in Detectron2's format. `read_weights` is for networks whose names are matched later: it
+also looks into the wrappers of other libraries, and leaves out all that is no tensor.
+"""
 
 from __future__ import annotations
 
+import logging
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 import torch
+
+# importing its package registers catalog:// with PathManager
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from fpn_plugin.paths import find_file
-from fpn_plugin.plain_files import is_torch_file, read_plain
+from fpn_plugin.plain_files import is_pickle, read_plain
+
+logger = logging.getLogger(__name__)
 
 KEY = "MODEL.BOTTOM_UP.WEIGHTS"
 
@@ -31,21 +43,38 @@ _WRAPPERS = (
 
 
 class WeightFile(NamedTuple):
-    """What of a weight file counts.
+    """The weights in a file.
 
     Attributes:
         tensors: by name.
         author: where the weights come from, in files of Detectron2's format ("torchvision",
-            "Caffe2", ...); "" where nothing says so.
+            "Caffe2", ...); "" where the file does not say.
     """
 
     tensors: dict[str, Tensor]
     author: str
 
 
-def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:
-    """The tensors of a weight file by name: see :func:`read_weights`."""
-    return read_weights(path, key).tensors
+def read_checkpoint(filename: str) -> dict[str, Any]:
+    """A checkpoint in Detectron2's format: its state dict under "model", and what is beside it.
+
+    Raises:
+        ImportError: if it is a safetensors file and safetensors is not installed.
+        ValueError: naming the file, if it holds more than plain data, or no state dict.
+    """
+    file, where = Path(filename), f"checkpoint {filename}"
+    content = read_plain(file, where)
+    if not isinstance(content, dict):
+        raise _no_state_dict(where)
+    if is_pickle(file):
+        content = _from_model_zoo(content, where)
+        logger.info("Reading a file from %r", content["__author__"])
+    elif file.suffix == ".pyth":
+        content = _from_pycls(content, where)
+    elif "model" not in content:
+        content = {"model": content}
+    _check_state_dict(content["model"], where)
+    return content
 
 
 def read_weights(path: str, key: str = KEY) -> WeightFile:
@@ -63,15 +92,24 @@ def read_weights(path: str, key: str = KEY) -> WeightFile:
         ImportError: if it is a safetensors file and safetensors is not installed.
         ValueError: if it is not a state dict, or holds more than plain data.
     """
-    file = _fetch(path, key)
-    loaded = read_plain(file, f"{key}: {path}")
-    if file.suffix == ".pkl" and not is_torch_file(file):
-        loaded = _detectron2_named(loaded)
-    tensors = _tensors(loaded)
+    file, where = _fetch(path, key), f"{key}: {path}"
+    content = read_plain(file, where)
+    author = content.get("__author__", "") if isinstance(content, Mapping) else ""
+    if is_pickle(file):
+        checkpoint = _from_model_zoo(content, where)
+        tensors = _tensors(checkpoint)
+        if checkpoint["__author__"] == "Caffe2":
+            tensors = convert_c2_detectron_names(tensors)[0]
+    else:
+        tensors = _tensors(content)
     if not tensors:
-        raise ValueError(f"{key}: {path} holds no state dict (names with tensors)")
-    author = loaded.get("__author__", "") if isinstance(loaded, Mapping) else ""
+        raise _no_state_dict(where)
     return WeightFile(tensors, str(author))
+
+
+def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:
+    """The tensors of a weight file by name: see :func:`read_weights`."""
+    return read_weights(path, key).tensors
 
 
 def is_remote(path: str) -> bool:
@@ -82,9 +120,6 @@ def is_remote(path: str) -> bool:
 def _fetch(path: str, key: str) -> Path:
     if not is_remote(path):
         return find_file(path, key)
-    import detectron2.checkpoint  # noqa: F401 (registers catalog://)
-    from detectron2.utils.file_io import PathManager
-
     url = path.partition("?")[0]  # Detectron2 takes options after it
     cause: Exception | None = None
     try:
@@ -100,36 +135,62 @@ def _fetch(path: str, key: str) -> Path:
     return file
 
 
-def _detectron2_named(loaded: Any) -> Any:
-    """A pickle's content, its names as Detectron2 writes them."""
-    if not isinstance(loaded, Mapping):
-        return loaded
-    if "model" in loaded and "__author__" in loaded:
-        if loaded["__author__"] != "Caffe2":
-            return loaded
-        return {"model": _caffe2_renamed(loaded), "__author__": "Caffe2"}
-    return _caffe2_renamed({"model": loaded.get("blobs", loaded)})
+def _from_model_zoo(content: Any, where: str) -> dict[str, Any]:
+    """A pickle in Detectron2's format; one without an author is Caffe2's, from Detectron1.
+
+    What Caffe2 saved of its optimizer is left out. Its names stay: Detectron2's checkpointer
+    converts them while it loads them.
+    """
+    if not isinstance(content, dict):
+        raise _no_state_dict(where)
+    if "model" not in content or "__author__" not in content:
+        state = content.get("blobs", content)  # ImageNet's files have no "blobs"
+        content = {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
+    state = content["model"]
+    if content["__author__"] == "Caffe2" and isinstance(state, dict):
+        weights = {name: state[name] for name in state if not str(name).endswith("_momentum")}
+        content = {**content, "model": weights}
+    return content
 
 
-def _caffe2_renamed(checkpoint: Mapping[str, Any]) -> Any:
-    from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+def _from_pycls(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    state = content.get("model_state")
+    if not isinstance(state, dict):
+        raise ValueError(f"{where}: pycls' files have a 'model_state', this has none")
+    weights = {k: state[k] for k in state if not str(k).endswith("num_batches_tracked")}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 
-    tensors = _tensors(checkpoint)
-    weights = {name: tensors[name] for name in tensors if not name.endswith("_momentum")}
-    return convert_c2_detectron_names(weights)[0]
+
+def _check_state_dict(state: Any, where: str) -> None:
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise _no_state_dict(where)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) and not _is_numeric_array(value):
+            raise ValueError(
+                f"{where}: {name!r} is a {type(value).__name__}, not a tensor of numbers; load the"
+                " file yourself and save its state dict alone"
+            )
 
 
-def _tensors(loaded: Any) -> dict[str, Tensor]:
+def _tensors(content: Any) -> dict[str, Tensor]:
     """The tensors of a state dict that may be wrapped, also several times."""
-    while isinstance(loaded, Mapping):
-        inner = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
-        if inner is None:
+    while isinstance(content, Mapping):
+        wrapper = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
+        if wrapper is None:
             break
-        loaded = loaded[inner]
-    found = {}
-    for name, value in loaded.items() if isinstance(loaded, Mapping) else ():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        content = content[wrapper]
+    tensors = {}
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if _is_numeric_array(value):
             value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
         if isinstance(value, Tensor):
-            found[str(name)] = value
-    return found
+            tensors[str(name)] = value
+    return tensors
+
+
+def _is_numeric_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+
+
+def _no_state_dict(where: str) -> ValueError:
+    return ValueError(f"{where} holds no state dict (names with tensors)")

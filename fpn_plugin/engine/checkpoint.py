@@ -1,11 +1,16 @@
-"""Checkpoints that survive a kill: written whole or not at all, and read only when whole."""
+"""Checkpoints that survive a kill: written whole or not at all, and read only when whole.
+
+Everything that a run must not lose is written by :func:`write_atomically`.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any, Callable
@@ -15,14 +20,15 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
-from fpn_plugin.engine.checkpoint_forms import check_model, conversion, read_checkpoint
-from fpn_plugin.engine.faults.finite import refuse_broken
-from fpn_plugin.engine.faults.saving import first_cause, save_error, tensor_bytes
+from fpn_plugin.bottom_up.weight_files import read_checkpoint
+from fpn_plugin.engine.faults.finite import require_finite
 
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
 _CHECKPOINT = re.compile(r"model_(\d{7}|final|best)\.pth")
+# no room left: on the device, in the quota, under the limit of a file's size
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def list_checkpoints(folder: str) -> list[Path]:
@@ -50,9 +56,9 @@ def _is_whole(path: str, size: int, mtime: int) -> bool:
 
 
 def find_checkpoint(folder: str) -> str:
-    """The checkpoint that a run in this folder goes on from.
+    """The checkpoint from which a run in this folder resumes.
 
-    That is the one its `last_checkpoint` names or, if that file is missing or broken, the newest
+    It is the one that `last_checkpoint` names or, if that one is missing or broken, the newest
     whole one.
 
     Returns:
@@ -60,30 +66,26 @@ def find_checkpoint(folder: str) -> str:
 
     Raises:
         ValueError: if there are checkpoints, or a `last_checkpoint`, but none is whole: starting
-            over by itself would throw a run away; or if `last_checkpoint` names no file of the
+            over silently would throw a run away; or if `last_checkpoint` names no file of the
             folder.
     """
     tagged = _tagged(folder)
     if tagged is not None and is_whole(tagged):
         return str(tagged)
-    found = list_checkpoints(folder)
-    whole = next((file for file in reversed(found) if is_whole(file)), None)
-    if whole is not None:
-        state = (
-            "there is no last_checkpoint"
-            if tagged is None
-            else f"{tagged.name} is missing or broken"
-        )
+    checkpoints = list_checkpoints(folder)
+    newest = next((file for file in reversed(checkpoints) if is_whole(file)), None)
+    if newest is not None:
+        state = f"{tagged.name} is missing or broken" if tagged else "there is no last_checkpoint"
         message = (
-            f"In OUTPUT_DIR {folder} {state}: going on from the newest whole one, {whole.name}"
+            f"In OUTPUT_DIR {folder} {state}: going on from the newest whole one, {newest.name}"
         )
         log_first_n(logging.WARNING, message, key="message")
-        return str(whole)
-    if tagged is None and not found:
+        return str(newest)
+    if tagged is None and not checkpoints:
         return ""
-    names = ", ".join(sorted({file.name for file in found} | ({tagged.name} if tagged else set())))
+    names = sorted({file.name for file in [*checkpoints, *([tagged] if tagged else [])]})
     raise ValueError(
-        f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({names}). "
+        f"OUTPUT_DIR {folder!r}: no checkpoint in it is whole ({', '.join(names)}). "
         "Restore one, or start over with --overwrite"
     )
 
@@ -94,7 +96,7 @@ def _tagged(folder: str) -> Path | None:
     if not tag.is_file():
         return None
     name = tag.read_text(errors="replace").strip()
-    # Path.name leaves a folder, a drive or ".." out: what is left must be all of it
+    # Path.name drops folders and drives, so a plain file name stays as it is on every system
     if (
         name == ".."
         or not name.isprintable()
@@ -107,10 +109,15 @@ def _tagged(folder: str) -> Path | None:
     return Path(folder, name)
 
 
+class SaveError(OSError):
+    """A file of a run could not be written; `errno` and `filename` are the system's."""
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], needed: int = 0) -> None:
-    """Replace a file in one step: whoever reads it, also after a kill, sees the old or the new.
+    """Replace a file in one step: a reader, also after a kill, sees the old one or the new one.
 
     Args:
+        write: writes the content into an open file.
         needed: about how many bytes it will have, for the error; 0: unknown.
 
     Raises:
@@ -126,11 +133,49 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], needed: int 
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # torch.save fails once more when it ends the file that it could not write
-        cause = first_cause(error, OSError, KeyboardInterrupt)
+        cause = _first_cause(error, OSError, KeyboardInterrupt)
         if isinstance(cause, OSError):
-            raise save_error(path, cause, needed) from error
+            raise _save_error(path, cause, needed) from error
         raise cause or error
     _sync_folder(path.parent)
+
+
+def disk_full_error(error: OSError, folder: str) -> SaveError | None:
+    """The error to raise where something else in a run could not be written.
+
+    Args:
+        folder: the run's, for errors that do not name their file.
+
+    Returns:
+        None if it is not for want of room.
+    """
+    if error.errno not in _FULL:
+        return None
+    return _save_error(Path(error.filename or os.path.join(folder, "…")), error)
+
+
+def _save_error(path: Path, error: OSError, needed: int = 0) -> SaveError:
+    size = f", it needs about {_megabytes(needed)}" if needed else ""
+    folder = next((place for place in path.parents if place.is_dir()), Path("."))
+    free = _megabytes(shutil.disk_usage(folder).free)
+    advice = "make room" if error.errno in _FULL else "see to that"
+    text = (
+        f"{error.strerror or error}: {path.name} was not written{size}; {free} are free. What was"
+        f" saved before is as it was: {advice}, then go on from there with --resume"
+    )
+    return SaveError(error.errno or errno.EIO, text, str(path))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _first_cause(error: BaseException, *classes: type[BaseException]) -> BaseException | None:
+    """The error of these classes that led to an error, or while handling which it was raised."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, classes):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def _sync_folder(folder: Path) -> None:
@@ -143,7 +188,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove_leftovers(folder: str) -> None:
+def _remove_leftovers(folder: str) -> None:
     """Remove what a save that was killed left behind."""
     for file in [*Path(folder).glob("model_*.pth.tmp"), Path(folder, TAG + ".tmp")]:
         if file.is_file():
@@ -152,14 +197,10 @@ def remove_leftovers(folder: str) -> None:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic saves, which resumes from a whole checkpoint only and
-    runs no code of the files that it loads.
+    """Detectron2's checkpointer with atomic saves, which resumes only from whole checkpoints.
 
-    Args:
-        model: as in Detectron2.
-        save_dir: a local folder.
-        save_to_disk: by default, in the main process.
-        checkpointables: as in Detectron2.
+    No code of the files that it loads is run. The arguments are Detectron2's; `save_dir` is a local
+    folder.
     """
 
     def __init__(
@@ -172,14 +213,14 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         if self.save_dir and self.save_to_disk:
-            remove_leftovers(self.save_dir)
+            _remove_leftovers(self.save_dir)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `name`.pth and then point `last_checkpoint` to it, each in one step.
 
         Args:
-            name: the file's name without its ending.
-            kwargs: more to save beside the model and the checkpointables.
+            name: the file's name without its suffix.
+            kwargs: saved beside the model and the checkpointables.
 
         Raises:
             DivergedError: if a weight is not finite; nothing is written then.
@@ -190,9 +231,9 @@ class Checkpointer(DetectionCheckpointer):
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = Path(self.save_dir, f"{name}.pth")
-        refuse_broken(self.model, f"{path} is not written")
+        require_finite(self.model, f"{path} is not written")
         logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(data, file), tensor_bytes(data))
+        write_atomically(path, lambda file: torch.save(data, file), _tensor_bytes(data))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -201,23 +242,71 @@ class Checkpointer(DetectionCheckpointer):
         write_atomically(Path(self.save_dir, TAG), lambda file: file.write(content))
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """Detectron2's forms of checkpoints, read without running code of the file.
-
-        Raises:
-            ValueError: naming the file, if it holds more than plain data, or no model.
-        """
-        convert = conversion(filename)
-        loaded = convert(filename) if convert else super()._load_file(filename)
-        check_model(loaded["model"], filename)
-        return loaded
+        if filename.endswith((".pkl", ".pyth")):  # Detectron2 reads these without _torch_load
+            return read_checkpoint(filename)
+        return super()._load_file(filename)  # which knows the options after the path
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one to resume from; see, also for what it raises, `find_checkpoint`."""
+        """Whether there is one to resume from; raises as :func:`find_checkpoint` does."""
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The path of the one to resume from, or ""; see `find_checkpoint` as well."""
+        """The path of the one to resume from, or ""; raises as :func:`find_checkpoint` does."""
         return find_checkpoint(self.save_dir) if self.save_dir else ""
+
+
+class StrictCheckpointer(Checkpointer):
+    """Loads a checkpoint only if its tensors are exactly the model's: for an export, which nothing
+    trains afterwards.
+
+    Args:
+        prefix: of the names that must match; "" for all.
+
+    Raises:
+        ValueError: from `load`, naming the file and the first tensors that do not match.
+    """
+
+    def __init__(self, model: nn.Module, prefix: str = "") -> None:
+        super().__init__(model)
+        self._prefix, self._path = prefix, ""
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        self._path = path
+        return super().load(path, checkpointables)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        shapes = [
+            (name, f"is {tuple(ours)} in the checkpoint and {tuple(wanted)} in the config's model")
+            for name, ours, wanted in incompatible.incorrect_shapes
+        ]
+        misfits = [
+            *shapes,
+            *((name, "is not in the checkpoint") for name in incompatible.missing_keys),
+            *((name, "is not in the config's model") for name in incompatible.unexpected_keys),
+        ]
+        texts = [f"{name} {misfit}" for name, misfit in misfits if name.startswith(self._prefix)]
+        if texts:
+            more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+            raise ValueError(
+                f"--weights (MODEL.WEIGHTS) {self._path!r} does not fit the config:"
+                f" {'; '.join(texts[:3])}{more}. Take the config.yaml of the run that wrote it"
+            )
+
+
+def _tensor_bytes(state: Any) -> int:
+    """The memory of all tensors in nested dicts, lists and tuples, each storage once."""
+    storages: dict[int, int] = {}
+    pending = [state]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, torch.Tensor):
+            storage = node.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(node, dict):
+            pending.extend(node.values())
+        elif isinstance(node, (list, tuple)):
+            pending.extend(node)
+    return sum(storages.values())

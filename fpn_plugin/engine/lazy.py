@@ -41,7 +41,8 @@ from fpn_plugin.engine.faults.lazy_advice import divergence_rules, evaluation_hi
 from fpn_plugin.engine.faults.watched import last_sizes
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.metrics import FlushMetrics, build_writers, trim_metrics
-from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run, run_results
+from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run
+from fpn_plugin.engine.run_record import run_results
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 

@@ -19,7 +19,7 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
-from fpn_plugin.engine.run_folder import METRICS, RESULT_KEY, metric_lines
+from fpn_plugin.engine.run_record import METRICS, RESULT_KEY, metric_lines
 
 logger = logging.getLogger(__name__)
 

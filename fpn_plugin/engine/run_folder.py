@@ -1,34 +1,25 @@
-"""What a run leaves in its OUTPUT_DIR, and who may write there."""
+"""Which run may write into an OUTPUT_DIR, and what of an older run is removed from it."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
-from typing import Any, Mapping, Sequence
 
-import yaml
 from detectron2.config import CfgNode
 
-from fpn_plugin.config_files import read_yaml
-from fpn_plugin.engine.checkpoint import TAG, find_checkpoint, list_checkpoints
+from fpn_plugin.engine.checkpoint import find_checkpoint
+from fpn_plugin.engine.run_record import METRICS, config_changes, run_results
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
-METRICS = "metrics.json"
 DEMO = "demo.txt"
-# a result of Detectron2's evaluators among the metrics, after a dataset's name if there are several
-RESULT_KEY = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
 # A resumed run that differs in one of these sections will not be the run that was interrupted …
 _COMPARED = ("MODEL", "DATASETS", "DATALOADER", "INPUT", "SOLVER")
 # … except for where it runs, what it no longer reads, and what its batches do not depend on.
-_FREE = (
+_UNCOMPARED = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.BOTTOM_UP.WEIGHTS",
@@ -36,49 +27,20 @@ _FREE = (
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
 )
-# where a run runs, and what is looked at and kept on the way: its numbers do not depend on them
-OUTER_KEYS = (
-    "OUTPUT_DIR",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.PERSISTENT_WORKERS",
-    "DATALOADER.PIN_MEMORY",
-    "DATALOADER.PREFETCH_FACTOR",
-    "DATASETS.CHECK",
-    "DATASETS.OUTSIDE_FILES",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.SIZE_BINS",
-    "TEST.VIS_PERIOD",
-    "VIS_PERIOD",
-)
-
-
-def run_results(folder: str) -> list[Path]:
-    """What would be lost if another run wrote into this folder.
-
-    A config and a log alone are no results: a run that failed before its first step leaves them.
-    """
-    root = Path(folder)
-    tag, metrics = root / TAG, root / METRICS
-    found = [*list_checkpoints(folder), *root.glob("events.out.tfevents.*")]
-    found += [tag] if tag.is_file() else []
-    found += [metrics] if metrics.is_file() and metrics.stat().st_size else []
-    found += [root / "inference"] if (root / "inference").is_dir() else []
-    return sorted(found)
 
 
 def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
-    """Let a training run have `OUTPUT_DIR`, or refuse; nothing in it is changed.
+    """Check that a training run may use `OUTPUT_DIR`; nothing in it is changed.
 
     Args:
-        resume: go on with the run that is there. Without a checkpoint it starts at the beginning.
-        overwrite: replace the run that is there; :func:`remove_old_run` does it, once the new one
+        resume: continue the run that is there; without a checkpoint, from the beginning.
+        overwrite: replace the run that is there: :func:`remove_old_run` removes it once the new one
             can start.
 
     Raises:
         FileExistsError: if it holds another run's results and neither flag is given.
         ValueError: if both are given, if `overwrite` would remove `MODEL.WEIGHTS`, or if no
-        checkpoint is whole.
+            checkpoint is whole.
     """
     folder = cfg.OUTPUT_DIR
     if resume and overwrite:
@@ -89,8 +51,8 @@ def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
         _check_resumed(cfg)
     elif overwrite:
         _check_removable(cfg)
-    elif found := run_results(folder):
-        names = ", ".join(file.name for file in found[:5]) + (", …" if len(found) > 5 else "")
+    elif results := run_results(folder):
+        names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
         raise FileExistsError(
             f"OUTPUT_DIR {folder!r} holds another run's results ({names}). Give --resume to go on "
             "with that run, --overwrite to replace it, or another OUTPUT_DIR"
@@ -106,52 +68,11 @@ def claim_eval_dir(folder: str) -> str:
     return path
 
 
-def recorded_config(folder: str) -> dict[str, Any]:
-    """The config that the run in a folder was started with, or {} if there is none.
-
-    Raises:
-        ValueError: naming the file, if it is no plain YAML.
-    """
-    path = Path(folder, CONFIG)
-    return read_yaml(str(path)) if path.is_file() else {}
-
-
-def metric_lines(folder: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.json, as far as they are whole: a run may be at work, or killed.
-
-    A run that goes on after it was killed writes its first line behind what was left of the last.
-    """
-    path = Path(folder, METRICS)
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        start = line.rfind("{")  # the objects are flat
-        with contextlib.suppress(json.JSONDecodeError):
-            found += [json.loads(line[start:])] if start >= 0 else []
-    return found
-
-
-def config_changes(
-    folder: str, cfg: CfgNode, free: Sequence[str], sections: Sequence[str] = ()
-) -> list[str]:
-    """What a config has otherwise than that of the run in a folder, as texts "KEY old -> new".
-
-    Args:
-        free: keys that do not count.
-        sections: the first parts of the keys that count; none: all.
-    """
-    before, now = flatten(recorded_config(folder)), flatten(yaml.safe_load(cfg.dump()))
-    keys = [key for key in now if key not in free]
-    keys = [key for key in keys if not sections or key.split(".")[0] in sections]
-    # a key that the record lacks is newer than the run
-    changed = [key for key in keys if before.get(key, now[key]) != now[key]]
-    return [f"{key} {before[key]!r} -> {now[key]!r}" for key in changed]
-
-
 def remove_old_run(folder: str) -> None:
-    """Remove the results of the run that a folder holds, and nothing else that lies there.
+    """Remove the results of the run in a folder, and nothing else.
 
-    For a trainer that is about to train. What its start has written already stays: config.yaml,
-    the log, which goes on below the old run's, and metrics.json, which its writer holds open.
+    Called right before training, so what the new run has written already stays: config.yaml, the
+    log, which is appended to the old run's, and metrics.json, which its writer holds open.
     """
     removed = run_results(folder)
     for file in removed:
@@ -168,9 +89,6 @@ def remove_old_run(folder: str) -> None:
 def claim_demo_dir(folder: str, demo: str) -> list[str]:
     """Mark a folder as a demo's, or refuse.
 
-    Args:
-        demo: the demo's name.
-
     Returns:
         the flags of tools/train_net.py: none for a new demo, --resume for one that was interrupted
         before its last evaluation ended, --overwrite for one that is finished.
@@ -179,23 +97,23 @@ def claim_demo_dir(folder: str, demo: str) -> list[str]:
         FileExistsError: if the folder holds the results of a run that this demo did not start.
     """
     root = Path(folder)
-    marker, found = root / DEMO, run_results(folder)
+    marker, results = root / DEMO, run_results(folder)
     owner = marker.read_text().strip() if marker.is_file() else ""
-    if found and owner != demo:
+    if results and owner != demo:
         whose = f"the demo {owner!r}" if owner else "a run that no demo started"
         raise FileExistsError(
-            f"--output {str(folder)!r} holds the results of {whose} ({found[0].name}, …), which "
+            f"--output {str(folder)!r} holds the results of {whose} ({results[0].name}, …), which "
             f"the demo {demo!r} does not replace: choose another folder (make demo DEMO=…)"
         )
     root.mkdir(parents=True, exist_ok=True)
     marker.write_text(f"{demo}\n")
-    if not found:
+    if not results:
         return []
     return ["--overwrite"] if _is_evaluated(root) else ["--resume"]
 
 
 def _is_evaluated(root: Path) -> bool:
-    """Whether a run ended, and with an evaluation: earlier ones leave their results as well."""
+    """Whether a run was evaluated after its last step: earlier evaluations leave results too."""
     final, results = root / "model_final.pth", root / "inference" / "coco_instances_results.json"
     if not final.is_file() or not results.is_file():
         return False
@@ -220,16 +138,6 @@ def _check_resumed(cfg: CfgNode) -> None:
             "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
         )
         return
-    changed = config_changes(cfg.OUTPUT_DIR, cfg, _FREE, _COMPARED)
+    changed = config_changes(cfg.OUTPUT_DIR, cfg, _UNCOMPARED, _COMPARED)
     if changed:
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changed))
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a config by their keys, with dots."""
-    leaves: dict[str, Any] = {}
-    for key, value in node.items():
-        leaves.update(
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return leaves

@@ -22,7 +22,8 @@ from fpn_plugin.engine.evaluation import check_evaluators
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.overrides import merge_overrides
-from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, recorded_config
+from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir
+from fpn_plugin.engine.run_record import recorded_config
 from fpn_plugin.engine.warm.source import resolve_warm_start
 from fpn_plugin.heads.auto import resolve_heads
 

@@ -18,9 +18,8 @@ from detectron2.layers import DeformConv
 
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.engine.checkpoint import write_atomically
+from fpn_plugin.engine.checkpoint import StrictCheckpointer, write_atomically
 from fpn_plugin.export.compare import Difference, compare, make_inputs
-from fpn_plugin.export.fitting import FittingCheckpointer
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.refuse import time_limit
 from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
@@ -139,7 +138,7 @@ def _build(settings: Settings, bar: Bar) -> Subject:
     cfg.merge_from_list([item for key in _PLAIN for item in (key, False)])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     part = "backbone." if settings.what == "backbone" else ""
-    model = load_detector(cfg, lambda model: FittingCheckpointer(model, part)).model
+    model = load_detector(cfg, lambda model: StrictCheckpointer(model, part)).model
     return (backbone_subject if settings.what == "backbone" else detector_subject)(cfg, model)
 
 

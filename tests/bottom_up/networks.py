@@ -57,6 +57,7 @@ class Case:
 
 ONE_MAP: dict[str, Any] = {"maps": ("res4",), "frozen_map": "", "first": "res4"}
 NORM_ON_MAPS: dict[str, Any] = {"frozen_map": "", "first": "res2"}
+RESNET18 = {"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64}
 SMALL_SWIN = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 
 TIMM = [
@@ -85,7 +86,7 @@ TORCHVISION = [
 DETECTRON2 = [
     Case(
         "build_resnet_backbone",
-        keys={"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64, "RESNETS.NORM": "BN"},
+        keys={**RESNET18, "RESNETS.NORM": "BN"},
     ),
     Case(
         "build_regnet_backbone",

@@ -9,11 +9,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
-from networks import Case
+from networks import RESNET18, Case
 from torch import nn
 
 RGB = ShapeSpec(channels=3)
-R18 = Case("build_resnet_backbone", keys={"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64})
+R18 = Case("build_resnet_backbone", keys=RESNET18)
 TIMM = Case("timm/test_resnet")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fpn_plugin.bottom_up.names import canonical, lost_blocks, match_names, prefixes
+from fpn_plugin.bottom_up.names import canonical_key, holder_prefixes, match_keys, surplus_blocks
 
 OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 
@@ -12,7 +12,7 @@ OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 @pytest.mark.parametrize("file_prefix", ["", "module.", "backbone.bottom_up.model.", "encoder."])
 @pytest.mark.parametrize("network_prefix", ["", "model.", "backbone.body."])
 def test_prefixes_of_both_sides_are_taken_away(file_prefix: str, network_prefix: str) -> None:
-    found = match_names([network_prefix + n for n in OWN], [file_prefix + n for n in OWN])
+    found = match_keys([network_prefix + n for n in OWN], [file_prefix + n for n in OWN])
     assert found.pairs == {network_prefix + n: file_prefix + n for n in OWN}
 
 
@@ -20,26 +20,26 @@ def test_the_backbone_of_a_whole_detector_is_found() -> None:
     own = ["stem.conv1.weight", "res2.0.conv1.norm.weight"]
     given = [f"backbone.bottom_up.{name}" for name in own]
     others = ["backbone.fpn_lateral2.weight", "proposal_generator.rpn_head.conv.weight"]
-    found = match_names(own, [*others, *given])
+    found = match_keys(own, [*others, *given])
     assert found.pairs == dict(zip(own, given))
     assert found.prefix == "backbone.bottom_up."
 
 
 def test_the_prefix_by_which_most_match_counts() -> None:
     given = ["conv1.weight", *(f"module.{name}" for name in OWN)]
-    assert match_names(OWN, given).pairs == {name: f"module.{name}" for name in OWN}
+    assert match_keys(OWN, given).pairs == {name: f"module.{name}" for name in OWN}
 
 
 def test_a_prefix_of_ones_own_is_tried() -> None:
     given = [f"my.thing.{name}" for name in OWN]
-    assert not match_names(OWN, given).pairs
-    assert match_names(OWN, given, "my.thing.").pairs == dict(zip(OWN, given))
-    assert match_names(OWN, OWN, "my.thing.").pairs == dict(zip(OWN, OWN))
+    assert not match_keys(OWN, given).pairs
+    assert match_keys(OWN, given, "my.thing.").pairs == dict(zip(OWN, given))
+    assert match_keys(OWN, OWN, "my.thing.").pairs == dict(zip(OWN, OWN))
 
 
 def test_numbers_within_a_prefix() -> None:
-    assert "backbone.0.body." in prefixes(["backbone.0.body.conv1.weight"])  # DETR's
-    assert prefixes(["0.weight", "stem.conv.weight"]) == [""]
+    assert "backbone.0.body." in holder_prefixes(["backbone.0.body.conv1.weight"])  # DETR's
+    assert holder_prefixes(["0.weight", "stem.conv.weight"]) == [""]
 
 
 @pytest.mark.parametrize(
@@ -55,29 +55,31 @@ def test_numbers_within_a_prefix() -> None:
     ],
 )
 def test_a_resnets_names_are_one(detectron2: str, torchvision: str) -> None:
-    assert canonical(detectron2) == canonical(torchvision)
-    assert match_names([detectron2], [torchvision]).pairs == {detectron2: torchvision}
-    assert match_names([torchvision], [detectron2]).pairs == {torchvision: detectron2}
+    assert canonical_key(detectron2) == canonical_key(torchvision)
+    assert match_keys([detectron2], [torchvision]).pairs == {detectron2: torchvision}
+    assert match_keys([torchvision], [detectron2]).pairs == {torchvision: detectron2}
 
 
 def test_a_densenets_published_names_are_the_networks() -> None:
     published = "features.denseblock1.denselayer2.norm.1.weight"
-    assert canonical(published) == canonical("features.denseblock1.denselayer2.norm1.weight")
+    assert canonical_key(published) == canonical_key(
+        "features.denseblock1.denselayer2.norm1.weight"
+    )
 
 
 def test_dots_and_underscores_are_one() -> None:
     pairs = {"stages_0.blocks.0.conv_dw.weight": "stages.0.blocks.0.conv_dw.weight"}
-    assert match_names(pairs, pairs.values()).pairs == pairs
+    assert match_keys(pairs, pairs.values()).pairs == pairs
 
 
 def test_an_ambiguous_spelling_matches_only_itself() -> None:
-    assert match_names(["a.0_1"], ["a.0.1", "a_0.1"]).pairs == {}
-    assert match_names(["a.0.1", "a_0.1"], ["a.0_1"]).pairs == {}
-    assert match_names(["a.0.1", "a_0.1"], ["a.0.1"]).pairs == {"a.0.1": "a.0.1"}
+    assert match_keys(["a.0_1"], ["a.0.1", "a_0.1"]).pairs == {}
+    assert match_keys(["a.0.1", "a_0.1"], ["a.0_1"]).pairs == {}
+    assert match_keys(["a.0.1", "a_0.1"], ["a.0.1"]).pairs == {"a.0.1": "a.0.1"}
 
 
 def test_nothing_matches() -> None:
-    assert match_names(OWN, ["x.weight"]).pairs == {}
+    assert match_keys(OWN, ["x.weight"]).pairs == {}
 
 
 @pytest.mark.parametrize(
@@ -107,4 +109,4 @@ def test_nothing_matches() -> None:
 )
 def test_blocks_that_the_network_lacks(matched: str, given: str, lost: list[str] | None) -> None:
     expected = ["trunk_output.block1.block1-1"] if lost is None else lost
-    assert lost_blocks([given, given], [matched]) == expected
+    assert surplus_blocks([given, given], [matched]) == expected

@@ -20,33 +20,16 @@ def lite0() -> TimmBackbone:
     return TimmBackbone("tf_efficientnet_lite0").eval()
 
 
-def test_channels_and_strides_are_read_from_the_model(lite0: TimmBackbone) -> None:
+def test_maps_have_the_shapes_that_were_promised(lite0: TimmBackbone) -> None:
     shapes = lite0.output_shape()
     assert {name: shape.channels for name, shape in shapes.items()} == LITE0
-    assert {name: shape.stride for name, shape in shapes.items()} == {
-        f"res{i}": 2**i for i in range(1, 6)
-    }
-
-
-@pytest.mark.parametrize("size", [(64, 96), (97, 131)])
-def test_maps_have_the_shapes_that_were_promised(
-    lite0: TimmBackbone, size: tuple[int, int]
-) -> None:
-    maps = lite0(torch.randn(2, 3, *size))
-    assert list(maps) == list(LITE0)
-    for name, x in maps.items():
-        stride = 2 ** int(name[3:])
-        assert tuple(x.shape) == (2, LITE0[name], -(-size[0] // stride), -(-size[1] // stride))
-        assert x.isfinite().all()
-
-
-def test_only_the_wanted_maps_are_given() -> None:
-    backbone = TimmBackbone("tf_efficientnet_lite0", out_features=["res3", "res5"])
-    assert (
-        list(backbone.output_shape())
-        == list(backbone(torch.randn(1, 3, 64, 64)))
-        == ["res3", "res5"]
-    )
+    assert [shape.stride for shape in shapes.values()] == [2, 4, 8, 16, 32]
+    for height, width in ((64, 96), (97, 131)):
+        maps = lite0(torch.randn(2, 3, height, width))
+        assert list(maps) == list(LITE0)
+        for y, shape in zip(maps.values(), shapes.values()):
+            rounded_up = [-(-side // shape.stride) for side in (height, width)]
+            assert list(y.shape) == [2, shape.channels, *rounded_up]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +108,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("freeze_at", [1, 2, 3])
+@pytest.mark.parametrize("freeze_at", [1, 3])  # test_networks.py has 2
 @pytest.mark.parametrize("model", FREEZING)
 def test_the_stem_and_the_stages_freeze(model: str, freeze_at: int) -> None:
     if not FREEZING[model][0] and freeze_at == 1:
@@ -148,7 +131,7 @@ def test_the_stem_and_the_stages_freeze(model: str, freeze_at: int) -> None:
 
 def test_without_a_stem_what_res1_depends_on_freezes() -> None:
     """VGG has no stem, and timm names the activations at its stages' ends."""
-    network = TimmBackbone("vgg11", ["res2"], freeze_at=1).model
+    network = TimmBackbone("vgg11", ["res2"], freeze_at=1, args={"mlp_ratio": 0.01}).model
     frozen = {name.split(".")[0] for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen == {"features_0", "features_3"}
 
@@ -159,51 +142,13 @@ def test_nothing_or_everything_freezes(freeze_at: int) -> None:
     assert {p.requires_grad for p in backbone.parameters()} == {freeze_at == 0}
 
 
-def test_frozen_layers_stay_bit_equal_after_a_step_and_the_rest_moves() -> None:
-    backbone = TimmBackbone("tf_efficientnet_lite0", freeze_at=2, norm="FrozenBN").train()
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    trained = [p for p in backbone.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1.0)
-    sum(x.square().mean() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
-    assert all(p.grad is not None and p.grad.any() for p in trained)
-    optimizer.step()
-    moved = {
-        name
-        for name, value in backbone.state_dict().items()
-        if not torch.equal(value, before[name])
-    }
-    assert moved == {f"{name}" for name, p in backbone.named_parameters() if p.requires_grad}
-    assert not any("bn" in name for name in moved)  # FrozenBN: neither statistics nor affine
-
-
-def test_frozen_batch_norm_keeps_the_activation() -> None:
+def test_frozen_batch_norm_keeps_the_activation(lite0: TimmBackbone) -> None:
     """timm's batch norms carry the activation: converting them to plain ones would lose it."""
-    plain = TimmBackbone("tf_efficientnet_lite0").eval()
     frozen = TimmBackbone("tf_efficientnet_lite0", norm="FrozenBN").train()
-    frozen.load_state_dict(plain.state_dict(), strict=False)
+    frozen.load_state_dict(lite0.state_dict(), strict=False)
     x = torch.randn(1, 3, 64, 64)
-    for one, two in zip(plain(x).values(), frozen(x).values()):
+    for one, two in zip(lite0(x).values(), frozen(x).values(), strict=True):
         assert torch.allclose(one, two, atol=1e-5)
-
-
-def test_the_batch_norms_of_frozen_layers_stand_still() -> None:
-    backbone = TimmBackbone("tf_efficientnet_lite0", freeze_at=2).train()
-    before = {name: value.clone() for name, value in backbone.named_buffers()}
-    backbone(torch.randn(2, 3, 64, 64))
-    moved = [n for n, value in backbone.named_buffers() if not torch.equal(value, before[n])]
-    assert moved and all(int(name.split("blocks.")[1][0]) >= 2 for name in moved)
-
-
-def test_channels_last_networks_are_turned() -> None:
-    model = "swin_tiny_patch4_window7_224"
-    backbone = TimmBackbone(model, out_features=["res2", "res5"], args=SMALL_SWIN).eval()
-    x = torch.randn(1, 3, 100, 132)
-    maps = backbone(x)
-    assert {name: tuple(y.shape) for name, y in maps.items()} == {
-        "res2": (1, 16, 25, 33),
-        "res5": (1, 128, 4, 5),
-    }
-    assert torch.equal(maps["res5"], backbone.model(x)[1].permute(0, 3, 1, 2))
 
 
 def test_swin_gives_the_same_for_any_size_and_for_its_own() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from helpers import zoo_config
+from detectron2.layers import FrozenBatchNorm2d
+from networks import RESNET18, SMALL_SWIN, Case
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up import build_bottom_up
 from fpn_plugin.bottom_up.weights import load_weights
 
 
@@ -96,39 +95,37 @@ def test_another_shape_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model, tag", [("convnext_atto", "stages_0"), ("swin_tiny_patch4_window7_224", "layers_0")]
+    "model, args, tag",
+    [
+        ("test_convnext", {}, "stages_0"),
+        ("swin_tiny_patch4_window7_224", SMALL_SWIN, "layers_0"),
+    ],
 )
 def test_timms_whole_model_loads_into_its_feature_network(
-    model: str, tag: str, tmp_path: Path
+    model: str, args: dict[str, Any], tag: str, tmp_path: Path
 ) -> None:
     timm = pytest.importorskip("timm")
-    whole = timm.create_model(model)
-    features = timm.create_model(model, features_only=True)
+    whole = timm.create_model(model, **args)
+    features = timm.create_model(model, features_only=True, **args)
     assert any(name.startswith(tag) for name in features.state_dict())
     torch.save(whole.state_dict(), tmp_path / "w.pth")
     assert load_weights(features, str(tmp_path / "w.pth")) == []
 
 
-def test_an_unknown_network_is_named() -> None:
-    cfg = zoo_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
-    cfg.MODEL.BOTTOM_UP.NAME = "build_resnet_backbon"
-    with pytest.raises(
-        KeyError, match="MODEL.BOTTOM_UP.NAME.*did you mean 'build_resnet_backbone'"
-    ):
-        build_bottom_up(cfg, ShapeSpec(channels=3))
-
-
-@pytest.mark.parametrize("prefix", ["", "backbone.0.body."])
-@pytest.mark.parametrize("naming", ["torchvision", "detectron2"])
+@pytest.mark.parametrize(
+    "naming, prefix", [("torchvision", ""), ("detectron2", "backbone.0.body.")]
+)
 def test_a_deeper_networks_file_is_a_warning(
     naming: str, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = {f"{prefix}{n}": v for n, v in torchvision.models.resnet34().state_dict().items()}
-    target: nn.Module = torchvision.models.resnet18()
-    if naming == "detectron2":
-        cfg = zoo_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
-        cfg.merge_from_list(["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64])
-        target = build_bottom_up(cfg, ShapeSpec(channels=3))
+    with torch.device("meta"):
+        shapes = torchvision.models.resnet34().state_dict()
+    state = {f"{prefix}{name}": torch.zeros(()).expand(x.shape) for name, x in shapes.items()}
+    target = (
+        torchvision.models.resnet18()
+        if naming == "torchvision"
+        else Case("build_resnet_backbone", keys=RESNET18).build()
+    )
     text = log_of(state, target, tmp_path / "w.pth", caplog).splitlines()[0]
     assert text.startswith("WARNING") and "tensors of the network are in the file; it has 8" in text
     assert "8 more blocks in the stages that matched (layer1.2, layer2.2, layer2.3," in text

@@ -28,9 +28,8 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from fpn_plugin.engine import launch
-from fpn_plugin.engine.checkpoint import Checkpointer, write_atomically
+from fpn_plugin.engine.checkpoint import Checkpointer, SaveError, write_atomically
 from fpn_plugin.engine.faults.explained import explained
-from fpn_plugin.engine.faults.saving import SaveError
 from fpn_plugin.engine.launch import RankError, _describe, launch_ranks
 from fpn_plugin.engine.metrics import MetricsWriter, PatientWriter
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fpn_plugin.analysis.benchmark.contestants import Contestant
 from fpn_plugin.analysis.benchmark.inputs import Inputs
 from fpn_plugin.analysis.benchmark.neck import image_tensor
-from fpn_plugin.bottom_up.weights import read_state_dict
+from fpn_plugin.bottom_up.weight_files import read_state_dict
 
 WEIGHTS = "--weights"
 _BRANCH = 0.25  # the weight of the last norm of a residual branch

@@ -9,7 +9,7 @@ from typing import Any, Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.benchmark.contestants import Contestant
-from fpn_plugin.engine.run_folder import CONFIG, METRICS, metric_lines, recorded_config
+from fpn_plugin.engine.run_record import CONFIG, METRICS, metric_lines, recorded_config
 
 RUNS = "--runs"
 # where it runs and what it starts from make no other model

@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 
 from fpn_plugin.analysis.benchmark.contestants import short_names
 from fpn_plugin.analysis.compare.runs import Run
-from fpn_plugin.engine.run_folder import OUTER_KEYS
+from fpn_plugin.engine.run_record import OUTER_KEYS
 
 # what makes no other detector; an evaluation's weights and seed are those of its run
 _FREE = ("SEED", "VERSION", "TEST.EVAL_PERIOD", *OUTER_KEYS)

@@ -13,7 +13,7 @@ from detectron2.config import get_cfg
 from fpn_plugin.analysis.benchmark.contestants import short_names
 from fpn_plugin.analysis.study.record import read_record
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.engine.run_folder import CONFIG, flatten, metric_lines, recorded_config
+from fpn_plugin.engine.run_record import CONFIG, flatten, metric_lines, recorded_config
 
 TASKS = ("bbox", "segm")
 RESULTS = "coco_instances_results.json"

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.study.study_file import Entry, Study, StudyError
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.engine.run_folder import (
+from fpn_plugin.engine.run_record import (
     OUTER_KEYS,
     RESULT_KEY,
     config_changes,

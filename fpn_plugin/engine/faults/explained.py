@@ -7,8 +7,8 @@ import contextlib
 import re
 from typing import Callable, Iterator, Sequence
 
+from fpn_plugin.engine.checkpoint import SaveError, disk_full_error
 from fpn_plugin.engine.faults.memory import OutOfMemoryError, is_out_of_memory, memory_error
-from fpn_plugin.engine.faults.saving import SaveError, disk_error
 
 # torch has no class for it: from its SIGCHLD handler, and from its loader when it misses an answer
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) .*")
@@ -58,7 +58,7 @@ def _told(
 ) -> Exception | None:
     """What to raise instead of an error; None: it is about something else."""
     if isinstance(error, OSError):
-        return disk_error(error, folder)
+        return disk_full_error(error, folder)
     if dead := _DEAD_WORKER.search(str(error)):
         return WorkerError(
             f"{dead[0].rstrip('. ')}. A worker that was killed often means that the system ran out"

@@ -1,5 +1,4 @@
-"""Numbers that are not finite: where among tensors they are, and the error that training ends
-with."""
+"""Tensors with NaN or infinity: finding them, and the error that ends a diverged training."""
 
 from __future__ import annotations
 
@@ -16,72 +15,72 @@ class DivergedError(FloatingPointError):
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether every element is; those of a type without infinity are."""
+    """Whether every element is finite; integers always are."""
     if not (x.is_floating_point() or x.is_complex()):
         return True
     x = x.detach()
-    # a sum takes a quarter of the time; it can also overflow by itself
+    # the sum takes a quarter of the time, but it can overflow although all elements are finite
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those tensors that have an element that is NaN or infinite."""
+    """The names of the tensors with an element that is NaN or infinite."""
     return [name for name, x in named if not is_finite(x)]
 
 
 def listed(names: list[str]) -> str:
-    """The first few, and how many more there are."""
+    """The first few names as a text, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a module's inputs or outputs, or of a sample, by where they stand in it.
+    """The tensors in a module's inputs or outputs, or in a sample, with their place in it.
 
-    What holds a `tensor` is looked into as well: Detectron2's boxes, masks and lists of images.
+    An object's `tensor` counts too: Detectron2's boxes, masks and lists of images have one.
     """
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Instances):
         yield from tensors_of(value.get_fields(), name)
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_of(item, f"{name}.{key}".lstrip("."))
+        for key, entry in value.items():
+            yield from tensors_of(entry, f"{name}.{key}".lstrip("."))
     elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            yield from tensors_of(item, f"{name}[{number}]")
-    elif isinstance(held := getattr(value, "tensor", None), Tensor):
-        yield name, held
+        for index, entry in enumerate(value):
+            yield from tensors_of(entry, f"{name}[{index}]")
+    elif isinstance(tensor := getattr(value, "tensor", None), Tensor):
+        yield name, tensor
 
 
-def broken_weights(model: nn.Module, without: Collection[str] = ()) -> list[str]:
+def broken_weights(model: nn.Module, ignore: Collection[str] = ()) -> list[str]:
     """The names of the weights, and of the statistics of norms, that are not finite.
 
-    Infinity in other buffers may be meant, as in an attention mask; NaN is not.
+    Infinity in other buffers may be intended, as in an attention mask; NaN is not.
 
     Args:
-        without: names that do not count.
+        ignore: names of buffers that do not count.
     """
-    norms = {path for path, part in model.named_modules() if hasattr(part, "running_mean")}
-    found = non_finite(model.named_parameters())
+    norms = {name for name, module in model.named_modules() if hasattr(module, "running_mean")}
+    broken = non_finite(model.named_parameters())
     for name, x in model.named_buffers():
-        strict = name.rpartition(".")[0] in norms
-        if not is_finite(x) and name not in without and (strict or bool(x.isnan().any())):
-            found.append(name)
-    return found
+        is_statistic = name.rpartition(".")[0] in norms
+        if not is_finite(x) and name not in ignore and (is_statistic or bool(x.isnan().any())):
+            broken.append(name)
+    return broken
 
 
-def refuse_broken(model: nn.Module, what: str) -> None:
-    """Refuse weights that no run can go on from.
+def require_finite(model: nn.Module, consequence: str) -> None:
+    """Refuse weights with which no run can go on.
 
     Args:
-        what: is not done with them, for the message.
+        consequence: what is not done with them, as the message begins.
 
     Raises:
         DivergedError: naming the weights that are not finite.
     """
-    if bad := broken_weights(model):
+    if broken := broken_weights(model):
         raise DivergedError(
-            f"{what}: {len(bad)} of its weights and statistics are not finite: {listed(bad)}. The"
-            " checkpoints that are there stay as they are"
+            f"{consequence}: {len(broken)} of its weights and statistics are not finite:"
+            f" {listed(broken)}. The checkpoints that are there stay as they are"
         )

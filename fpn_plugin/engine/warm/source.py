@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.engine.run_folder import recorded_config
+from fpn_plugin.engine.run_record import recorded_config
 from fpn_plugin.warm_settings import NO_PYRAMID, PYRAMID_KEYS, pyramid_settings
 
 logger = logging.getLogger(__name__)
