@@ -153,15 +153,9 @@ def _add_speed_keys(cfg: CfgNode) -> None:
     # On the CPU, pool boxes from the maps by torch's own gather instead of torchvision's kernel:
     # the same numbers up to rounding, several times faster
     cfg.MODEL.FAST_ROI_ALIGN = False
-    # Make a node's fused map and its activation again in the backward pass instead of keeping them,
-    # where the fusion has weights: less memory, the same gradients
+    # Compute nodes whose fusion has weights again in the backward pass, from their inputs, instead
+    # of keeping what they computed: less memory, more time, the same gradients
     cfg.MODEL.FPN.RECOMPUTE = False
-    # Run the 1x1 convolutions that read one map as one, with their weights put together: the same
-    # up to rounding. Not where the pyramid is compiled, traced or exported
-    cfg.MODEL.FPN.MERGE_PROJECTIONS = False
-    # On CUDA, repeat coarse maps and add them up in one Triton kernel. Off because it has not been
-    # measured, or run, on a GPU: it was checked in Triton's interpreter. Changes nothing on the CPU
-    cfg.MODEL.FPN.TRITON = False
     # Evaluate a copy of the model whose batch norms are folded into the convolutions before them:
     # the same up to rounding
     cfg.TEST.FOLD_NORMS = False

@@ -23,14 +23,11 @@ from fpn_plugin.export.compare import Difference, compare, make_inputs
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.refuse import time_limit
 from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
-from fpn_plugin.pyramid.deformable import ModulatedConv
+from fpn_plugin.pyramid.blocks import ModulatedConv
 from fpn_plugin.registry import unknown_name
 
 # keys that change nothing of what is computed, but how, in ways that no export can follow
-_PLAIN = (
-    *("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN"),
-    *("MODEL.FPN.TRITON", "MODEL.FPN.MERGE_PROJECTIONS"),
-)
+_PLAIN = ("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from fpn_plugin.heads.inputs import validate_heads
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph
 from fpn_plugin.pyramid.graph import Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.inline import parse_graph
-from fpn_plugin.pyramid.one_pass import use_triton
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import Style
@@ -54,9 +53,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         size_divisibility: what the heads need the image's sides to be divisible by, if more than
             the pyramid does.
         square_pad: if > 0, images are padded to squares of this size.
-        recompute: whether training makes fused maps again instead of keeping them.
-        merge_projections: whether the 1x1 convolutions that read one map run as one.
-        triton: whether a Triton kernel fuses maps on CUDA.
+        recompute: whether training computes nodes whose fusion has weights again in the backward
+            pass instead of keeping what they computed.
         warm_from: a pyramid on the same network, as which this one starts (see `warm.py`); what is
             taken of it is its structure, not its weights.
 
@@ -95,8 +93,6 @@ class PyramidBackbone(GraphExecutor, Backbone):
         size_divisibility: int = 0,
         square_pad: int = 0,
         recompute: bool = False,
-        merge_projections: bool = False,
-        triton: bool = False,
         warm_from: PyramidBackbone | None = None,
     ) -> None:
         shapes = bottom_up.output_shape()
@@ -123,11 +119,9 @@ class PyramidBackbone(GraphExecutor, Backbone):
         whole, own = (warm.graph, warm.own) if warm else (made, None)
         super().__init__(whole, {name: channels[name] for name in whole.inputs}, defaults, own)
         self.warm_start = warm
-        use_triton(self, triton)
         self.bottom_up = bottom_up
         self._square_pad = square_pad
         self.recompute = recompute
-        self.merge_projections = merge_projections
         # images padded in another way than the checkpoint's would make its function another one
         padded = warm_from.graph if warm_from is not None else made
         self._size_divisibility = max(
@@ -161,8 +155,6 @@ class PyramidBackbone(GraphExecutor, Backbone):
             "activation": fpn.ACTIVATION,
             "size_divisibility": size_divisibility_for(cfg),
             "recompute": fpn.RECOMPUTE,
-            "merge_projections": fpn.MERGE_PROJECTIONS,
-            "triton": fpn.TRITON,
             "warm_from": _blueprint(bottom_up, warm),
         }
 

@@ -35,7 +35,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleSpec:
     """One module: the submodule's path, its operator, and what it is built from.
 
     Attributes:
@@ -62,11 +62,11 @@ class ResolvedEdge:
     """An edge with every part that it really has; None where it has none."""
 
     source: str
-    project: Part | None
-    resample: Part | None
-    block: Part | None
+    project: ModuleSpec | None
+    resample: ModuleSpec | None
+    block: ModuleSpec | None
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ModuleSpec]:
         """In the order in which they run."""
         return (part for part in (self.project, self.resample, self.block) if part is not None)
 
@@ -77,11 +77,11 @@ class ResolvedNode:
 
     node: Node
     edges: tuple[ResolvedEdge, ...]
-    fuse: Part | None
-    block: Part | None
+    fuse: ModuleSpec | None
+    block: ModuleSpec | None
     drop: tuple[str, ...]
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ModuleSpec]:
         """In the order in which they run."""
         for edge in self.edges:
             yield from edge.parts()
@@ -139,19 +139,19 @@ def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) 
 
 def _fusion(
     item: Node, levels: Mapping[str, int], widths: tuple[int, ...], defaults: Defaults
-) -> Part:
+) -> ModuleSpec:
     sources = tuple(levels[edge.source] for edge in item.inputs)
     path, where, width = f"{item.name}_fuse", f"node {item.name!r}, fuse", defaults.channels
     operator = item.fuse or defaults.fuse
-    return Part(path, "fuse", operator, width, width, len(widths), where, sources, widths)
+    return ModuleSpec(path, "fuse", operator, width, width, len(widths), where, sources, widths)
 
 
 def _block(
     path: str, operator: Operator | None, width: int, channels: int, where: str
-) -> Part | None:
+) -> ModuleSpec | None:
     if operator is None or (_is_identity(operator) and width == channels):
         return None
-    return Part(path, "block", operator, width, channels, 0, where)
+    return ModuleSpec(path, "block", operator, width, channels, 0, where)
 
 
 def _is_identity(operator: Operator | None) -> bool:
@@ -182,7 +182,7 @@ def _resolve_edge(
     if steps:
         kind = "up" if steps > 0 else "down"
         wide, width = width, width >> steps if shrinks else width
-        resample = Part(
+        resample = ModuleSpec(
             f"{path}.resample", kind, operator, wide, width, abs(steps), f"{where}, resample"
         )
     following = edge.block

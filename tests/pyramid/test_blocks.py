@@ -165,31 +165,6 @@ def test_half_precision(name: str) -> None:
     assert block.bfloat16()(X.bfloat16()).dtype == torch.bfloat16
 
 
-def in_a_graph(name: str) -> Pyramid:
-    graph = Graph({"res4": 4}, (node("out", 4, ["res4"], block=name),), ("out",))
-    defaults = Defaults(128, norm="GN", activation="relu")
-    return randomize(Pyramid(graph, {"res4": 4}, defaults)).eval()
-
-
-@pytest.mark.parametrize("name", every_block())
-@torch.no_grad()
-def test_script_trace_compile_and_export(name: str) -> None:
-    pyramid = in_a_graph(name)
-    torch._dynamo.reset()
-    sides = {2: torch.export.Dim("h", min=3, max=64), 3: torch.export.Dim("w", min=3, max=64)}
-    example = {"res4": torch.randn(1, 4, 9, 13)}
-    ways = [
-        torch.jit.script(pyramid),
-        torch.jit.trace(pyramid, (example,), strict=False),
-        torch.compile(pyramid, fullgraph=True, backend="aot_eager", dynamic=True),
-        torch.export.export(pyramid, (example,), dynamic_shapes=({"res4": sides},)).module(),
-    ]
-    for size in [(8, 12), (7, 21)]:
-        maps = {"res4": torch.randn(1, 4, *size)}
-        for run in ways:
-            assert torch.allclose(run(maps)["p4"], pyramid(maps)["p4"], atol=1e-4)
-
-
 def test_identity() -> None:
     assert BLOCKS.get("identity")(4, 4)(X) is X
     with pytest.raises(ValueError, match="identity cannot turn 4 channels into 8"):

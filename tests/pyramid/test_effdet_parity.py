@@ -201,7 +201,8 @@ def peak(step: Callable[[], None]) -> int:
 
 
 def test_peak_memory_of_a_training_step_against_effdet() -> None:
-    """EfficientDet D0's pyramid at 256 pixels: at most 0.6 of `effdet`'s."""
+    """EfficientDet D0's pyramid at 256 pixels: at most 0.4 of `effdet`'s with
+    `MODEL.FPN.RECOMPUTE`."""
     their, mine, _ = pair(CASES["d0"], (256, 256))
     inputs = maps_of(CASES["d0"], (256, 256))
 
@@ -218,4 +219,4 @@ def test_peak_memory_of_a_training_step_against_effdet() -> None:
         mine.recompute = again
         found[again] = peak(step_of(lambda maps: mine(dict(zip(INPUTS, maps))).values())) / theirs
     print(f"peak memory over effdet's: {found}")
-    assert found[False] < 0.72 and found[True] < 0.6
+    assert found[False] < 0.72 and found[True] < 0.4

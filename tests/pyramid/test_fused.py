@@ -198,7 +198,7 @@ def test_in_a_pyramid(fuse: str, layout: str, size: tuple[int, int], training: b
 @pytest.mark.parametrize("activation", ["", "relu", "silu"])
 @pytest.mark.parametrize("block", ["separable", "conv3x3", "csp"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-def test_making_maps_again_keeps_every_bit(activation: str, block: str, half: bool) -> None:
+def test_computing_nodes_again_keeps_every_bit(activation: str, block: str, half: bool) -> None:
     gradients = []
     for again in (False, True):
         torch.manual_seed(1)
@@ -218,8 +218,23 @@ def test_making_maps_again_keeps_every_bit(activation: str, block: str, half: bo
         sum(x.float().square().mean() for x in outputs.values()).backward()
         gradients.append([p.grad for p in (*pyramid.parameters(), *maps.values())])
         gradients[-1] += [x.detach() for x in outputs.values()]
+        gradients[-1] += list(pyramid.buffers())  # statistics move once
     for one, two in zip(*gradients):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("factor", [3, 5, 6])
+def test_gradient_of_a_map_that_is_no_power_of_two_smaller(factor: int, layout: str) -> None:
+    """As where a side of five pixels becomes three, two and one."""
+    module = FUSIONS.get("sum")(4, 2)
+    module.coarse = [False, True]
+    fine = torch.randn(2, 4, factor, 2 * factor).contiguous(memory_format=LAYOUTS[layout])
+    coarse = torch.randn(2, 4, 1, 2, requires_grad=True)
+    grad = torch.randn_like(fine)
+    module([fine, coarse], [factor, 2 * factor]).backward(grad)
+    expected = F.avg_pool2d(grad, factor) * factor**2
+    assert coarse.grad is not None and torch.allclose(coarse.grad, expected, atol=1e-5)
 
 
 def pyramid_with(block: str, activation: str) -> Pyramid:

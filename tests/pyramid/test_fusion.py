@@ -170,42 +170,6 @@ def test_every_fusion_stays_in_half_precision(name: str, count: int) -> None:
     assert torch.allclose(result.float(), exact, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("name, count", CASES)
-@pytest.mark.parametrize("norm", ["", "GN"])
-def test_every_fusion_scripts_and_traces(name: str, count: int, norm: str) -> None:
-    module = randomize(FUSIONS.get(name)(32, count, norm=norm)).eval()
-    maps = random_maps(count, channels=32)
-    traced = torch.jit.trace(module, (maps,))
-    for inputs in (maps, [x[:1, :, :2] for x in maps]):
-        assert torch.equal(torch.jit.script(module)(inputs), module(inputs))
-        assert torch.equal(traced(inputs), module(inputs))
-
-
-class FromOneMap(nn.Module):
-    """Makes two maps of one, so that their sizes stay tied to each other in an export."""
-
-    def __init__(self, fusion: nn.Module) -> None:
-        super().__init__()
-        self.fusion = fusion
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fusion([x, x.flip(3) - 0.5])
-
-
-@pytest.mark.parametrize("name", FUSIONS.names())
-def test_every_fusion_exports_and_compiles_for_any_size(name: str) -> None:
-    module = FromOneMap(randomize(FUSIONS.get(name)(8, 2))).eval()
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = ({2: dynamic, 3: dynamic},)
-    program = torch.export.export(module, (torch.randn(2, 8, 5, 6),), dynamic_shapes=shapes)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    for size in [(5, 6), (9, 4)]:
-        x = torch.randn(2, 8, *size)
-        assert torch.allclose(program.module()(x), module(x), atol=1e-6)
-        assert torch.allclose(compiled(x), module(x), atol=1e-6)
-
-
 @pytest.mark.parametrize("name, count", [case for case in CASES if case[0] in LEARNED])
 def test_learned_weights_are_what_the_maps_are_multiplied_by(name: str, count: int) -> None:
     module = randomize(FUSIONS.get(name)(8, count))

@@ -190,24 +190,6 @@ def test_what_check_accepts_runs_and_scripts() -> None:
     assert sum(built) > len(built) / 2, f"only {sum(built)} of {len(built)} graphs were built"
 
 
-def test_what_check_accepts_exports() -> None:
-    built: list[bool] = []
-
-    @run_settings(8)
-    @given(graphs(most_nodes=4), defaults(norms=("",)), st.sampled_from(SIZES))
-    def holds(graph: Graph, given_defaults: Defaults, size: tuple[int, int]) -> None:
-        pyramid = build(graph, given_defaults, built)
-        if pyramid is None:
-            return
-        maps, size = images(graph, size)
-        with torch.no_grad():
-            program = torch.export.export(pyramid, (maps,))
-            assert_same(program.module()(maps), pyramid(maps), 1e-5)
-
-    holds()
-    assert sum(built) > len(built) / 2, f"only {sum(built)} of {len(built)} graphs were built"
-
-
 BAD_OPERATORS = st.sampled_from([op("nothing"), op(""), op("sum"), op("nearest"), op("maxpool")])
 STRIDES = st.sampled_from([3, 0, -2, 2, 128, "2", 1.5, None])
 BAD_LEVELS = st.sampled_from([-1, 13, 99, 2.5, True, None, "3"])

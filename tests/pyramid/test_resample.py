@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CHANNELS, assert_same, randomize
+from helpers import CHANNELS, randomize
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
@@ -299,57 +297,6 @@ def two_levels(up: str = "nearest", down: str = "maxpool") -> Pyramid:
 def graph_maps(height: int, width: int) -> dict[str, Tensor]:
     coarse = (-(-height // 2), -(-width // 2))
     return {"res4": torch.randn(1, 24, height, width), "res5": torch.randn(1, 32, *coarse)}
-
-
-def in_a_graph() -> list[Any]:
-    names = [{"up": name} for name in UPSAMPLE.names()] + [
-        {"down": name} for name in DOWNSAMPLE.names()
-    ]
-    return [pytest.param(given, id="-".join(*given.items())) for given in names]
-
-
-@pytest.mark.parametrize("given", in_a_graph())
-@torch.no_grad()
-def test_script_and_trace(given: dict[str, str]) -> None:
-    pyramid = two_levels(**given)
-    scripted = torch.jit.script(pyramid)
-    traced = torch.jit.trace(pyramid, (graph_maps(8, 12),), strict=False)
-    for size in [(8, 12), (7, 13), (20, 6)]:
-        maps = graph_maps(*size)
-        assert_same(scripted(maps), pyramid(maps), 1e-4)
-        assert_same(traced(maps), pyramid(maps), 1e-4)
-
-
-@pytest.mark.parametrize("given", in_a_graph())
-def test_compile_without_a_graph_break(given: dict[str, str]) -> None:
-    pyramid = two_levels(**given)
-    torch._dynamo.reset()
-    compiled = torch.compile(pyramid, fullgraph=True, backend="aot_eager", dynamic=True)
-    for size in [(8, 12), (20, 6)]:
-        maps = graph_maps(*size)
-        assert_same(compiled(maps), pyramid(maps), 1e-4)
-
-
-class FromImage(nn.Module):
-    """Gives the pyramid its two maps from one, so that their sizes stay tied to each other in an export."""
-
-    def __init__(self, pyramid: Pyramid) -> None:
-        super().__init__()
-        self.pyramid = pyramid
-        self.conv = nn.Conv2d(24, 32, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self.pyramid({"res4": x, "res5": self.conv(x)})
-
-
-@pytest.mark.parametrize("given", in_a_graph())
-def test_export_with_dynamic_height_and_width(given: dict[str, str]) -> None:
-    model = FromImage(two_levels(**given)).eval()
-    sides = {dim: torch.export.Dim(name, min=5, max=64) for dim, name in ((2, "h"), (3, "w"))}
-    program = torch.export.export(model, (torch.randn(1, 24, 13, 17),), dynamic_shapes=(sides,))
-    for size in [(8, 12), (7, 13), (21, 6)]:
-        x = torch.randn(1, 24, *size)
-        assert_same(program.module()(x), model(x), 1e-4)
 
 
 def test_fam_is_shown_the_lateral_after_its_projection() -> None:
