@@ -23,7 +23,6 @@ from PIL import Image
 
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
 from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
-from fpn_plugin.engine.image_cache import CachedMapper
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
 logger = logging.getLogger(__name__)
@@ -159,8 +158,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     skip = check_on_error(cfg.DATALOADER.ON_ERROR) == "skip"
     dataset = _training_dicts(cfg)
     mapper = mapper or DatasetMapper(cfg, is_train=True)
-    if cfg.DATALOADER.CACHE_IMAGES:
-        mapper = CachedMapper(mapper, cfg.DATALOADER.CACHE_IMAGES, cfg.INPUT.FORMAT)
     if isinstance(dataset, torchdata.IterableDataset):
         if skip:
             raise ValueError(f"{KEY} 'skip': DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a stream")

@@ -15,8 +15,8 @@ from typing import Any, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 
-from fpn_plugin.config_files import read_yaml
 from fpn_plugin.engine.checkpoint import TAG, find_checkpoint, list_checkpoints
+from fpn_plugin.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ _FREE = (
 OUTER_KEYS = (
     "OUTPUT_DIR",
     "MODEL.DEVICE",
-    "DATALOADER.CACHE_IMAGES",
     "DATALOADER.NUM_WORKERS",
     "DATALOADER.PERSISTENT_WORKERS",
     "DATALOADER.PIN_MEMORY",

@@ -28,10 +28,7 @@ from fpn_plugin.pyramid.deformable import ModulatedConv
 from fpn_plugin.registry import unknown_name
 
 # keys that change nothing of what is computed, but how, in ways that no export can follow
-_PLAIN = (
-    *("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN"),
-    *("MODEL.FPN.TRITON", "MODEL.FPN.MERGE_PROJECTIONS"),
-)
+_PLAIN = ("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from networks import CASES, Case
 from torch import Tensor, nn
 
 from fpn_plugin import PyramidBackbone
-from fpn_plugin.bottom_up import HOLDERS
+from fpn_plugin.modeling.bottom_up import HOLDERS
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -96,7 +96,8 @@ def test_no_batch_norm_of_a_frozen_layer_learns(network: Backbone) -> None:
 
 def test_a_pyramid_on_it_exports(case: Case, network: Backbone) -> None:
     topology = "fpn" if len(case.maps) > 1 else "simple"
-    pyramid = PyramidBackbone(network, list(case.maps), 8, topology=topology).eval()
+    arguments = {"in_features": list(case.maps), "out_channels": 8, "topology": topology}
+    pyramid = PyramidBackbone(network, **arguments).eval()
     x = image(case)
     exported = torch.export.export(pyramid, (x,), strict=False).module()
     with torch.no_grad():

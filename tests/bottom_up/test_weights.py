@@ -13,8 +13,8 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from helpers import zoo_config
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up import build_bottom_up
 from fpn_plugin.bottom_up.weights import load_weights
+from fpn_plugin.modeling.bottom_up import build_bottom_up
 
 
 def network() -> nn.Module:

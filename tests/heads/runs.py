@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from scene_data import POINTS, SEM_SEG, TRAIN, VAL
 from torch import Tensor
 
+from fpn_plugin.config import load_config
 from fpn_plugin.data.scenes import CLASSES
-from fpn_plugin.engine.setup import load_config
 from fpn_plugin.engine.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -16,8 +16,7 @@ from fpn_plugin.engine.fold import fold_norms
 from fpn_plugin.engine.speed import Speed, prepare_for_inference
 from fpn_plugin.pyramid import merge
 from fpn_plugin.pyramid.compose import build_graph
-from fpn_plugin.pyramid.graph import op
-from fpn_plugin.pyramid.inline import parse_graph
+from fpn_plugin.pyramid.graph import op, parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import TOPOLOGIES, Style

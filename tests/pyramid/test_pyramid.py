@@ -13,8 +13,7 @@ from helpers import CHANNELS, LEVELS, assert_same, randomize, rounding_of, small
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.fusion import FUSIONS
-from fpn_plugin.pyramid.graph import Edge, Graph, node, op
-from fpn_plugin.pyramid.inline import parse_graph
+from fpn_plugin.pyramid.graph import Edge, Graph, node, op, parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults
@@ -107,12 +106,12 @@ def every_pyramid() -> list:
 def test_shapes_order_and_values(topology: str, extra: str, size: tuple[int, int]) -> None:
     own = ["p6"] if topology in INNER_LEVELS else []
     if extra == "conv_c5" and own:
-        with pytest.raises(ValueError, match="MODEL.FPN.EXTRA_LEVELS: 'conv_c5' reads 'res5'"):
+        with pytest.raises(ValueError, match="extra_levels: 'conv_c5' reads 'res5'"):
             small_pyramid(topology, extra)
         return
     added = [f"p{int(name[1:]) + len(own)}" for name in EXTRA[extra]]
     if extra == "conv_c5" and topology == "simple":
-        with pytest.raises(ValueError, match="MODEL.FPN.EXTRA_LEVELS: 'conv_c5' reads 'res4'"):
+        with pytest.raises(ValueError, match="extra_levels: 'conv_c5' reads 'res4'"):
             small_pyramid(topology, extra)
         return
     outputs = small_pyramid(topology, extra)(small_maps(*size, batch=2))

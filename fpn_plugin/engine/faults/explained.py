@@ -62,8 +62,8 @@ def _told(
     if dead := _DEAD_WORKER.search(str(error)):
         return WorkerError(
             f"{dead[0].rstrip('. ')}. A worker that was killed often means that the system ran out"
-            f" of memory (the system's log tells): try a lower {workers_key}, DATALOADER."
-            f"PREFETCH_FACTOR or DATALOADER.CACHE_IMAGES. What was saved in {folder} is as it was:"
+            f" of memory (the system's log tells): try a lower {workers_key} or DATALOADER."
+            f"PREFETCH_FACTOR. What was saved in {folder} is as it was:"
             " --resume goes on from there"
         )
     return memory_error(error, doing, hints()) if is_out_of_memory(error) else None

@@ -58,8 +58,6 @@ def training_hints(cfg: CfgNode, sizes: Sequence[tuple[int, ...]] = ()) -> list[
     if not fpn.RECOMPUTE:
         hints.append("or take MODEL.FPN.RECOMPUTE True, for a pyramid whose fusions have weights")
     hints.append(f"MODEL.FPN.OUT_CHANNELS ({fpn.OUT_CHANNELS})")
-    if cfg.DATALOADER.CACHE_IMAGES:
-        hints.append(f"DATALOADER.CACHE_IMAGES ({cfg.DATALOADER.CACHE_IMAGES} MB in each worker)")
     return hints
 
 
