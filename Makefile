@@ -29,8 +29,7 @@ FP32 := MODEL.CHANNELS_LAST True MODEL.FAST_ROI_ALIGN True TEST.FOLD_NORMS True 
 LEVERS := --variant 'channels-last: MODEL.CHANNELS_LAST True' --variant 'amp: SOLVER.AMP.ENABLED True' \
   --variant 'amp in channels-last: SOLVER.AMP.ENABLED True MODEL.CHANNELS_LAST True' \
   --variant 'ROIAlign: MODEL.FAST_ROI_ALIGN True' --variant 'fp32: $(FP32)' --variant 'bf16: $(FP32) SOLVER.AMP.ENABLED True'
-NECKS := --variant 'folded: TEST.FOLD_NORMS True' --variant 'merged: MODEL.FPN.MERGE_PROJECTIONS True' \
-  --variant 'recompute: MODEL.FPN.RECOMPUTE True' \
+NECKS := --variant 'folded: TEST.FOLD_NORMS True' --variant 'recompute: MODEL.FPN.RECOMPUTE True' \
   --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
 SOURCES := fpn_plugin tools tests datasets setup.py
 

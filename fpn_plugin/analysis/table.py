@@ -7,7 +7,7 @@ from typing import Mapping, Sequence
 from fpn_plugin.analysis.complexity import Complexity, Cost
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.graph import Operator
-from fpn_plugin.pyramid.resolve import Part, ResolvedEdge, ResolvedNode
+from fpn_plugin.pyramid.resolve import ModuleSpec, ResolvedEdge, ResolvedNode
 
 HEADER = (
     "node",
@@ -34,7 +34,7 @@ def operator_text(operator: Operator) -> str:
     return f"{operator.name}({args})" if args else operator.name
 
 
-def part_text(part: Part) -> str:
+def part_text(part: ModuleSpec) -> str:
     """How a map passes one part of an edge: `↑nearest×2`, `↓maxpool×4`, `→conv1x1`."""
     arrow = {"up": "↑", "down": "↓"}.get(part.kind, "→")
     factor = f"×{2 ** part.amount}" if part.kind in ("up", "down") else ""

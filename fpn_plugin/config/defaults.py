@@ -80,8 +80,8 @@ _KEYS = [
     Key(
         "MODEL.FPN.RECOMPUTE",
         False,
-        "recomputes a node's fused map and its activation in the backward pass instead of keeping"
-        " them, where the fusion has weights: less memory, the same gradients",
+        "computes nodes whose fusion has weights again in the backward pass, from their inputs,"
+        " instead of keeping what they computed: less memory, more time, the same gradients",
     ),
     Key(
         "MODEL.BOTTOM_UP.NAME",

@@ -54,7 +54,7 @@ class PyramidSettings:
 
     topology: str = _setting(
         "fpn",
-        "one of the catalogue's, or several joined by `+`, each on the maps that the one before"
+        "one of [the catalogue](../README.md)'s, or several joined by `+`, each on the maps that the one before"
         " gives: `fpn+pafpn+bfp`",
         TOPOLOGIES,
     )
@@ -106,7 +106,7 @@ class PyramidSettings:
         0.0, "of all norms with running statistics; `0`: the layer's own (EfficientDet: 0.01)"
     )
     activation: str = _setting(
-        "", 'of the blocks; `""`: none, or what a topology prescribes', ACTIVATIONS
+        "", 'of the blocks (`""`: none, or what a topology prescribes)', ACTIVATIONS
     )
 
     def __eq__(self, other: object) -> bool:
@@ -262,5 +262,6 @@ def extra_levels_for(cfg: CfgNode) -> str:
 
 def is_names(value: object) -> bool:
     """Whether a value is a list of texts."""
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and all(isinstance(name, str) for name in value)  # type: ignore[union-attr]
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    return all(isinstance(name, str) for name in value)

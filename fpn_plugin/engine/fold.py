@@ -1,18 +1,21 @@
-"""What makes a model cheaper to run without changing what it computes, where nothing is learned:
-norms folded into the convolutions before them, weights cast once. Both change the model in place;
-:func:`fpn_plugin.engine.speed.prepare_for_inference` gives them a copy."""
+"""What makes a model cheaper to run without changing what it computes, once nothing is trained:
+norms folded into the convolutions before them, and weights cast once. Both change the model in
+place; :func:`fpn_plugin.engine.speed.prepare_for_inference` passes a copy."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from detectron2.layers import Conv2d as Detectron2Conv2d
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+logger = logging.getLogger(__name__)
 
 _CASTABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -20,43 +23,56 @@ _CASTABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 def fold_norms(model: nn.Module) -> int:
     """Fold every norm with fixed statistics into the convolution that it follows.
 
-    Which convolution that is follows from the structure alone for Detectron2's `Conv2d` (and so for
-    the pyramid's blocks) and for `nn.Sequential`; :func:`fold_traced` finds the others. What
-    computes its statistics from the map, and convolutions that change their weights as they run,
+    Which convolution that is follows from the structure for Detectron2's `Conv2d` (and so for the
+    pyramid's blocks) and for `nn.Sequential`; :func:`fold_traced` finds the others. Norms that
+    compute their statistics from the map, and convolutions that compute their weights as they run,
     are left alone.
 
     Returns:
         the number of norms that are gone.
     """
-    uses = _uses(model)
-    found = 0
-    for owner in model.modules():
-        for conv, name in _neighbours(owner):
-            found += _fold(conv, owner, name, uses)
-    return found
+    uses = _count_uses(model)
+    pairs = [(owner, *pair) for owner in model.modules() for pair in _neighbours(owner)]
+    return sum(_fold(conv, owner, name, uses) for owner, conv, name in pairs)
 
 
-def fold_traced(network: nn.Module, image: Tensor) -> int:
-    """:func:`fold_norms` for a network whose forward says what follows what: it is run once, and a
-    norm is folded if it was the only reader of a convolution's map.
+def fold_traced(network: nn.Module) -> int:
+    """:func:`fold_norms` for a network whose order of layers only its `forward` knows.
 
-    Args:
-        image: what the network is run on.
+    torch.fx records it. A norm is folded if nothing else reads the convolution's map. Where
+    torch.fx cannot follow the forward, norms are left, and the log says so.
     """
-    watch = _Watch(network)
-    with torch.no_grad(), watch:
-        given = tree_leaves(network(image))
-    uses = _uses(network)
-    owners = {
-        id(child): (owner, name)
-        for owner in network.modules()
-        for name, child in owner.named_children()
-    }
-    return sum(_fold(conv, *owners[id(norm)], uses) for norm, conv in watch.pairs(given))
+    if not any(_is_fixed(module) for module in network.modules()):
+        return 0
+    try:
+        nodes = _LayerTracer().trace(network).nodes
+    except Exception as error:  # whatever a forward raises when it is given torch.fx's proxies
+        logger.warning(f"Batch norms are not folded, since torch.fx cannot trace it: {error}")
+        return 0
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    uses = _count_uses(network)
+    count = 0
+    for node in nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        if calls[node.target] == calls[source.target] == 1:
+            owner, _, name = node.target.rpartition(".")
+            conv = network.get_submodule(source.target)
+            count += _fold(conv, network.get_submodule(owner), name, uses)
+    return count
 
 
-def _uses(model: nn.Module) -> Counter[int]:
-    """How often each module, and each parameter, has a place in the model."""
+class _LayerTracer(fx.Tracer):
+    """Records convolutions and norms as one call each."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_layer = isinstance(m, nn.Conv2d) or _is_fixed(m)
+        return is_layer or super().is_leaf_module(m, module_qualified_name)
+
+
+def _count_uses(model: nn.Module) -> Counter[int]:
+    """In how many places of the model each module, and each parameter, is used, by id."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return modules + Counter(
         id(parameter)
@@ -76,32 +92,22 @@ def _neighbours(owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield conv, name
 
 
-def _fold(conv: nn.Module, owner: nn.Module, name: str, uses: Counter[int]) -> int:
-    """Fold the child `name` of `owner` into a convolution if both are fit for it."""
+def _fold(conv: nn.Module, owner: nn.Module, name: str, uses: Counter[int]) -> bool:
+    """Fold the child `name` of `owner` into a convolution, if that is possible."""
     norm = getattr(owner, name)
     if not (_is_plain(conv) and _is_fixed(norm)):
-        return 0
+        return False
     weight: Any = conv.weight
     if max(uses[id(conv)], uses[id(weight)], uses[id(norm)]) > 1:
-        return 0  # shared: what is folded in for one reader would be there for the others
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    layout = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
-    folded = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-    conv.weight = nn.Parameter(folded.contiguous(memory_format=layout), requires_grad=False)
-    conv.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-    setattr(owner, name, _what_remains(norm))
-    return 1
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return False  # shared: another reader would get the norm too
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    # timm's batch norms also have a dropout and an activation
+    rest = [getattr(norm, part, nn.Identity()) for part in ("drop", "act")]
+    rest = [module for module in rest if not isinstance(module, nn.Identity)]
+    setattr(owner, name, nn.Sequential(*rest) if rest else nn.Identity())
+    return True
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -113,97 +119,30 @@ def _is_plain(module: nn.Module) -> bool:
     timm = sys.modules.get("timm.layers")
     if timm is not None:
         plain += (timm.Conv2dSame.forward,)
-    # a pyramid's blocks activate first, and then are Detectron2's
+    # a pyramid's blocks that activate first are Detectron2's convolutions otherwise
     return isinstance(module, nn.Conv2d) and (
         type(module).forward in plain or hasattr(module, "pre_activation")
     )
 
 
-def _is_fixed(norm: Any) -> bool:
+def _is_fixed(norm: nn.Module) -> bool:
     """Whether it is a batch norm that has its statistics, and uses them."""
-    known = all(isinstance(getattr(norm, name, None), Tensor) for name in _STATISTICS)
-    learned = isinstance(norm, nn.modules.batchnorm._NormBase)
-    if not known or (learned and norm.training) or not hasattr(norm, "eps"):
+    if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
         return False
-    return learned or "Frozen" in type(norm).__name__
-
-
-_STATISTICS = ("running_mean", "running_var")
-
-
-def _what_remains(norm: nn.Module) -> nn.Module:
-    """Of timm's batch norms: their dropout and their activation."""
-    rest = [getattr(norm, name, None) for name in ("drop", "act")]
-    left = [module for module in rest if isinstance(module, nn.Module)]
-    left = [module for module in left if not isinstance(module, nn.Identity)]
-    if not left:
-        return nn.Identity()
-    return left[0] if len(left) == 1 else nn.Sequential(*left)
-
-
-class _Watch(TorchFunctionMode):
-    """Sees what reads the map of each convolution: the norm that is called with it, and every torch
-    function."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        # by id; the maps are kept, so that ids stay unique
-        self._maps: dict[int, tuple[Tensor, nn.Module]] = {}
-        self._readers: Counter[int] = Counter()
-        self._norms: list[tuple[int, nn.Module]] = []
-        convs = [module for module in network.modules() if _is_plain(module)]
-        norms = [module for module in network.modules() if _is_fixed(module)]
-        self._hooks = [conv.register_forward_hook(self._note_map) for conv in convs]
-        self._hooks += [norm.register_forward_pre_hook(self._note_norm) for norm in norms]
-
-    def _note_map(self, conv: nn.Module, args: tuple, output: Tensor) -> None:
-        self._maps[id(output)] = (output, conv)
-
-    def _note_norm(self, norm: nn.Module, args: tuple) -> None:
-        self._norms.append((id(args[0]) if id(args[0]) in self._maps else 0, norm))
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if not _is_question(func):
-            self._readers.update(id(x) for x in tree_leaves((args, kwargs)) if id(x) in self._maps)
-        return func(*args, **(kwargs or {}))
-
-    def pairs(self, given: list[Any]) -> list[tuple[nn.Module, nn.Module]]:
-        """Each norm with its convolution, where neither ran more than once.
-
-        Args:
-            given: what the network returns, which has a reader outside of it.
-        """
-        for hook in self._hooks:
-            hook.remove()
-        kept = {id(x) for x in given}
-        runs = Counter(id(conv) for _, conv in self._maps.values())
-        times = Counter(id(norm) for _, norm in self._norms)
-        pairs = [
-            (norm, self._maps[key][1])
-            for key, norm in self._norms
-            if key in self._maps and key not in kept and self._readers[key] == 1
-        ]
-        return [pair for pair in pairs if times[id(pair[0])] == 1 == runs[id(pair[1])]]
-
-
-def _is_question(func: Callable) -> bool:
-    """Whether a function asks for a tensor's shape or kind, and not for its values."""
-    return getattr(func, "__name__", "") in ("__get__", "dim", "size", "numel", "is_floating_point")
+    if isinstance(norm, _NormBase):
+        return not norm.training
+    # torchvision's and timm's frozen norms have Detectron2's attributes, but no common base
+    return "Frozen" in type(norm).__name__
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give convolutions and linear layers their weights in the type that autocast would cast them
-    to on every forward.
+    """Cast the weights of convolutions and linear layers to what autocast would cast them to in
+    every forward.
 
     Nothing else changes its type, and a model under autocast gives the same numbers.
     """
     for module in model.modules():
-        castable = type(module) in _CASTABLE or (
-            isinstance(module, nn.Conv2d) and _is_plain(module)
-        )
-        if not castable:
+        if not (type(module) in _CASTABLE or _is_plain(module)):
             continue
         for name in ("weight", "bias"):
             value = getattr(module, name)

@@ -19,12 +19,10 @@ from fpn_plugin.bottom_up.base import AdaptedBackbone
 from fpn_plugin.engine.amp import Autocast, amp_dtype, device_type
 from fpn_plugin.engine.fold import cast_weights, fold_norms, fold_traced
 from fpn_plugin.engine.pooling import gather_poolers
-from fpn_plugin.pyramid.merge import lay_side_by_side
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.registry import unknown_name
 
 COMPILE = ("", "pyramid", "backbone")
-_IMAGE_SIDE = 64  # of the image on which a network is watched: large enough for a stride of 32
 
 
 @dataclass(frozen=True)
@@ -110,26 +108,12 @@ def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
         model = copy.deepcopy(model).eval().requires_grad_(False)
     if speed.fold_norms:
         fold_norms(model)
-        for network in (m for m in model.modules() if isinstance(m, AdaptedBackbone)):
-            _fold_network(network)
+        for network in [m for m in model.modules() if isinstance(m, AdaptedBackbone)]:
+            fold_traced(network)
     if speed.dtype is not None:
         cast_weights(model, speed.dtype)
     prepare_for_training(model, speed)
-    if speed.fold_norms or speed.dtype is not None:
-        _lay_projections(model)  # after the memory layout, which may move weights
     return model if speed.dtype is None else Autocast(model, speed.device, speed.dtype)
-
-
-def _lay_projections(model: nn.Module) -> None:
-    for pyramid in (m for m in model.modules() if isinstance(m, GraphExecutor)):
-        if pyramid.merge_projections:
-            lay_side_by_side(pyramid, pyramid.mergeable)
-
-
-def _fold_network(network: AdaptedBackbone) -> None:
-    parameter = next(network.parameters())
-    channels = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
-    fold_traced(network, parameter.new_zeros(1, channels, _IMAGE_SIDE, _IMAGE_SIDE))
 
 
 def compile_part(model: nn.Module, part: str, where: str = "MODEL.COMPILE") -> None:

@@ -24,7 +24,7 @@ from fpn_plugin.export.fitting import FittingCheckpointer
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.refuse import time_limit
 from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
-from fpn_plugin.pyramid.deformable import ModulatedConv
+from fpn_plugin.pyramid.blocks import ModulatedConv
 from fpn_plugin.registry import unknown_name
 
 # keys that change nothing of what is computed, but how, in ways that no export can follow

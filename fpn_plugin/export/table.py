@@ -18,7 +18,7 @@ from fpn_plugin.analysis.report.table import Table
 from fpn_plugin.analysis.visualize.detector import read_config
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.run import Settings, export, json_path
-from fpn_plugin.pyramid.parts import REGISTRIES
+from fpn_plugin.pyramid.build import REGISTRIES
 
 # the key of each kind of operator, and a topology in which it has work to do
 _KEYS = {

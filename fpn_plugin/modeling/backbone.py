@@ -51,7 +51,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         size_divisibility: what the heads need the image's sides to be divisible by, if more than
             the pyramid does.
         square_pad: if > 0, images are padded to squares of this size.
-        recompute: whether training recomputes fused maps instead of keeping them.
+        recompute: whether training computes nodes whose fusion has weights again in the backward
+            pass instead of keeping what they computed.
         warm_from: a pyramid on the same network, as which this one starts (see `warm.py`); only
             its structure is used, not its weights.
         arguments: fields of `PyramidSettings`.

@@ -1,7 +1,11 @@
 """BLOCKS: the convolutions of laterals, projections and nodes. Shapes are `(N, C, H, W)`.
 
-A block is built as `Block(in_channels, out_channels, norm=..., activation=..., **arguments)`. Those
-of several convolutions are in `blocks_compound.py`, the deformable one in `deformable.py`.
+A block is built as `Block(in_channels, out_channels, norm=..., activation=..., **arguments)`.
+`activation` is what it ends with, or begins with in the order "act-conv-norm".
+
+Between the convolutions of a block that has several stands `inner_activation`: by default the
+block's `activation` or, where that is "", the paper's. Without any, the convolutions would amount
+to a single linear one.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ from detectron2.layers.batch_norm import LayerNorm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torchvision.ops import deform_conv2d
 
 from fpn_plugin.registry import Registry, bad_argument
 
 BLOCKS: Registry[Callable[..., nn.Module]] = Registry("block")
 ACTIVATIONS: Registry[Callable[[], nn.Module]] = Registry("activation")
 ORDERS = ("conv-norm-act", "act-conv-norm")
+_PRE = ORDERS[1]
+_TAPS = 9  # of a 3×3 kernel
 _NORMS = (_NormBase, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm, LayerNorm)
 
 for _name, _activation in {
@@ -55,9 +62,9 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
 
 
 def set_norm(module: nn.Module, eps: float, momentum: float) -> nn.Module:
-    """Give every normalisation layer inside a module this eps and momentum; 0 leaves its own.
+    """Set eps and momentum of every normalisation layer inside a module; 0 keeps the layer's own.
 
-    Momentum concerns the layers that keep running statistics alone.
+    Momentum applies only to layers with running statistics.
     """
     for layer in module.modules():
         if isinstance(layer, _NORMS):
@@ -69,7 +76,7 @@ def set_norm(module: nn.Module, eps: float, momentum: float) -> nn.Module:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """A half-precision map as float32, for operators that have no half precision or lose by it."""
+    """Cast half precision to float32, for operators that lack it or lose accuracy in it."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -100,15 +107,14 @@ def conv_block(
     order: str = "conv-norm-act",
     bias: bool | None = None,
 ) -> Conv2d:
-    """A convolution that keeps the size (or divides it by `stride`, rounding up), with norm and
-    activation.
+    """A "same"-padded convolution with norm and activation; its size is `ceil(H / stride)`.
 
     It has Detectron2's initialisation (`c2_xavier_fill`) and parameter names: `weight`, `bias`,
     `norm.*`.
 
     Args:
         order: one of `ORDERS`.
-        bias: None for a bias exactly if there is no norm.
+        bias: None for a bias only if there is no norm.
 
     Raises:
         ValueError: if `order`, `norm` or `activation` is unknown.
@@ -179,7 +185,7 @@ class SeparableConv(nn.Module):
         bias: bool | None = None,
     ) -> None:
         super().__init__()
-        first = order == "act-conv-norm"
+        first = order == _PRE
         self.pre_activation = ACTIVATIONS.get(activation if first else "", "activation")()
         self.depthwise = Conv2d(
             in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
@@ -192,9 +198,271 @@ class SeparableConv(nn.Module):
         return self.pointwise(self.depthwise(self.pre_activation(x)))
 
 
+class ModulatedConv(nn.Module):
+    """A modulated deformable 3×3 convolution (DCNv2, arXiv:1811.11168).
+
+    Every tap of the kernel is moved by an offset in pixels and scaled by a mask from 0 to 1. Both
+    are predicted by a 3×3 convolution that is initialised with zeros, so it starts as a plain
+    convolution times one half.
+
+    Args:
+        guide_channels: of the map that offsets and masks are predicted from.
+        groups: of the input's channels, each with its own offsets and masks.
+
+    Raises:
+        ValueError: if the groups do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        guide_channels: int,
+        groups: int = 1,
+        stride: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if groups < 1 or in_channels % groups:
+            raise ValueError(f"groups: {groups} groups do not divide {in_channels} channels")
+        self.stride = stride
+        self.split = [2 * _TAPS * groups, _TAPS * groups]
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        nn.init.kaiming_uniform_(self.weight, a=1)  # as c2_xavier_fill
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.offset = Conv2d(guide_channels, sum(self.split), 3, stride=stride, padding=1)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        """Convolve `x` with offsets and masks predicted from `guide`, a map of the same size."""
+        # (N, 3·9·groups, H', W'): the (y, x) offsets of each group's taps, then their masks
+        offset, mask = torch.split(at_least_float32(self.offset(guide)), self.split, dim=1)
+        bias = self.bias
+        y = deform_conv2d(
+            at_least_float32(x),
+            offset,
+            at_least_float32(self.weight),
+            None if bias is None else at_least_float32(bias),
+            stride=(self.stride, self.stride),
+            padding=(1, 1),
+            mask=mask.sigmoid(),
+        )
+        return y.to(x.dtype)
+
+
+@BLOCKS.register("deformable")
+class DeformableBlock(nn.Module):
+    """A modulated deformable 3×3 convolution (DCNv2, arXiv:1811.11168) with norm and activation.
+
+    Args:
+        groups: of the input's channels, each with its own offsets and masks.
+        order: one of `ORDERS`.
+        bias: None for a bias only if there is no norm.
+
+    Raises:
+        ValueError: if `order`, `norm` or `activation` is unknown, or the groups do not divide the
+            channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+        bias: bool | None = None,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        if order not in ORDERS:
+            raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+        first = order == _PRE
+        self.pre_activation = ACTIVATIONS.get(activation if first else "", "activation")()
+        has_bias = norm == "" if bias is None else bias
+        self.conv = ModulatedConv(in_channels, out_channels, in_channels, groups, stride, has_bias)
+        self.norm = norm_layer(norm, out_channels) or nn.Identity()
+        self.activation = ACTIVATIONS.get("" if first else activation, "activation")()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pre_activation(x)
+        return self.activation(self.norm(self.conv(x, x)))
+
+
+def _ends(activation: str, inner: str, order: str) -> tuple[str, str]:
+    """The activations of a block's first and last convolution."""
+    return (activation, inner) if order == _PRE else (inner, activation)
+
+
+@BLOCKS.register("bottleneck")
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 beside a shortcut (ResNet, arXiv:1512.03385; "act-conv-norm" after
+    arXiv:1603.05027).
+
+    The shortcut is a 1×1 convolution with norm where the channels change. `activation` follows the
+    sum, or begins the branch in the order "act-conv-norm".
+
+    Args:
+        hidden_channels: between the convolutions. 0 for a quarter of `out_channels`.
+        inner_activation: between the convolutions. None for `activation`, or else "relu".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+        hidden_channels: int = 0,
+        inner_activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        inner = (activation or "relu") if inner_activation is None else inner_activation
+        hidden = hidden_channels or max(out_channels // 4, 1)
+        first, _ = _ends(activation, inner, order)
+        last = inner if order == _PRE else ""  # after the sum otherwise
+        self.conv1 = conv_block(in_channels, hidden, 1, 1, norm, first, order)
+        self.conv2 = conv_block(hidden, hidden, 3, 1, norm, inner, order)
+        self.conv3 = conv_block(hidden, out_channels, 1, 1, norm, last, order)
+        self.shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else conv_block(in_channels, out_channels, 1, norm=norm)
+        )
+        self.activation = ACTIVATIONS.get("" if order == _PRE else activation, "activation")()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv3(self.conv2(self.conv1(x)))
+        return self.activation(self.shortcut(x) + branch)
+
+
+class _CSPUnit(nn.Module):
+    """`x + 3×3(1×1(x))`."""
+
+    def __init__(self, channels: int, norm: str, inner: str, order: str) -> None:
+        super().__init__()
+        self.conv1 = conv_block(channels, channels, 1, 1, norm, inner, order)
+        self.conv2 = conv_block(channels, channels, 3, 1, norm, inner, order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+
+@BLOCKS.register("csp")
+class CSP(nn.Module):
+    """Residual units on one half of the channels, the other half past them, and a 1×1 over both
+    (CSPNet, arXiv:1911.11929; the layer as in YOLOX, arXiv:2107.08430).
+
+    Args:
+        depth: the number of residual units.
+        inner_activation: of all convolutions but the last (in the order "act-conv-norm": but the
+            first two). None for `activation`, or else "silu".
+
+    Raises:
+        ValueError: if `out_channels` is odd or `depth` negative.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+        depth: int = 1,
+        inner_activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if out_channels % 2:
+            raise ValueError(f"csp halves its channels: {out_channels} is odd")
+        if depth < 0:
+            raise ValueError(f"depth: {depth} residual units; give 0 or more")
+        inner = (activation or "silu") if inner_activation is None else inner_activation
+        half = out_channels // 2
+        first, last = _ends(activation, inner, order)
+        self.main = conv_block(in_channels, half, 1, 1, norm, first, order)
+        self.short = conv_block(in_channels, half, 1, 1, norm, first, order)
+        self.units = nn.Sequential(*(_CSPUnit(half, norm, inner, order) for _ in range(depth)))
+        self.final = conv_block(out_channels, out_channels, 1, 1, norm, last, order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.final(torch.cat([self.units(self.main(x)), self.short(x)], dim=1))
+
+
+@BLOCKS.register("fsm")
+class FeatureSelection(nn.Module):
+    """`1×1(x + x · σ(1×1(GAP(x))))`: channel attention, then selection (FaPN, arXiv:2108.07058).
+
+    The inner 1×1 has neither bias nor norm.
+
+    Args:
+        bias: of the outer 1×1. None for a bias only if there is no norm; the paper has none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+        bias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention = conv_block(in_channels, in_channels, 1, bias=False)
+        self.conv = conv_block(in_channels, out_channels, 1, 1, norm, activation, order, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.attention(x.mean(dim=(2, 3), keepdim=True)).sigmoid()  # (N, C, 1, 1)
+        return self.conv(x + x * weights)
+
+
+@BLOCKS.register("non_local")
+class NonLocal(nn.Module):
+    """`x + W(softmax(θ(x)ᵀ φ(x)) g(x))`: attention between all positions (non-local networks,
+    arXiv:1711.07971).
+
+    The embedded-Gaussian form. W starts at zero, so that the block starts as the identity. Its cost
+    grows with the square of H·W, so it belongs on a coarse level.
+
+    Args:
+        reduction: of the channels inside, by this factor.
+
+    Raises:
+        ValueError: if the channels change.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, reduction: int = 1, norm: str = ""
+    ) -> None:
+        super().__init__()
+        if in_channels != out_channels:
+            raise ValueError(f"non_local cannot turn {in_channels} channels into {out_channels}")
+        inner = max(1, in_channels // reduction)
+        self.theta = Conv2d(in_channels, inner, 1)
+        self.phi = Conv2d(in_channels, inner, 1)
+        self.g = Conv2d(in_channels, inner, 1)
+        for conv in (self.theta, self.phi, self.g):
+            weight_init.c2_xavier_fill(conv)
+        self.out = conv_block(inner, in_channels, 1, norm=norm)
+        scale = getattr(self.out.norm, "weight", None)  # None without a norm, or without affine
+        nn.init.zeros_(self.out.weight if scale is None else scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.theta(x).flatten(2).transpose(1, 2)  # (N, HW, C')
+        phi = self.phi(x).flatten(2)  # (N, C', HW)
+        g = self.g(x).flatten(2).transpose(1, 2)  # (N, HW, C')
+        attention = torch.softmax(torch.bmm(theta, phi), dim=-1)  # (N, HW, HW)
+        y = torch.bmm(attention.to(g.dtype), g).transpose(1, 2)  # (N, C', HW)
+        return x + self.out(y.reshape(x.shape[0], -1, x.shape[2], x.shape[3]))
+
+
 @BLOCKS.register("identity")
 class Identity(nn.Module):
-    """Nothing.
+    """The map as it is.
 
     Raises:
         ValueError: if the channels change.
@@ -207,7 +475,3 @@ class Identity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
-
-
-# they enter their blocks in BLOCKS; last, because they need what is above
-from fpn_plugin.pyramid import blocks_compound, deformable, non_local  # noqa: E402,F401

@@ -1,13 +1,13 @@
 """Weighted sums of maps of several levels in one pass over memory. Shapes are `(N, C, H, W)`.
 
 A coarse map counts as if its values were repeated (nearest upsampling), but the repeated map is
-never made: a view of the fine map in which each coarse pixel's block is an axis of its own meets
-the coarse map by broadcasting. What autograd keeps is the maps as they came, the coarse ones small.
-Plain sums have the bits of the plain operations; weighted ones round once where those round the
-product and the sum.
+never made: the fine map is viewed with each coarse pixel's block as an axis of its own, along which
+the coarse map is broadcast. Autograd saves the maps as they came, the coarse ones small. Plain sums
+have the bits of the plain operations; weighted ones round once where those round the product and
+the sum.
 
-This is the eager path of the CPU. Compilers, which fuse the plain operations themselves, tracers
-and exporters see the plain operations, and so does any sum that :func:`usable` turns down.
+This is the CPU's eager path. Compilers, which fuse the plain operations themselves, tracers and
+exporters get the plain operations, and so does any sum that :func:`usable` rejects.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Weights = Optional[List[float]]
+Factors = Optional[List[float]]
 
 
-def is_watched() -> bool:
-    """Whether a tracer, compiler or exporter looks on, which is shown the plain operations."""
+def is_traced() -> bool:
+    """Whether a tracer, compiler or exporter records the operations."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
 def usable(maps: Sequence[Tensor], coarse: Sequence[bool], size: Sequence[int]) -> bool:
-    """Whether :func:`weighted_sum` takes these maps, as things stand.
+    """Whether :func:`weighted_sum` can sum these maps.
 
     Args:
         coarse: which of the maps are to be repeated.
         size: of the result.
     """
-    if is_watched():
+    if is_traced():
         return False
-    first = next((x for x, small in zip(maps, coarse) if not small), None)
-    if first is None or first.device.type != "cpu" or first.dim() != 4 or first.numel() == 0:
+    fine = next((x for x, is_coarse in zip(maps, coarse) if not is_coarse), None)
+    if fine is None or fine.device.type != "cpu" or fine.dim() != 4 or fine.numel() == 0:
         return False
-    layout = memory_layout(first)
+    layout = memory_layout(fine)
     return layout is not None and all(
-        x.dtype == first.dtype
-        and x.shape[:2] == first.shape[:2]
-        and _meets(x, small, size)
-        and (small or x.is_contiguous(memory_format=layout))
-        for x, small in zip(maps, coarse)
+        x.dtype == fine.dtype
+        and x.shape[:2] == fine.shape[:2]
+        and _fits(x, is_coarse, size)
+        and (is_coarse or x.is_contiguous(memory_format=layout))
+        for x, is_coarse in zip(maps, coarse)
     )
 
 
@@ -57,10 +57,11 @@ def memory_layout(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _meets(x: Tensor, small: bool, size: Sequence[int]) -> bool:
-    """Whether a map is of the size, or half of it, a quarter, … in both directions alike."""
+def _fits(x: Tensor, is_coarse: bool, size: Sequence[int]) -> bool:
+    """Whether a fine map has this size, or a coarse one a whole fraction of it, the same in both
+    directions."""
     height, width = x.shape[2], x.shape[3]
-    if not small:
+    if not is_coarse:
         return [height, width] == list(size)
     factor = size[0] // height
     return factor > 1 and [height * factor, width * factor] == list(size)
@@ -79,40 +80,66 @@ def weighted_sum(
     return _forward(maps, coarse, size, None if weights is None else weights.tolist())
 
 
-def _forward(maps: Sequence[Tensor], coarse: List[bool], size: List[int], w: Weights) -> Tensor:
-    factors: Sequence[float | None] = w or [None] * len(maps)
-    scaled = [_scaled(x, f) if small else x for x, small, f in zip(maps, coarse, factors)]
+def _forward(
+    maps: Sequence[Tensor], coarse: List[bool], size: List[int], weights: Factors
+) -> Tensor:
+    factors: Sequence[float | None] = weights or [None] * len(maps)
+    # Coarse maps are scaled by themselves, as they are small. A fine map is never scaled alone: its
+    # factor is `alpha` of the addition that reads it.
+    scaled = [_scale(x, f) if is_coarse else x for x, f, is_coarse in zip(maps, factors, coarse)]
+    # The first two maps make the new map that the others are added to in place.
     if coarse[0] and coarse[1]:
-        start = F.interpolate(scaled[0], size=size, mode="nearest")
-        total = _add_coarse(start, scaled[1])
-    elif coarse[0] or coarse[1]:
-        one, other = (0, 1) if coarse[0] else (1, 0)
-        total = _coarse_plus(scaled[one], maps[other], factors[other])
+        # no fine map to broadcast against yet, so the first one is really repeated
+        total = _add_coarse(F.interpolate(scaled[0], size=size, mode="nearest"), scaled[1])
+    elif coarse[0]:
+        total = _coarse_plus_fine(scaled[0], maps[1], factors[1])
+    elif coarse[1]:
+        total = _coarse_plus_fine(scaled[1], maps[0], factors[0])
     else:
-        start = _scaled(maps[0], factors[0])
-        total = _plus(start, maps[1], factors[1], None if start is maps[0] else start)
+        first = _scale(maps[0], factors[0])
+        # in place if scaling made a copy
+        total = _add_fine(first, maps[1], factors[1], None if first is maps[0] else first)
     for i in range(2, len(maps)):
         if coarse[i]:
             _add_coarse(total, scaled[i])
         else:
-            _plus(total, maps[i], factors[i], total)
+            _add_fine(total, maps[i], factors[i], total)
     return total
 
 
-def _scaled(x: Tensor, factor: float | None) -> Tensor:
+def _scale(x: Tensor, factor: float | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _plus(x: Tensor, y: Tensor, factor: float | None, out: Tensor | None) -> Tensor:
+def _add_fine(x: Tensor, y: Tensor, factor: float | None, out: Tensor | None) -> Tensor:
     """`x + factor · y` in one pass."""
     return torch.add(x, y, alpha=1 if factor is None else factor, out=out)
 
 
-def _blocks(x: Tensor, fine: Tensor) -> tuple[Tensor, ...]:
-    """Views (or a small copy) of a coarse and a fine map that broadcast against each other.
+def _coarse_plus_fine(x: Tensor, fine: Tensor, factor: float | None) -> Tensor:
+    """`repeat(x) + factor · fine`, as a new map."""
+    small, blocks = _blocks(x, fine)
+    total = torch.empty_like(fine)
+    _add_fine(small, blocks, factor, total.view(blocks.shape))
+    return total
 
-    In channels-last memory the channels are innermost, and the coarse map itself is broadcast. Else
-    the innermost axis would be as short as the factor; so the coarse rows are made wide first.
+
+def _add_coarse(total: Tensor, x: Tensor) -> Tensor:
+    """Add `repeat(x)` to `total`, in place."""
+    small, blocks = _blocks(x, total)
+    blocks.add_(small)
+    return total
+
+
+def _blocks(x: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+    """A coarse and a fine map, reshaped so that the coarse one is broadcast along each block.
+
+    In channels-last memory the channels are the innermost axis, and the coarse map is broadcast in
+    both directions. Else the innermost axis would only be as long as the factor, which is slow: the
+    rows of the coarse map are repeated in a (small) copy, and broadcast vertically.
+
+    Returns:
+        a view or copy of the coarse map, and a view of the fine one.
     """
     (n, c, h, w), factor = x.shape, fine.shape[2] // x.shape[2]
     if memory_layout(fine) == torch.channels_last:
@@ -122,24 +149,12 @@ def _blocks(x: Tensor, fine: Tensor) -> tuple[Tensor, ...]:
     return rows, fine.view(n, c, h, factor, w * factor)  # (N, C, h, 1, W) and (N, C, h, f, W)
 
 
-def _coarse_plus(x: Tensor, fine: Tensor, factor: float | None) -> Tensor:
-    """The coarse map repeated, plus `factor` times the fine one, as a new map."""
-    small, large = _blocks(x, fine)
-    total = torch.empty_like(fine)
-    _plus(small, large, factor, total.view(large.shape))
-    return total
-
-
-def _add_coarse(total: Tensor, x: Tensor) -> Tensor:
-    """Add the coarse map, repeated, to `total`, in place."""
-    small, large = _blocks(x, total)
-    large.add_(small)
-    return total
-
-
 class _WeightedSum(torch.autograd.Function):
-    """:func:`_forward` with a gradient that adds up each block of the fine gradient once, for the
-    coarse map and its weight alike."""
+    """:func:`_forward` with its gradient.
+
+    `Σ grad` over each block of a coarse map is computed once, and gives the gradient both of the
+    map, `w · Σ grad`, and of its weight, `⟨Σ grad, x⟩`.
+    """
 
     @staticmethod
     def forward(
@@ -151,8 +166,8 @@ class _WeightedSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.coarse = coarse
         ctx.sizes = [x.shape[2:] for x in maps]
+        # only the gradient of learned weights depends on the maps
         learned = weights is not None and weights.requires_grad
-        # without learned weights the gradient does not depend on the maps
         ctx.save_for_backward(weights, *(maps if learned else ()))
         return _forward(maps, coarse, size, None if weights is None else weights.tolist())
 
@@ -161,38 +176,40 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, *maps = ctx.saved_tensors
         factors = [None] * len(ctx.sizes) if weights is None else weights.tolist()
-        of_maps: List[Tensor | None] = []
-        of_weights: List[Tensor] = []
-        for i, (small, side) in enumerate(zip(ctx.coarse, ctx.sizes)):
-            here = _add_up(grad, side) if small else grad
+        map_grads: List[Tensor | None] = []
+        weight_grads: List[Tensor] = []
+        for i, (is_coarse, size) in enumerate(zip(ctx.coarse, ctx.sizes)):
+            # the gradient at the map's own resolution, before its weight
+            unscaled = _sum_blocks(grad, size) if is_coarse else grad
             if maps:
-                of_weights.append(_dot(here, maps[i]))
-            wanted = ctx.needs_input_grad[3 + i]
-            of_maps.append(_scaled(here, factors[i]) if wanted else None)
-        stacked = torch.stack(of_weights).to(weights.dtype) if of_weights else None
-        return (None, None, stacked, *of_maps)
+                weight_grads.append(_dot(unscaled, maps[i]))
+            needed = ctx.needs_input_grad[3 + i]
+            map_grads.append(_scale(unscaled, factors[i]) if needed else None)
+        stacked = torch.stack(weight_grads).to(weights.dtype) if weight_grads else None
+        return (None, None, stacked, *map_grads)
 
 
-def _add_up(grad: Tensor, size: Sequence[int]) -> Tensor:
+def _sum_blocks(grad: Tensor, size: Sequence[int]) -> Tensor:
     """The sum of each block of a fine map: `(N, C, H, W)` -> `(N, C, *size)`."""
     factor = grad.shape[2] // size[0]
     if memory_layout(grad) == torch.channels_last:
         return F.avg_pool2d(grad, factor, divisor_override=1)
-    if grad.dtype != torch.float32:  # adding slices would round in between
+    # adding slices would round to half precision in between, and halves powers of two alone
+    if grad.dtype != torch.float32 or factor & (factor - 1):
         (n, c), shape = grad.shape[:2], list(grad.shape[2:])
         return torch.ops.aten.upsample_nearest2d_backward(grad, shape, [n, c, *size])
-    while factor > 1:
+    while factor > 1:  # halve the rows, then the columns: faster than pooling in this layout
         grad = grad[:, :, ::2] + grad[:, :, 1::2]
         grad = grad[:, :, :, ::2] + grad[:, :, :, 1::2]
         factor //= 2
     return grad
 
 
-def _dot(one: Tensor, two: Tensor) -> Tensor:
-    """`Σ xy` over all elements, without a map of the products where both lie alike."""
-    layout = memory_layout(one)
-    if layout is None or not two.is_contiguous(memory_format=layout):
-        return (one * two).sum()
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """`Σ xy` over all elements, without a map of the products if both have the same layout."""
+    layout = memory_layout(x)
+    if layout is None or not y.is_contiguous(memory_format=layout):
+        return (x * y).sum()
     if layout == torch.channels_last:
-        one, two = one.permute(0, 2, 3, 1), two.permute(0, 2, 3, 1)
-    return torch.dot(one.reshape(-1), two.reshape(-1))
+        x, y = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
+    return torch.dot(x.reshape(-1), y.reshape(-1))

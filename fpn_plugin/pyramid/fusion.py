@@ -1,29 +1,99 @@
-"""FUSIONS: maps of one shape in, one map of that shape out.
+"""FUSIONS: several maps of one shape in, one map of that shape out.
 
-Here are those that treat every image alike; `attention_fusion`, which is registered with them, has
-those whose weights depend on the maps. `fusion_base` says how a fusion is built and called.
+Shapes are `(N, C, H, W)`; `n` is the number of maps.
+
+A fusion is built as `Fusion(channels, count, norm=..., **arguments)` for `count` maps, and called
+with a list of them, the node's own level first. If its constructor has an argument `levels` or
+`widths`, it gets the levels that the maps come from, or their channels.
+
+A fusion with `takes_coarse = True` repeats the values of coarser maps itself (nearest upsampling):
+the executor sets `coarse`, leaves those maps as they are, and passes the size of the result too.
 """
 
 from __future__ import annotations
 
-from typing import List, Sequence
+import math
+from typing import Callable, List, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid import attention_fusion  # noqa: F401  (registers its fusions)
-from fpn_plugin.pyramid.blocks import conv_block
-from fpn_plugin.pyramid.fusion_base import (
-    FUSIONS,
-    Fusion,
-    Size,
-    add_maps,
-    repeat_coarse,
-    weigh_maps,
-)
-from fpn_plugin.pyramid.one_pass import sum_in_one_pass
+from fpn_plugin.pyramid import fused
+from fpn_plugin.pyramid.blocks import conv_block, norm_layer
+from fpn_plugin.registry import Registry
 
-__all__ = ["FUSIONS", "Fusion"]
+Size = Optional[List[int]]
+FUSIONS: Registry[Callable[..., nn.Module]] = Registry("fusion")
+
+
+class Fusion(nn.Module):
+    """Base class of all fusions.
+
+    A fusion whose learned weights are the same for every image returns what it multiplies the maps
+    by from `normalized_weights()`, shape `(n,)` or `(n, C)`.
+
+    Attributes:
+        arity: the number of maps that it fuses; 0 for any.
+        input_dependent: whether the maps' weights are computed from the maps.
+        takes_coarse: whether `forward` takes the size of the result as its second argument, and
+            repeats the values of coarser maps up to it.
+        coarse: which maps are coarser.
+    """
+
+    arity = 0
+    input_dependent = False
+    takes_coarse = False
+
+    def __init__(self, channels: int, count: int, norm: str = "") -> None:
+        super().__init__()
+        self.count = count
+        self.coarse = [False] * count
+
+
+def sum_maps(
+    maps: List[Tensor], coarse: List[bool], size: Size, weights: Optional[Tensor] = None
+) -> Tensor:
+    """`Σ xᵢ`, or `Σ wᵢ xᵢ`, in the order given.
+
+    Args:
+        coarse: which maps are repeated up to `size`.
+        size: of the result; None if all maps have it.
+        weights: shape `(n,)`.
+    """
+    if not torch.jit.is_scripting():
+        if size is not None and fused.usable(maps, coarse, size):
+            return fused.weighted_sum(maps, coarse, size, weights)
+    maps = repeat_coarse(maps, coarse, size)
+    if weights is not None:
+        return weigh_maps(maps, list(weights.unbind(0)))
+    total = maps[0]
+    for x in maps[1:]:
+        total = total + x
+    return total
+
+
+def repeat_coarse(maps: List[Tensor], coarse: List[bool], size: Size) -> List[Tensor]:
+    """Repeat the values of the coarse maps up to `size`; None leaves all maps as they are."""
+    if size is None:
+        return maps
+    repeated: List[Tensor] = []
+    for i, x in enumerate(maps):
+        repeated.append(F.interpolate(x, size=size, mode="nearest") if coarse[i] else x)
+    return repeated
+
+
+def weigh_maps(maps: List[Tensor], weights: List[Tensor]) -> Tensor:
+    """`Σ wᵢ xᵢ`, in the order given.
+
+    Weights with dimensions must have the maps' dtype, or half-precision maps would be promoted.
+    """
+    total = maps[0] * weights[0]
+    for i in range(1, len(maps)):
+        total = total + maps[i] * weights[i]
+    return total
 
 
 @FUSIONS.register("sum")
@@ -33,7 +103,7 @@ class Sum(Fusion):
     takes_coarse = True
 
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
-        return add_maps(maps, self.coarse, size, self.triton)
+        return sum_maps(maps, self.coarse, size)
 
 
 @FUSIONS.register("avg")
@@ -43,7 +113,7 @@ class Average(Fusion):
     takes_coarse = True
 
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
-        return add_maps(maps, self.coarse, size, self.triton).div_(len(maps))
+        return sum_maps(maps, self.coarse, size).div_(len(maps))
 
 
 @FUSIONS.register("max")
@@ -103,19 +173,15 @@ class Weighted(Fusion):
         self.weights = nn.Parameter(torch.ones(shape))
 
     def normalized_weights(self) -> Tensor:
-        """The weights that the maps are multiplied by, shape `(n,)`, or `(n, C)` per channel."""
+        """What the maps are multiplied by, shape `(n,)`, or `(n, C)` per channel."""
         return self.weights
 
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
         weights = self.normalized_weights()
-        if not torch.jit.is_scripting():
-            if weights.dim() == 1:
-                total = sum_in_one_pass(maps, self.coarse, size, weights, self.triton)
-                if total is not None:
-                    return total
+        if weights.dim() == 1:
+            return sum_maps(maps, self.coarse, size, weights)
         maps = repeat_coarse(maps, self.coarse, size)
-        if weights.dim() == 2:
-            weights = weights.type_as(maps[0])[:, :, None, None]  # (n, C) -> (n, C, 1, 1)
+        weights = weights.type_as(maps[0])[:, :, None, None]  # (n, C) -> (n, C, 1, 1)
         return weigh_maps(maps, list(weights.unbind(0)))
 
 
@@ -161,12 +227,12 @@ class ChannelFast(FastNormalized):
 class Blend(Fusion):
     """`old + w · (new - old)`, w learned from 0, unbounded, a weight per channel.
 
-    The node's first input is "old", its second is "new". At first it passes the old map on bit for
-    bit: a warm start (MODEL.FPN.WARM_START) lets a new path in through it.
+    The node's first input is "old", its second is "new". It starts as the old map, bit for bit, so
+    that a warm start can open a new path gradually.
 
     Args:
-        scale: what the parameter is multiplied by to give w: an optimizer whose steps are as long
-            as its learning rate, whatever the gradient, moves w that much faster.
+        scale: w is the parameter times this, so that an optimizer whose step length does not depend
+            on the gradient (Adam) moves w that much faster.
     """
 
     arity = 2
@@ -185,3 +251,138 @@ class Blend(Fusion):
         old, new = maps
         share = (self.scale * self.weights).type_as(old)[:, None, None]  # (C, 1, 1)
         return old + share * (new - old)
+
+
+@FUSIONS.register("global_attention")
+class GlobalAttention(Fusion):
+    """`coarse + fine · σ(global max pool(coarse))` (NAS-FPN, arXiv:1904.07392, as in its TensorFlow
+    release).
+
+    "coarse" is the map from the higher level, or the second if both come from one level.
+
+    Args:
+        levels: the level that each map comes from.
+    """
+
+    arity = 2
+    input_dependent = True
+
+    def __init__(
+        self, channels: int, count: int, norm: str = "", levels: Sequence[int] = ()
+    ) -> None:
+        super().__init__(channels, count)
+        self.first_is_coarse = len(levels) == 2 and levels[0] > levels[1]
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        first, second = maps
+        if self.first_is_coarse:
+            coarse, fine = first, second
+        else:
+            coarse, fine = second, first
+        return coarse + fine * torch.sigmoid(coarse.amax(dim=[2, 3], keepdim=True))  # (N, C, 1, 1)
+
+
+@FUSIONS.register("asff")
+class AdaptiveSpatial(Fusion):
+    """`Σ αᵢ xᵢ` with, at each pixel, `α = softmax over inputs of 1×1(concat(1×1→hidden of each))`
+    (ASFF, arXiv:1911.09516).
+
+    The norm follows the convolutions to `hidden` channels; the logits' convolution has none.
+
+    Args:
+        hidden: channels that each map is compressed to.
+    """
+
+    input_dependent = True
+
+    def __init__(self, channels: int, count: int, norm: str = "", hidden: int = 16) -> None:
+        super().__init__(channels, count)
+        _check_positive("hidden", hidden)
+        self.compress = nn.ModuleList(_compression(channels, hidden, norm) for _ in range(count))
+        self.logits = conv_block(hidden * count, count, 1)
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        compressed: List[Tensor] = []
+        for i, conv in enumerate(self.compress):
+            compressed.append(conv(maps[i]))
+        logits = self.logits(torch.cat(compressed, dim=1))  # (N, n·hidden, H, W) -> (N, n, H, W)
+        # autocast computes a softmax in float32
+        weights = torch.softmax(logits, dim=1).type_as(maps[0])
+        return weigh_maps(maps, list(weights.split(1, dim=1)))
+
+
+def _compression(channels: int, hidden: int, norm: str) -> Conv2d:
+    """A 1x1 convolution with norm.
+
+    GN gets groups of 8 channels instead of 32 groups: as large as 32 groups of 256 channels.
+    """
+    layer: nn.Module | None
+    if norm == "GN":
+        layer = nn.GroupNorm(hidden // math.gcd(hidden, 8), hidden)
+    else:
+        layer = norm_layer(norm, hidden)
+    conv = Conv2d(channels, hidden, 1, bias=layer is None, norm=layer)
+    weight_init.c2_xavier_fill(conv)
+    return conv
+
+
+@FUSIONS.register("gate")
+class Gate(Fusion):
+    """`σ(1×1(new)) · new + (1 − σ(1×1(new))) · old` (DetectoRS, arXiv:2006.02334).
+
+    The node's first input is "new", its second is "old". The convolution has one output channel, no
+    norm, and starts at zero as in the authors' code, so that both maps start with equal weight.
+    """
+
+    arity = 2
+    input_dependent = True
+
+    def __init__(self, channels: int, count: int, norm: str = "") -> None:
+        super().__init__(channels, count)
+        self.conv = nn.Conv2d(channels, 1, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        new, old = maps
+        gate = torch.sigmoid(self.conv(new)).type_as(new)  # (N, C, H, W) -> (N, 1, H, W)
+        return gate * new + (1 - gate) * old
+
+
+@FUSIONS.register("attention")
+class SelectiveKernel(Fusion):
+    """`Σ aᵢ xᵢ` with `a = softmax over inputs of FCᵢ(ReLU(FC(GAP(Σ xⱼ))))`, a weight per image,
+    input and channel (SKNet, arXiv:1903.06586).
+
+    There is no norm between the two layers: an image has a single value per channel there.
+
+    Args:
+        reduction: the first layer has `max(C // reduction, 32)` outputs.
+    """
+
+    input_dependent = True
+
+    def __init__(self, channels: int, count: int, norm: str = "", reduction: int = 16) -> None:
+        super().__init__(channels, count)
+        _check_positive("reduction", reduction)
+        hidden = max(channels // reduction, 32)
+        self.reduce = nn.Linear(channels, hidden)
+        self.logits = nn.ModuleList(nn.Linear(hidden, channels) for _ in range(count))
+        for layer in (self.reduce, *self.logits):
+            weight_init.c2_xavier_fill(layer)
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        pooled = sum_maps(maps, self.coarse, None).mean(dim=[2, 3])  # (N, C, H, W) -> (N, C)
+        hidden = torch.relu(self.reduce(pooled))
+        logits: List[Tensor] = []
+        for layer in self.logits:
+            logits.append(layer(hidden))
+        weights = torch.softmax(torch.stack(logits, dim=1), dim=1)  # (N, n, C)
+        # autocast computes a softmax in float32
+        weights = weights.type_as(maps[0])[:, :, :, None, None]
+        return weigh_maps(maps, list(weights.unbind(1)))
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {value!r} is not a positive whole number")

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import typing
-from typing import Any, Callable, Dict, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 
-from fpn_plugin.pyramid import merge, recompute
+from fpn_plugin.pyramid.build import REGISTRIES, build_module
+from fpn_plugin.pyramid.fused import is_traced
 from fpn_plugin.pyramid.graph import Graph
-from fpn_plugin.pyramid.parts import REGISTRIES, build_part
-from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
-
-_RESAMPLERS = ("up", "down")
+from fpn_plugin.pyramid.resolve import (
+    Defaults,
+    ModuleSpec,
+    ResolvedEdge,
+    ResolvedNode,
+    resolve,
+)
 
 
 class GraphExecutor(nn.Module):
-    """Builds the parts of a graph as submodules and runs them.
+    """Builds the modules of a graph and runs them.
 
-    Every node's block is the submodule of the node's name; its fusion is `<node>_fuse`, and what
-    input number i passes on its way is `<node>_edge<i>.project`, `.resample` and `.block`. These
-    names are the checkpoint's keys. Parts without parameters have no key, and modules are
-    registered from high to low resolution, in Detectron2's order.
+    The block of a node is the submodule of the node's name; its fusion is `<node>_fuse`, and its
+    input number i passes `<node>_edge<i>.project`, `.resample` and `.block`. These names are the
+    checkpoint's keys. Modules without parameters have no key, and modules are registered from high
+    to low resolution, in Detectron2's order.
 
     Args:
         graph: the nodes.
         in_channels: of the graph's inputs, by name.
-        defaults: the width, and what a node gets that does not say otherwise.
-        own: other defaults, of the same width, for single nodes, by the node's name.
+        defaults: the width, and what applies to nodes and edges that do not say otherwise.
+        per_node: other defaults, of the same width, for single nodes, by the node's name.
 
     Raises:
         ValueError: (KeyError for an unknown operator) naming the node, the value and what is valid.
@@ -36,44 +43,40 @@ class GraphExecutor(nn.Module):
 
     # submodules that TorchScript cannot compile by themselves: see __prepare_scriptable__
     _unrolled: tuple[type, ...] = ()
-    # whether training makes fused maps again instead of keeping them (MODEL.FPN.RECOMPUTE)
+    # whether training computes nodes again in the backward pass (`recompute`)
     recompute = False
-    # whether the 1x1 convolutions of one map run as one (MODEL.FPN.MERGE_PROJECTIONS)
-    merge_projections = False
 
     def __init__(
         self,
         graph: Graph,
         in_channels: Mapping[str, int],
         defaults: Defaults,
-        own: Mapping[str, Defaults] | None = None,
+        per_node: Mapping[str, Defaults] | None = None,
     ) -> None:
         super().__init__()
         graph.check({kind: registry.names() for kind, registry in REGISTRIES.items()})
         self.graph = graph
         self.defaults = defaults
         self._compiled: Callable[[Dict[str, Tensor]], Dict[str, Tensor]] | None = None
-        self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults, own)
+        self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults, per_node)
         self.output_channels = {name: defaults.channels for name in graph.output_names()}
         for step in sorted(self.steps, key=lambda step: step.node.level):
-            for part in step.parts():
-                style = (own or {}).get(step.node.name, defaults)
-                self._register(part.path, build_part(part, style))
+            node_defaults = (per_node or {}).get(step.node.name, defaults)
+            for spec in step.parts():
+                self._register(spec.path, build_module(spec, node_defaults))
+        resamplers = [
+            (step, edge.resample) for step in self.steps for edge in step.edges if edge.resample
+        ]
         # the levels whose size must be known, because a map is resampled to them
-        self._sized = {
-            step.node.input_level for step in self.steps for edge in step.edges if edge.resample
-        }
-        # which input a guided resampler is shown, by the resampler's path
+        self._sized_levels = {step.node.input_level for step, _ in resamplers}
+        # which input of its node a guided resampler is shown, by the resampler's path
         self._guides = {
-            edge.resample.path: _find_guide(step, edge.resample)
-            for step in self.steps
-            for edge in step.edges
-            if edge.resample and getattr(self.get_submodule(edge.resample.path), "guided", False)
+            spec.path: _find_guide(step, spec)
+            for step, spec in resamplers
+            if getattr(self._module(spec), "guided", False)
         }
-        # the resamplers whose work a fusion does in the same pass over memory
-        self._deferred = {path for step in self.steps for path in self._defer(step)}
-        # the convolutions of one map that can run as one, by the path of each
-        self.mergeable = merge.find_groups(self, self.steps)
+        # the resamplers whose work the node's fusion does itself, by path
+        self._deferred = {path for step in self.steps for path in self._defer_resamplers(step)}
 
     def _register(self, path: str, module: nn.Module) -> None:
         *containers, name = path.split(".")
@@ -88,21 +91,30 @@ class GraphExecutor(nn.Module):
             )
         parent.add_module(name, module)
 
-    def _defer(self, step: ResolvedNode) -> list[str]:
-        """The resamplers of a node that its fusion replaces; the fusion is told which they are."""
-        fusion = self.get_submodule(step.fuse.path) if step.fuse else None
-        if not getattr(fusion, "takes_coarse", False):
+    def _module(self, spec: ModuleSpec) -> nn.Module:
+        return self.get_submodule(spec.path)
+
+    def _defer_resamplers(self, step: ResolvedNode) -> list[str]:
+        """Tell a fusion with `takes_coarse` which inputs it repeats itself, and return their
+        resamplers' paths."""
+        fusion = self._module(step.fuse) if step.fuse else None
+        if fusion is None or not getattr(fusion, "takes_coarse", False):
             return []
-        last = [edge.resample if edge.block is None else None for edge in step.edges]
-        coarse = [
-            part is not None and getattr(self.get_submodule(part.path), "repeats", False)
-            for part in last
+        paths = [
+            (
+                edge.resample.path
+                if edge.resample
+                and edge.block is None  # which would read the repeated map
+                and getattr(self._module(edge.resample), "repeats", False)
+                else ""
+            )
+            for edge in step.edges
         ]
-        setattr(fusion, "coarse", coarse)
-        return [part.path for part, repeated in zip(last, coarse) if part and repeated]
+        setattr(fusion, "coarse", [bool(path) for path in paths])
+        return [path for path in paths if path]
 
     def compile_graph(self, **options: Any) -> None:
-        """Let `torch.compile` have the graph, and not what gives it its inputs.
+        """Run the graph, but not the network that computes its inputs, through `torch.compile`.
 
         Args:
             options: of `torch.compile`.
@@ -119,85 +131,96 @@ class GraphExecutor(nn.Module):
     def _run_eagerly(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
         maps = {name: features[name] for name in self.graph.inputs}
         del features  # so that each map is freed after its last reader
-        sizes: dict[int, list[int]] = {}
-        ahead: dict[str, Tensor] = {}  # what convolutions that ran with another one gave, by path
+        sizes: dict[int, List[int]] = {}
         for name, level in self.graph.inputs.items():
             self._note_size(sizes, level, maps[name])
         for step in self.steps:
-            maps[step.node.name] = self._run_node(step, maps, sizes, ahead)
+            maps[step.node.name] = self._run_node(step, maps, sizes.get(step.node.input_level))
             self._note_size(sizes, step.node.level, maps[step.node.name])
             for name in step.drop:
                 del maps[name]
         return {name: maps[source] for name, source in self.graph.output_names().items()}
 
-    def _note_size(self, sizes: dict[int, list[int]], level: int, x: Tensor) -> None:
-        """The first map of a level says what size the others of that level are brought to."""
-        if level in self._sized and level not in sizes:
+    def _note_size(self, sizes: dict[int, List[int]], level: int, x: Tensor) -> None:
+        """The first map of a level sets the size that others are resampled to."""
+        if level in self._sized_levels and level not in sizes:
             sizes[level] = [x.shape[2], x.shape[3]]
 
     def _run_node(
-        self,
-        step: ResolvedNode,
-        maps: Dict[str, Tensor],
-        sizes: dict[int, list[int]],
-        ahead: dict[str, Tensor],
+        self, step: ResolvedNode, maps: Mapping[str, Tensor], size: Optional[List[int]]
     ) -> Tensor:
-        arrived: dict[int, Tensor] = {}
-        size = sizes.get(step.node.input_level)
-        for i in self._edge_order(step):
-            x = maps[step.edges[i].source]
-            for part in step.edges[i].parts():
-                if part.path in self._deferred and size is not None:
-                    continue
-                arguments = [size] if part.kind in _RESAMPLERS else []
-                guides = [arrived[self._guides[part.path]]] if part.path in self._guides else []
-                x = self._call(part, ahead, x, *arguments, *guides)
-            arrived[i] = x
-        inputs = [arrived[i] for i in range(len(arrived))]
-        if step.fuse is None:
-            return self._call(step.block, ahead, inputs[0]) if step.block else inputs[0]
-        return self._fuse_and_run(step, step.fuse, inputs, size)
+        """Bring every input to the node's level, fuse them, and apply the node's block.
 
-    def _call(self, part: Part, ahead: dict[str, Tensor], x: Tensor, *arguments: Any) -> Tensor:
-        """Run a part, and with it the others that can run as one with it, which then wait."""
-        if self.merge_projections and part.path in self.mergeable and part.path not in ahead:
-            paths = self.mergeable[part.path]
-            convs = [self.get_submodule(path) for path in paths]
-            if merge.usable(convs, x):
-                ahead.update(zip(paths, merge.run(convs, x)))
-        if part.path in ahead:
-            return ahead.pop(part.path)
-        return self.get_submodule(part.path)(x, *arguments)
+        Args:
+            size: of the maps of that level; None if there is none yet.
+        """
+        inputs: dict[int, Tensor] = {}
+        # edges with a guided resampler run last: they are shown another input of the node
+        for i in sorted(range(len(step.edges)), key=lambda i: self._is_guided(step.edges[i])):
+            edge = step.edges[i]
+            x = maps[edge.source]
+            if edge.project:
+                x = self._module(edge.project)(x)
+            if edge.resample and not (edge.resample.path in self._deferred and size is not None):
+                guide = self._guides.get(edge.resample.path)
+                arguments = (x, size) if guide is None else (x, size, inputs[guide])
+                x = self._module(edge.resample)(*arguments)
+            if edge.block:
+                x = self._module(edge.block)(x)
+            inputs[i] = x
+        ordered = [inputs[i] for i in range(len(inputs))]
+        if self.recompute and torch.is_grad_enabled() and not is_traced():
+            return self._fuse_and_checkpoint(step, ordered, size)
+        return self._fuse(step, ordered, size)
 
-    def _fuse_and_run(
-        self, step: ResolvedNode, fuse: Part, inputs: list[Tensor], size: list[int] | None
+    def _is_guided(self, edge: ResolvedEdge) -> bool:
+        return edge.resample is not None and edge.resample.path in self._guides
+
+    def _fuse(self, step: ResolvedNode, inputs: List[Tensor], size: Optional[List[int]]) -> Tensor:
+        """The node's fusion, if it has several inputs, and its block, if it has one."""
+        x = inputs[0]
+        if step.fuse is not None:
+            fusion = self._module(step.fuse)
+            takes_size = getattr(fusion, "takes_coarse", False)
+            x = fusion(inputs, size) if takes_size else fusion(inputs)
+        return x if step.block is None else self._module(step.block)(x)
+
+    def _fuse_and_checkpoint(
+        self, step: ResolvedNode, inputs: List[Tensor], size: Optional[List[int]]
     ) -> Tensor:
-        block = self.get_submodule(step.block.path) if step.block else None
-        fusion = self.get_submodule(fuse.path)
-        arguments = (inputs, size) if getattr(fusion, "takes_coarse", False) else (inputs,)
-        if self.recompute and block is not None and recompute.wanted(fusion):
-            return recompute.fuse_and_run(lambda: fusion(*arguments), block)
-        x = fusion(*arguments)
-        return x if block is None else block(x)
+        """:meth:`_fuse`, of which autograd saves only the inputs and computes the rest again.
 
-    def _edge_order(self, step: ResolvedNode) -> list[int]:
-        """The order in which a node's inputs run: those that wait for a guide after the others."""
-        paths = [edge.resample.path if edge.resample else "" for edge in step.edges]
-        guided = [i for i, path in enumerate(paths) if path in self._guides]
-        return [i for i in range(len(paths)) if i not in guided] + guided
+        Where the fusion has no weights, autograd need not save its inputs, so nothing is gained.
+        """
+        if step.fuse is None or not any(True for _ in self._module(step.fuse).parameters()):
+            return self._fuse(step, inputs, size)
+        norms = [
+            norm
+            for spec in (step.fuse, step.block)
+            if spec is not None
+            for norm in self._module(spec).modules()
+            if isinstance(norm, _NormBase) and norm.track_running_stats
+        ]
+        return checkpoint(
+            lambda *maps: self._fuse(step, list(maps), size),
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a pyramid is random
+            context_fn=lambda: (nullcontext(), _frozen_statistics(norms)),
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in this module's place: the same submodules, called in
         straight-line code.
 
-        TorchScript cannot look up a submodule by a name that it computes, so the loop over the
-        graph is unrolled by torch.fx, in which the submodules are leaves.
+        TorchScript cannot look up a submodule by a computed name, so torch.fx unrolls the loop over
+        the graph, with the submodules as leaves.
         """
         graph = _Unroller(self._unrolled).trace(self)
         types = typing.get_type_hints(type(self).forward)
-        for item in graph.nodes:  # the tracer has taken over the annotations as strings
-            if item.op in ("placeholder", "output"):
-                item.type = types["return" if item.op == "output" else item.target]
+        for node in graph.nodes:  # the tracer keeps the annotations as strings
+            if node.op in ("placeholder", "output"):
+                node.type = types["return" if node.op == "output" else node.target]
         return fx.GraphModule(self, graph, type(self).__name__)
 
 
@@ -227,12 +250,25 @@ class Pyramid(GraphExecutor):
         return self._run(features)
 
 
+@contextmanager
+def _frozen_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Keep batch norms from updating their running statistics twice with the same batch."""
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, settings):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 class _Unroller(fx.Tracer):
-    """Writes a module's forward as straight-line code of calls to its submodules.
+    """Traces a module's forward into straight-line calls of its submodules.
 
     Args:
-        unrolled: submodules of these types are written out too. Nothing in their forward may depend
-            on a condition on tensors except an assertion, which is taken to hold.
+        unrolled: types of submodules that are traced into as well. Their forward must not branch on
+            tensors except in assertions, which are assumed to hold.
     """
 
     def __init__(self, unrolled: tuple[type, ...]) -> None:
@@ -246,19 +282,19 @@ class _Unroller(fx.Tracer):
         return True
 
 
-def _find_guide(step: ResolvedNode, part: Part) -> int:
-    """Which of its node's inputs a guided resampler is shown: the first that is not resampled.
+def _find_guide(step: ResolvedNode, spec: ModuleSpec) -> int:
+    """The index of the node's input that guides a resampler: the first that is not resampled.
 
     Raises:
         ValueError: naming the node, if there is none, or it has other channels.
     """
-    where = f"{part.where}: {part.operator} is guided by an input of the node's own level"
+    where = f"{spec.where}: {spec.operator} is guided by an input of the node's own level"
     for i, edge in enumerate(step.edges):
         if edge.resample is None and step.fuse is not None:
-            if step.fuse.widths[i] != part.in_channels:
+            if step.fuse.widths[i] != spec.in_channels:
                 raise ValueError(
                     f"{where}, but {edge.source!r} has {step.fuse.widths[i]} channels and the"
-                    f" resampled map {part.in_channels}; project both"
+                    f" resampled map {spec.in_channels}; project both"
                 )
             return i
     raise ValueError(

@@ -6,8 +6,7 @@ the target level has, or None where no map of that level exists yet; then it giv
 `2**steps` times the size (up), or that fraction rounded up (down).
 
 A class with `guided = True` is called with a third argument: the node's first input that is at the
-node's level already. The upsamplers whose result depends on the content are in
-`resample_learned.py`.
+node's level already.
 """
 
 from __future__ import annotations
@@ -16,9 +15,16 @@ from typing import Callable, List, Optional
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid.blocks import ACTIVATIONS, conv_block, norm_layer
+from fpn_plugin.pyramid.blocks import (
+    ACTIVATIONS,
+    ModulatedConv,
+    at_least_float32,
+    conv_block,
+    norm_layer,
+)
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]
@@ -27,11 +33,11 @@ DOWNSAMPLE: Registry[Callable[..., nn.Module]] = Registry("downsampler")
 
 
 class Resampler(nn.Module):
-    """What all resamplers share: they are told the channels and the number of levels.
+    """Base class of all resamplers.
 
     Attributes:
         guided: whether `forward` takes a guide as its third argument.
-        repeats: whether all it does is to repeat values, which a fusion can do by itself.
+        repeats: whether it only repeats values, which a fusion with `takes_coarse` does itself.
     """
 
     guided = False
@@ -44,15 +50,21 @@ class Resampler(nn.Module):
 
 
 def _is_exporting() -> bool:
-    """Whether `torch.export` is at work. It refuses a graph whose branches or slices depend on a
-    rule about odd sizes that it cannot prove, so then the same is computed without asking."""
-    if not torch.jit.is_scripting():  # which does not know the other question
+    """Whether `torch.export` is running.
+
+    It refuses graphs whose branches or slices depend on a property of odd sizes that it cannot
+    prove, so the same result is then computed without a branch.
+    """
+    if not torch.jit.is_scripting():  # TorchScript does not know is_exporting
         return torch.compiler.is_exporting()
     return False
 
 
 def fit(x: Tensor, size: Size) -> Tensor:
-    """Make a map meet the target where a backbone rounds odd sizes down, not up as we do."""
+    """Resize a downsampled map to the target's size.
+
+    They differ where a backbone rounds odd sizes down, while resamplers round up.
+    """
     if size is not None and (_is_exporting() or x.shape[2] != size[0] or x.shape[3] != size[1]):
         x = F.interpolate(x, size=size, mode="nearest")
     return x
@@ -63,9 +75,9 @@ def _pad_to_whole_windows(x: Tensor, side: int, value: float) -> Tensor:
 
 
 def crop(x: Tensor, size: Size) -> Tensor:
-    """Cut an upsampled map to the target, which is smaller by a pixel or more if its side is odd.
+    """Crop an upsampled map to the target's size, which is smaller if a side is odd.
 
-    Where a backbone rounds odd sizes down, and the target is larger, the last row and column are
+    Where a backbone rounds odd sizes down the target is larger, and the last row and column are
     repeated.
     """
     if size is None:
@@ -102,10 +114,10 @@ class Bilinear(Resampler):
 
 
 class Doubling(Resampler):
-    """An upsampler that doubles the size level by level, and is cropped to an odd target.
+    """An upsampler that doubles the size level by level and crops to an odd target.
 
     Args:
-        layers: what runs in turn; together they double the size `steps` times.
+        layers: run one after another; together they double the size `steps` times.
     """
 
     def __init__(self, channels: int, steps: int, layers: List[nn.Module]) -> None:
@@ -164,6 +176,122 @@ class PixelShuffle(Doubling):
         for _ in range(steps):
             layers += [conv_block(channels, 4 * channels, 1), nn.PixelShuffle(2)]
         super().__init__(channels, steps, layers)
+
+
+class _Reassemble(nn.Module):
+    """CARAFE for a factor of two."""
+
+    def __init__(self, channels: int, compressed_channels: int) -> None:
+        super().__init__()
+        self.side = 5  # of the neighbourhood
+        self.compress = conv_block(channels, compressed_channels, 1)
+        self.encode = Conv2d(compressed_channels, 4 * self.side**2, 3, padding=1)
+        nn.init.normal_(self.encode.weight, std=0.001)  # near the average at first
+        nn.init.zeros_(self.encode.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        # The four pixels that a source pixel becomes share its neighbourhood, so the map is
+        # reassembled at its own size, once for each of the four, and shuffled last.
+        kernels = self.encode(self.compress(x)).reshape(n, -1, 4, h, w)
+        kernels = at_least_float32(kernels).softmax(dim=1)
+        padded = F.pad(x, [self.side // 2] * 4)
+        # tap by tap: an unfolded map would be 25 times as large, and autograd would save it
+        out = torch.zeros([n, c, 4, h, w], dtype=kernels.dtype, device=x.device)
+        for tap in range(self.side * self.side):
+            top, left = tap // self.side, tap % self.side
+            shifted = padded[:, :, top : top + h, left : left + w].unsqueeze(2)  # (N, C, 1, H, W)
+            out = out + shifted * kernels[:, tap].unsqueeze(1)
+        return F.pixel_shuffle(out.to(x.dtype).reshape(n, c * 4, h, w), 2)
+
+
+@UPSAMPLE.register("carafe")
+class Carafe(Doubling):
+    """Every pixel is a weighted average of the 5×5 source pixels around it, zero beyond the border,
+    with weights predicted from the content (CARAFE, arXiv:1905.02188). Per level: 1×1 → 64,
+    3×3 → 25·4, pixel shuffle, softmax over the 25, reassembly.
+
+    Args:
+        compressed_channels: of the map that the weights are predicted from.
+    """
+
+    def __init__(self, channels: int, steps: int, compressed_channels: int = 64) -> None:
+        super().__init__(
+            channels, steps, [_Reassemble(channels, compressed_channels) for _ in range(steps)]
+        )
+
+
+class _PointSample(nn.Module):
+    """DySample for a factor of two."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.offset = Conv2d(channels, 2 * groups * 4, 1)
+        nn.init.normal_(self.offset.weight, std=0.001)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        offset = at_least_float32(self.offset(x)) * 0.25
+        offset = F.pixel_shuffle(offset, 2).reshape(n, 2, self.groups, 2 * h, 2 * w)
+        # the positions of bilinear interpolation, in source pixels
+        columns = (torch.arange(2 * w, dtype=offset.dtype, device=x.device) + 0.5) / 2
+        rows = (torch.arange(2 * h, dtype=offset.dtype, device=x.device) + 0.5) / 2
+        # grid_sample's coordinates go from -1 to 1
+        x_position = (offset[:, 0] + columns) * 2 / w - 1
+        y_position = (offset[:, 1] + rows.unsqueeze(1)) * 2 / h - 1
+        grid = torch.stack([x_position, y_position], dim=-1).flatten(0, 1)  # (N·groups, 2H, 2W, 2)
+        parts = at_least_float32(x).reshape(n * self.groups, c // self.groups, h, w)
+        sampled = F.grid_sample(
+            parts, grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
+        return sampled.reshape(n, c, 2 * h, 2 * w).to(x.dtype)
+
+
+@UPSAMPLE.register("dysample")
+class DySample(Doubling):
+    """Bilinear interpolation at positions moved by `0.25 · 1×1(x)` source pixels, per level
+    (DySample, arXiv:2308.15085, its style 'lp' with a static scope).
+
+    Args:
+        groups: of the channels, each with its own positions.
+
+    Raises:
+        ValueError: if the groups do not divide the channels.
+    """
+
+    def __init__(self, channels: int, steps: int, groups: int = 4) -> None:
+        if groups < 1 or channels % groups:
+            raise ValueError(f"groups: {groups} groups do not divide {channels} channels")
+        super().__init__(channels, steps, [_PointSample(channels, groups) for _ in range(steps)])
+
+
+@UPSAMPLE.register("fam")
+class FeatureAlign(Resampler):
+    """Bilinear interpolation, then a deformable convolution that aligns the result with the finer
+    map (FaPN, arXiv:2108.07058): `ReLU(DCN(up, 1×1(concat(lateral, 2 · up))))`.
+
+    Args:
+        norm: of the 1×1 that offsets and masks are predicted from.
+        groups: of the channels, each with its own offsets and masks.
+
+    Raises:
+        ValueError: if the groups do not divide the channels.
+    """
+
+    guided = True
+
+    def __init__(self, channels: int, steps: int, norm: str = "", groups: int = 8) -> None:
+        super().__init__(channels, steps)
+        self.difference = conv_block(2 * channels, channels, 1, norm=norm, bias=False)
+        self.align = ModulatedConv(channels, channels, channels, groups)
+
+    def forward(self, x: Tensor, size: Size, guide: Tensor) -> Tensor:
+        """Upsample `x` to the size of `guide`, a map of the same channels; `size` is not used."""
+        up = F.interpolate(x, size=guide.shape[2:], mode="bilinear", align_corners=False)
+        difference = self.difference(torch.cat([guide, 2 * up], dim=1))
+        return F.relu(self.align(up, difference))
 
 
 @DOWNSAMPLE.register("maxpool")
@@ -246,7 +374,3 @@ class ConvDown(Resampler):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         return fit(self.convs(x), size)
-
-
-# it enters its upsamplers in UPSAMPLE; last, because it needs what is above
-from fpn_plugin.pyramid import resample_learned  # noqa: E402,F401

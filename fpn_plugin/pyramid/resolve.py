@@ -35,7 +35,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleSpec:
     """One module: the submodule's path, its operator, and what it is built from.
 
     Attributes:
@@ -62,11 +62,11 @@ class ResolvedEdge:
     """An edge with every part that it really has; None where it has none."""
 
     source: str
-    project: Part | None
-    resample: Part | None
-    block: Part | None
+    project: ModuleSpec | None
+    resample: ModuleSpec | None
+    block: ModuleSpec | None
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ModuleSpec]:
         """In the order in which they run."""
         return (part for part in (self.project, self.resample, self.block) if part is not None)
 
@@ -77,11 +77,11 @@ class ResolvedNode:
 
     node: Node
     edges: tuple[ResolvedEdge, ...]
-    fuse: Part | None
-    block: Part | None
+    fuse: ModuleSpec | None
+    block: ModuleSpec | None
     drop: tuple[str, ...]
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ModuleSpec]:
         """In the order in which they run."""
         for edge in self.edges:
             yield from edge.parts()
@@ -139,19 +139,19 @@ def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) 
 
 def _fusion(
     node: Node, levels: Mapping[str, int], widths: tuple[int, ...], defaults: Defaults
-) -> Part:
+) -> ModuleSpec:
     sources = tuple(levels[edge.source] for edge in node.inputs)
     path, where, width = f"{node.name}_fuse", f"node {node.name!r}, fuse", defaults.channels
     operator = node.fuse or defaults.fuse
-    return Part(path, "fuse", operator, width, width, len(widths), where, sources, widths)
+    return ModuleSpec(path, "fuse", operator, width, width, len(widths), where, sources, widths)
 
 
 def _block(
     path: str, operator: Operator | None, width: int, channels: int, where: str
-) -> Part | None:
+) -> ModuleSpec | None:
     if operator is None or (_is_identity(operator) and width == channels):
         return None
-    return Part(path, "block", operator, width, channels, 0, where)
+    return ModuleSpec(path, "block", operator, width, channels, 0, where)
 
 
 def _is_identity(operator: Operator | None) -> bool:
@@ -191,7 +191,7 @@ def _resolve_edge(
     resample = None
     if steps:
         wide, width = width, width >> steps if shrinks else width
-        resample = Part(
+        resample = ModuleSpec(
             f"{path}.resample",
             "up" if steps > 0 else "down",
             operator,

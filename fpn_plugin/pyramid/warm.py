@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Mapping
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, node
-from fpn_plugin.pyramid.resolve import Defaults, Part, ResolvedNode, resolve
+from fpn_plugin.pyramid.resolve import Defaults, ModuleSpec, ResolvedNode, resolve
 from fpn_plugin.registry import bad_argument
 
 PREFIX = "warm."
@@ -190,7 +190,7 @@ def _relatives(
     return origins
 
 
-def _fits(old: Part, new: Part) -> bool:
+def _fits(old: ModuleSpec, new: ModuleSpec) -> bool:
     fields = ("kind", "in_channels", "out_channels", "amount")
     alike = all(getattr(old, field) == getattr(new, field) for field in fields)
     return alike and old.operator.name == new.operator.name
@@ -198,7 +198,7 @@ def _fits(old: Part, new: Part) -> bool:
 
 def _roles(
     steps: tuple[ResolvedNode, ...], outputs: set[str], shared: set[str]
-) -> list[tuple[Part, str]]:
+) -> list[tuple[ModuleSpec, str]]:
     """The parts that only this pyramid has, and what each is for: to read a bottom-up map, to give
     a level's last map, or ""."""
     nodes = {step.node.name for step in steps}

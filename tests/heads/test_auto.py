@@ -180,7 +180,10 @@ def test_auto_on_a_command_line(word: str) -> None:
         (["MODEL.FPN.EXTRA_LEVELS", "p6"], "MODEL.FPN.EXTRA_LEVELS: unknown name 'p6'"),
         (["MODEL.FPN.REPEATS", 0], "MODEL.FPN.REPEATS: 0"),
         (["MODEL.FPN.GRAPH", [{"name": "a"}]], r"MODEL.FPN.GRAPH\[0\]: the field 'level'"),
-        (["MODEL.FPN.TOPOLOGY", "bfp", "MODEL.FPN.IN_FEATURES", ["res4"]], "FPN.TOPOLOGY: 'bfp'.*MODEL.FPN.IN_FEATURES"),
+        (
+            ["MODEL.FPN.TOPOLOGY", "bfp", "MODEL.FPN.IN_FEATURES", ["res4"]],
+            "FPN.TOPOLOGY: 'bfp'.*MODEL.FPN.IN_FEATURES",
+        ),
         (["MODEL.FPN.GRAPH", LOW_HIGH], "input 'res2' is neither an output nor read"),
         ([RPN, ["p9"]], "MODEL.RPN.IN_FEATURES: 'p9' is not among.*p2, p3, p4, p5, p6"),
     ],

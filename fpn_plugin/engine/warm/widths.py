@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid.deformable import ModulatedConv
+from fpn_plugin.pyramid.blocks import ModulatedConv
 
 # what computes something else when its channels are copied
 INEXACT = ("non_local", "pixel_shuffle")

@@ -1,0 +1,103 @@
+"""Scripted, traced, compiled and exported pyramids: every operator in a small graph, every topology."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CHANNELS, assert_same, randomize, rounding_of, small_pyramid
+from inline_graphs import INLINE, inline_pyramid
+from torch import Tensor, nn
+
+from fpn_plugin.pyramid.build import REGISTRIES
+from fpn_plugin.pyramid.graph import Graph, node, op
+from fpn_plugin.pyramid.pyramid import Pyramid
+from fpn_plugin.pyramid.resolve import Defaults
+from fpn_plugin.pyramid.topologies import TOPOLOGIES
+
+OPERATORS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
+# above the coarsest stride, 128 pixels; torch.export takes a side of one for a constant
+SMALLEST, EXAMPLE, SIZES = 130, (197, 261), [(160, 192), (201, 135)]
+
+
+class FromImage(nn.Module):
+    """Computes a pyramid's inputs from an image, so that an export knows how their sizes relate."""
+
+    def __init__(self, pyramid: Pyramid) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        convs, channels, below = {}, 3, 0
+        for name, level in pyramid.graph.inputs.items():
+            convs[name] = nn.Conv2d(
+                channels, CHANNELS[name], 3, stride=2 ** (level - below), padding=1
+            )
+            channels, below = CHANNELS[name], level
+        self.convs = nn.ModuleDict(convs)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = {}
+        for name, conv in self.convs.items():
+            x = conv(x)
+            maps[name] = x
+        return self.pyramid(maps)
+
+
+@torch.no_grad()
+def assert_compiles(pyramid: Pyramid) -> None:
+    """Script and trace to the eager numbers up to one rounding; compile without a graph break and
+    export with dynamic height and width to 1e-5."""
+    model = FromImage(pyramid).eval()
+    example = torch.randn(1, 3, *EXAMPLE)
+    sides = {dim: torch.export.Dim(f"d{dim}", min=SMALLEST, max=2048) for dim in (2, 3)}
+    torch._dynamo.reset()
+    exact = [torch.jit.script(model), torch.jit.trace(model, (example,), strict=False)]
+    close = [
+        torch.compile(model, fullgraph=True, backend="eager", dynamic=True),
+        torch.export.export(model, (example,), dynamic_shapes=(sides,)).module(),
+    ]
+    for size in SIZES:
+        x = torch.randn(1, 3, *size)
+        expected = model(x)
+        for name, y in expected.items():
+            stride = 2 ** int(name[1:])
+            if "res5" in pyramid.graph.inputs:  # else finer maps are multiples of the one input's
+                assert list(y.shape[2:]) == [-(-side // stride) for side in size]
+        for run in exact:
+            assert_same(run(x), expected, rounding_of(pyramid, expected))
+        for run in close:
+            assert_same(run(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind, name", OPERATORS)
+def test_every_operator(kind: str, name: str) -> None:
+    """A node that reads two maps, of which one is resampled."""
+    level, block = 5 if kind == "down" else 4, name if kind == "block" else "conv3x3"
+    given = {"fuse": "sum", "up": "nearest", "down": "maxpool", kind: name}
+    defaults = Defaults(
+        32, op(given["fuse"]), op(given["up"]), op(given["down"]), norm="BN", activation="relu"
+    )
+    nodes = (node("out", level, ["res5", "res4"], block=block),)
+    graph = Graph({"res4": 4, "res5": 5}, nodes, ("out",))
+    assert_compiles(randomize(Pyramid(graph, CHANNELS, defaults)))
+
+
+@pytest.mark.parametrize("topology", [*TOPOLOGIES.names(), "fpn+pafpn+bfp"])
+def test_every_topology(topology: str) -> None:
+    assert_compiles(small_pyramid(topology))
+
+
+@pytest.mark.parametrize("extra", ["maxpool", "conv_c5", "conv_p5"])
+def test_extra_levels_and_repeats(extra: str) -> None:
+    assert_compiles(small_pyramid("fpn", extra, repeats=2))
+
+
+@pytest.mark.parametrize("name", INLINE)
+def test_inline_graphs(name: str) -> None:
+    assert_compiles(inline_pyramid(name, norm="GN", fuse=op("fast_normalized")))
+
+
+@pytest.mark.parametrize("topology", ["fpn", "bifpn"])
+def test_inductor_gives_the_eager_numbers(topology: str) -> None:
+    model = FromImage(small_pyramid(topology)).eval()
+    torch._dynamo.reset()
+    x = torch.randn(1, 3, 64, 96)
+    assert_same(torch.compile(model, fullgraph=True)(x), model(x), 1e-4)
