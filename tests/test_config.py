@@ -173,10 +173,11 @@ def test_repeats_norm_activation_and_blocks_from_a_config() -> None:
     assert "r2_fpn_merge2_fuse.weights" in names
 
 
-@pytest.mark.parametrize("topology", ["fpn", "channel_mapper"])
-def test_panoptic_images_are_padded_for_the_semantic_head(topology: str) -> None:
+def test_panoptic_images_are_padded_for_the_semantic_head() -> None:
     """Its maps are doubled until they meet, also where the pyramid itself upsamples nothing."""
-    model = build_model(config(PANOPTIC, "MODEL.FPN.TOPOLOGY", topology)).eval()
+    keys = ["MODEL.FPN.TOPOLOGY", "channel_mapper", "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
+    keys += ["MODEL.RPN.POST_NMS_TOPK_TEST", 20, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32]
+    model = build_model(config(PANOPTIC, *keys)).eval()
     assert model.backbone.size_divisibility == 32
     with torch.no_grad():
         (result,) = model([{"image": torch.zeros(3, 97, 131, dtype=torch.uint8)}])

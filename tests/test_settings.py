@@ -85,7 +85,7 @@ def test_a_record_and_its_fields_build_the_same_pyramid() -> None:
     with pytest.raises(TypeError, match="strength"):
         PyramidBackbone(Network(), **fields, strength=1)
     for given in (["res3"], one.settings):
-        with pytest.raises(TypeError, match="settings: .* out_channels"):
+        with pytest.raises(TypeError, match="settings: .*out_channels"):
             PyramidBackbone(Network(), given, out_channels=8)
 
 
@@ -208,7 +208,7 @@ def test_a_key_that_is_gone(key: str, tmp_path: Path) -> None:
     old = write(tmp_path / "config.yaml", key, gone.default)
     cfg = ours()
     merge_config_file(cfg, old)
-    assert cfg == ours()
+    assert cfg.dump() == ours().dump()
     cfg.merge_from_file(old)  # yacs's own way
     (tmp_path / "above.yaml").write_text("_BASE_: changed.yaml\n")
     changed = write(tmp_path / "changed.yaml", key, CHANGED[key])

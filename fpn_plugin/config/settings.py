@@ -54,8 +54,8 @@ class PyramidSettings:
 
     topology: str = _setting(
         "fpn",
-        "one of [the catalogue](../README.md)'s, or several joined by `+`, each on the maps that the one before"
-        " gives: `fpn+pafpn+bfp`",
+        "one of [the catalogue](../README.md), or several joined by `+`, each on the maps that the"
+        " one before gives: `fpn+pafpn+bfp`",
         TOPOLOGIES,
     )
     graph: Sequence[Mapping[str, Any]] = _setting(

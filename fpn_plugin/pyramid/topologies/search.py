@@ -54,8 +54,8 @@ def nas_fpn(inputs: Levels, style: Style) -> Graph:
     """NAS-FPN, Ghiasi et al. 2019, arXiv:1904.07392, one of its (seven) repeats.
 
     Seven merging cells on five levels. Each: both inputs to the level, `sum` (`fuse_type`) or
-    global attention, ReLU, block (3x3 with bias), norm. A level's output is its last node, and every node
-    of that level that nothing read joins its fusion.
+    global attention, ReLU, block (3x3 with bias), norm. A level's output is its last node, and
+    every node of that level that nothing read joins its fusion.
 
     Raises:
         ValueError: if there are not five levels.
