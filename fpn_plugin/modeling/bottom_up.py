@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
+from fpn_plugin.bottom_up import torchvision as torchvision_networks
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.weights import KEY, load_weights
 from fpn_plugin.config.defaults import OWN_BUILDERS
@@ -18,9 +19,9 @@ from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.registry import unknown_name
 
 NAME = "MODEL.BOTTOM_UP.NAME"
-# Libraries whose networks are named <library>/<model>, with the adapter for them. Their names are
-# also values of MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
-ADAPTERS = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}
+# Libraries whose networks are named <library>/<model>. Their names are also values of
+# MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
+LIBRARIES = ("timm", "torchvision")
 # Builders of backbones that hold a bottom-up network, and so are none
 HOLDERS = (
     *OWN_BUILDERS,
@@ -39,23 +40,22 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """
     library, slash, _ = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
     weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
-    if weights in ADAPTERS and not (slash and weights == library):
+    if weights in LIBRARIES and not (slash and weights == library):
         raise ValueError(
             f"{KEY}: {weights!r} are the weights that {weights} publishes for its own networks, but"
             f" {NAME} is {cfg.MODEL.BOTTOM_UP.NAME!r}: give a file, or take {weights}/<model>"
         )
-    build = _adapted if slash and library in ADAPTERS else _registered
+    build = _adapted if slash and library in LIBRARIES else _registered
     bottom_up = build(cfg, input_shape)
-    if weights and weights not in ADAPTERS:
+    if weights and weights not in LIBRARIES:
         load_weights(bottom_up, weights)
     return bottom_up
 
 
 def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """A network of another library, which is imported only now."""
+    """A network of another library."""
     library, _, model = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
-    adapter = getattr(import_module(f"fpn_plugin.bottom_up.{library}"), ADAPTERS[library])
-    return adapter(
+    return _adapter(library)(
         model,
         out_features=cfg.MODEL.FPN.IN_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
@@ -64,6 +64,14 @@ def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         args=dict(cfg.MODEL.BOTTOM_UP.ARGS),
         pretrained=cfg.MODEL.BOTTOM_UP.WEIGHTS == library,
     )
+
+
+def _adapter(library: str) -> Callable[..., Backbone]:
+    if library == "torchvision":
+        return torchvision_networks.TorchvisionBackbone
+    from fpn_plugin.bottom_up.timm import TimmBackbone  # timm is an extra
+
+    return TimmBackbone
 
 
 def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -83,7 +91,8 @@ def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
-    import_module("fpn_plugin.bottom_up.detectron2")  # registers its builders
+    # Registers its builders, only now: a user may have registered others of these names
+    import_module("fpn_plugin.bottom_up.detectron2")
     if name in HOLDERS:
         raise ValueError(
             f"{NAME}: {name!r} is a value of MODEL.BACKBONE.NAME: it holds the network that"
@@ -91,7 +100,7 @@ def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
         )
     known = [builder for builder, _ in BACKBONE_REGISTRY if builder not in HOLDERS]
     if name not in known:
-        raise unknown_name(NAME, name, [*known, *(f"{library}/<model>" for library in ADAPTERS)])
+        raise unknown_name(NAME, name, [*known, *(f"{library}/<model>" for library in LIBRARIES)])
     return BACKBONE_REGISTRY.get(name)
 
 
