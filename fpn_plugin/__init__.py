@@ -11,11 +11,10 @@ except ImportError as error:
         " `pip install ./tools/detectron2_wheel` in the checkout (pure Python, no compiler needed)."
     ) from error
 
-from fpn_plugin.auto import resolve_config
-from fpn_plugin.config import add_fpn_config, validate_config
+from fpn_plugin.config import add_fpn_config, resolve_config, validate_config
 from fpn_plugin.data import register_all
-from fpn_plugin.heads import fcos  # noqa: F401  (registers FCOS)
-from fpn_plugin.pyramid.backbone import PyramidBackbone, build_pyramid_backbone
+from fpn_plugin.modeling import fcos  # noqa: F401  (registers FCOS)
+from fpn_plugin.modeling.backbone import PyramidBackbone, build_pyramid_backbone
 from fpn_plugin.pyramid.pyramid import Pyramid
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A registry of names whose error lists the names that exist."""
+"""A registry of names, and errors that say which argument is wrong and what is valid."""
 
 from __future__ import annotations
 
@@ -8,27 +8,56 @@ from typing import Callable, Generic, Iterable, TypeVar
 T = TypeVar("T")
 
 
+class ArgumentError(ValueError):
+    """A bad value of an argument.
+
+    Attributes:
+        argument: what the message begins with: the argument's name, and maybe the place in its
+            value (`graph[2] (p5), inputs`).
+    """
+
+    argument = ""
+
+
 class UnknownNameError(KeyError):
     """A name that nothing is registered under. Unlike a plain KeyError it prints its message as it
-    is."""
+    is.
+
+    Attributes:
+        argument: what the message begins with.
+    """
+
+    argument = ""
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def bad_argument(argument: str, reason: str) -> ArgumentError:
+    """The error for a bad value of an argument.
+
+    Args:
+        argument: its name, and maybe the place in its value.
+        reason: the value and what is valid. Other arguments stand in it `between backquotes`.
+    """
+    error = ArgumentError(f"{argument}: {reason}")
+    error.argument = argument
+    return error
 
 
 def unknown_name(where: str, name: object, choices: Iterable[str]) -> UnknownNameError:
     """The error for a wrong name: where it stands, what it is, what may stand there.
 
     Args:
-        where: the config key, node or registry that holds the name.
+        where: the argument, config key, node or registry that holds the name.
     """
     known = sorted(choices)
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return UnknownNameError(
-        f"{where}: unknown name {name!r}{hint}; choose from:"
-        f" {', '.join(item or repr(item) for item in known)}"
-    )
+    choice = ", ".join(item or repr(item) for item in known)
+    error = UnknownNameError(f"{where}: unknown name {name!r}{hint}; choose from: {choice}")
+    error.argument = where
+    return error
 
 
 class Registry(Generic[T]):
@@ -68,7 +97,7 @@ class Registry(Generic[T]):
         """The object under `name`.
 
         Args:
-            where: the config key or node that named it, for the error message.
+            where: the argument, config key or node that named it, for the error message.
 
         Raises:
             UnknownNameError: (a KeyError) naming `where`, the name and the choices.

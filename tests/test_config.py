@@ -13,7 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 from helpers import zoo_config
 
-from fpn_plugin import add_fpn_config
+from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.config import extra_levels_for
 from fpn_plugin.registry import Registry
 
@@ -78,7 +78,7 @@ def config(path: str, *overrides: Any) -> Any:
         (
             MASK,
             ["MODEL.FPN.REPEATS", 2, "MODEL.FPN.GRAPH", [{}]],
-            "REPEATS: 2 repeats a TOPOLOGY, but MODEL.FPN.GRAPH",
+            "REPEATS: 2 .* MODEL.FPN.GRAPH is given",
         ),
         (MASK, ["MODEL.FPN.IN_FEATURES", []], "MODEL.FPN.IN_FEATURES: it is empty.*res2"),
         (
@@ -134,7 +134,7 @@ def config(path: str, *overrides: Any) -> Any:
 )
 def test_every_mistake_names_its_key(path: str, keys: list, message: str) -> None:
     with pytest.raises((ValueError, KeyError), match=message):
-        build_model(config(path, *keys))
+        build_model(resolve_config(config(path, *keys)))
 
 
 def test_one_list_of_anchors_serves_all_maps() -> None:
@@ -173,10 +173,11 @@ def test_repeats_norm_activation_and_blocks_from_a_config() -> None:
     assert "r2_fpn_merge2_fuse.weights" in names
 
 
-@pytest.mark.parametrize("topology", ["fpn", "channel_mapper"])
-def test_panoptic_images_are_padded_for_the_semantic_head(topology: str) -> None:
+def test_panoptic_images_are_padded_for_the_semantic_head() -> None:
     """Its maps are doubled until they meet, also where the pyramid itself upsamples nothing."""
-    model = build_model(config(PANOPTIC, "MODEL.FPN.TOPOLOGY", topology)).eval()
+    keys = ["MODEL.FPN.TOPOLOGY", "channel_mapper", "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
+    keys += ["MODEL.RPN.POST_NMS_TOPK_TEST", 20, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32]
+    model = build_model(config(PANOPTIC, *keys)).eval()
     assert model.backbone.size_divisibility == 32
     with torch.no_grad():
         (result,) = model([{"image": torch.zeros(3, 97, 131, dtype=torch.uint8)}])

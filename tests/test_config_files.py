@@ -12,10 +12,10 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import add_fpn_config
-from fpn_plugin.arithmetic import evaluate
-from fpn_plugin.config_files import merge_config_file, read_yaml
-from fpn_plugin.engine.overrides import merge_overrides
-from fpn_plugin.engine.setup import argument_parser, load_config
+from fpn_plugin.config import load_config
+from fpn_plugin.config.files import merge_config_file, merge_overrides
+from fpn_plugin.engine.setup import argument_parser
+from fpn_plugin.yaml_files import evaluate, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = Path(model_zoo.__file__).with_name("configs")

@@ -13,9 +13,9 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 
-from fpn_plugin import add_fpn_config, config_files, resolve_config
+from fpn_plugin import add_fpn_config, yaml_files
 from fpn_plugin.analysis.study import study_file
-from fpn_plugin.config_files import merge_config_file
+from fpn_plugin.config.files import merge_config_file
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,7 @@ def unsafe_calls(source: str, name: str) -> list[str]:
 
 
 def test_files_are_only_read_by_what_runs_none_of_their_code() -> None:
-    """What a strange file can do is decided in few places: plain_files.py, config_files.py."""
+    """What a strange file can do is decided in few places: plain_files.py, yaml_files.py."""
     paths = [p for p in tracked() if p.suffix == ".py" and "tests" not in p.parts]
     assert len(paths) > 100
     calls = [
@@ -165,5 +165,5 @@ def test_unsafe_calls_are_seen(source: str) -> None:
 
 def test_yaml_loaders_are_safe_ones() -> None:
     """`unsafe_calls` trusts their name."""
-    for module in (config_files, study_file):
+    for module in (yaml_files, study_file):
         assert issubclass(module._Loader, yaml.SafeLoader)

@@ -19,7 +19,8 @@ import argparse  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders)
-from fpn_plugin.engine.setup import argument_parser, load_config  # noqa: E402
+from fpn_plugin.config import load_config  # noqa: E402
+from fpn_plugin.engine.setup import argument_parser  # noqa: E402
 from fpn_plugin.engine.warm.convert import check_output, to_config, to_detectron2  # noqa: E402
 
 

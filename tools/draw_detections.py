@@ -18,8 +18,8 @@ import argparse  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the datasets)
 from fpn_plugin.analysis.pictures import draw_dataset  # noqa: E402
+from fpn_plugin.config import load_config  # noqa: E402
 from fpn_plugin.data import register_own  # noqa: E402
-from fpn_plugin.engine.setup import load_config  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

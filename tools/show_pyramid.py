@@ -25,8 +25,8 @@ from fpn_plugin.analysis.fusion_weights import fusion_weights  # noqa: E402
 from fpn_plugin.analysis.fusion_weights import fusion_table, load_backbone  # noqa: E402
 from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
 from fpn_plugin.config import extra_levels_for  # noqa: E402
-from fpn_plugin.engine.setup import load_config  # noqa: E402
-from fpn_plugin.heads.inputs import head_features  # noqa: E402
+from fpn_plugin.config import load_config  # noqa: E402
+from fpn_plugin.config.heads import head_features  # noqa: E402
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
 

@@ -16,7 +16,7 @@ from detectron2.modeling import Backbone
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid.backbone import PyramidBackbone
+from fpn_plugin.modeling.backbone import PyramidBackbone
 
 # parts of the names of operators that are worth a warning where fvcore cannot count them
 _HEAVY = ("conv", "mm", "matmul", "einsum", "linear", "attention", "PythonOp")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Mapping, Sequence
 
 from fpn_plugin.analysis.complexity import Complexity, Cost
-from fpn_plugin.pyramid.backbone import PyramidBackbone
+from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.graph import Operator
 from fpn_plugin.pyramid.resolve import ModuleSpec, ResolvedEdge, ResolvedNode
 

@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 
-from fpn_plugin.config_files import read_yaml
+from fpn_plugin.yaml_files import read_yaml
 from fpn_plugin.engine.checkpoint import TAG, list_checkpoints
 
 CONFIG = "config.yaml"

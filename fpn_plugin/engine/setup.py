@@ -7,29 +7,23 @@ import logging
 import os
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.bottom_up.pixels import log_lines, read_pixels, resolve_pixels, write_pixels
-from fpn_plugin.config import add_fpn_config, validate_config
-from fpn_plugin.config_files import merge_config_file
+from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
+from fpn_plugin.config.resolve import DATA_FLAGS, load_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import find_checkpoint
 from fpn_plugin.engine.evaluation import check_evaluators
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
-from fpn_plugin.engine.overrides import merge_overrides
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir
 from fpn_plugin.engine.run_record import recorded_config
-from fpn_plugin.engine.warm.source import resolve_warm_start
-from fpn_plugin.heads.auto import resolve_heads
 
 logger = logging.getLogger(__name__)
-
-_OWN_FLAGS = ("train_json", "train_images", "val_json", "val_images")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -39,7 +33,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )
     add_rank_timeout(parser)
-    for flag in _OWN_FLAGS:
+    for flag in DATA_FLAGS:
         kind = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
         option, key = "--" + flag.replace("_", "-"), flag.upper()
         parser.add_argument(
@@ -66,8 +60,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = register_own(load_config(args), keep_json=alone)
     choose_device(cfg)
-    if cfg.MODEL.BACKBONE.NAME == "build_pyramid_backbone":
-        validate_config(cfg)  # also when the model is built, but that is after the data was read
     _require_data(cfg, args.eval_only)
     if args.eval_only:
         _prepare_eval(cfg, args.resume, args.machine_rank)
@@ -79,36 +71,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before anyone looks at what is in it
             claim_output_dir(cfg, args.resume, args.overwrite)
     cfg.freeze()
-    return cfg
-
-
-def load_config(args: argparse.Namespace) -> CfgNode:
-    """The config of the file, the `KEY VALUE` pairs, the data flags; resolved, not frozen.
-
-    Args:
-        args: of :func:`argument_parser`; it gets `pixels`, what the log says of the pixels.
-
-    Raises:
-        FileNotFoundError: if the config file, or its `_BASE_`, does not exist.
-        KeyError: for a key that does not exist.
-        ValueError: for a file that is no plain YAML, a key without a value, a value of another type
-            than the key's, or what :func:`fpn_plugin.resolve_config` raises.
-    """
-    cfg = get_cfg()
-    add_fpn_config(cfg)
-    if args.config_file:
-        if not os.path.isfile(args.config_file):
-            raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
-        merge_config_file(cfg, args.config_file)
-    merge_overrides(cfg, list(args.opts or []))
-    for flag in _OWN_FLAGS:
-        if path := getattr(args, flag, ""):
-            cfg.DATASETS.OWN[flag.upper()] = path
-    resolve_heads(cfg)
-    goes_on = getattr(args, "resume", False) and not args.overwrite  # with both: an error, later
-    checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if goes_on else ""
-    resolve_warm_start(cfg, checkpoint, getattr(args, "eval_only", False))
-    args.pixels = resolve_pixels(cfg, checkpoint)
     return cfg
 
 
@@ -146,7 +108,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     # Machine 0 decided where results go, and may alone have a run's folder; the others must agree.
-    decided = (cfg.OUTPUT_DIR, read_pixels(cfg), getattr(args, "pixels", None))
+    decided = (cfg.OUTPUT_DIR, read_pixels(cfg), pixel_notes(cfg))
     cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(decided)[0]
     write_pixels(cfg, pixels)
     cfg.SEED = _run_seed(cfg, args.resume)
@@ -158,7 +120,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     # already.
     fresh = not logging.getLogger("fpn_plugin").handlers
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
-    log_lines(lines or [])  # again, so that the log file says which were taken
+    log_pixels(lines)  # again, so that the log file says which were taken
     cfg.freeze()
     # Before default_setup, which puts this run's config in the place of the last one's.
     if comm.is_main_process():

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
+from fpn_plugin.config.heads import check_heads_when_built
 from fpn_plugin.engine.amp import build_step_trainer, device_type
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
@@ -167,6 +168,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's, with `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
+        check_heads_when_built(cfg)
         return prepare_for_training(super().build_model(cfg), cfg)
 
     @classmethod

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision.ops import deform_conv2d
 
-from fpn_plugin.registry import Registry
+from fpn_plugin.registry import Registry, bad_argument
 
 BLOCKS: Registry[Callable[..., nn.Module]] = Registry("block")
 ACTIVATIONS: Registry[Callable[[], nn.Module]] = Registry("activation")
@@ -45,19 +45,19 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
     """Detectron2's normalisation layer of that name over `channels`; None for "".
 
     Raises:
-        ValueError: naming MODEL.FPN.NORM, if the name is unknown or does not divide the channels.
+        ValueError: naming `norm`, if the name is unknown or does not divide the channels.
     """
     try:
         return get_norm(norm, channels)
     except KeyError:
-        raise ValueError(
-            f"MODEL.FPN.NORM: unknown norm {norm!r}; choose from BN, SyncBN, FrozenBN, GN, LN"
+        raise bad_argument(
+            "norm", f"unknown norm {norm!r}; choose from BN, SyncBN, FrozenBN, GN, LN"
         ) from None
     except ValueError as error:  # torch's GroupNorm: channels must be divisible by groups
-        raise ValueError(
-            f"MODEL.FPN.NORM: {norm!r} cannot normalise {channels} channels"
-            f" (MODEL.FPN.OUT_CHANNELS): {error};"
-            " GN has 32 groups, so take a multiple of 32"
+        raise bad_argument(
+            "norm",
+            f"{norm!r} cannot normalise {channels} channels (`out_channels`): {error};"
+            " GN has 32 groups, so take a multiple of 32",
         ) from None
 
 

@@ -10,7 +10,7 @@ from typing import Mapping
 
 from fpn_plugin.pyramid.graph import MAX_LEVEL, Edge, Graph, Operator, node, op
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import bad_argument, unknown_name
 
 EXTRA_LEVELS = ("none", "maxpool", "conv_c5", "conv_p5")
 MAX_REPEATS = 64  # EfficientDet's largest has 8
@@ -20,11 +20,11 @@ def stages(topology: str) -> list[str]:
     """The topologies of a stack like "fpn+bfp", each registered.
 
     Raises:
-        UnknownNameError: (a KeyError) naming MODEL.FPN.TOPOLOGY.
+        UnknownNameError: (a KeyError) naming `topology`.
     """
     names = topology.split("+")
     for name in names:
-        TOPOLOGIES.get(name, "MODEL.FPN.TOPOLOGY" + (f" {topology!r}" if len(names) > 1 else ""))
+        TOPOLOGIES.get(name, "topology" + (f" {topology!r}" if len(names) > 1 else ""))
     return names
 
 
@@ -48,13 +48,11 @@ def build_graph(
             to have five, in those that fuse them.
 
     Raises:
-        ValueError: (KeyError for an unknown topology) naming the config key.
+        ValueError: (KeyError for an unknown topology) naming the argument.
     """
     names = stages(topology)
     if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
-        raise ValueError(
-            f"MODEL.FPN.REPEATS: {repeats!r} is not a whole number from 1 to {MAX_REPEATS}"
-        )
+        raise bad_argument("repeats", f"{repeats!r} is not a whole number from 1 to {MAX_REPEATS}")
     style = replace(style, inner_levels=_inner_levels(names[0], len(inputs), inner_levels))
     graph: Graph | None = None
     for run in range(1, repeats + 1):
@@ -71,55 +69,55 @@ def build_graph(
 
 
 def _inner_levels(name: str, count: int, asked: int) -> int:
+    argument = "inner_levels"
     if type(asked) is not int or not -1 <= asked <= MAX_LEVEL:
-        raise ValueError(
-            f"MODEL.FPN.INNER_LEVELS: {asked!r} is not a whole number from -1 to {MAX_LEVEL}"
-        )
+        raise bad_argument(argument, f"{asked!r} is not a whole number from -1 to {MAX_LEVEL}")
     if asked > 0 and name not in INNER_LEVELS:
-        raise ValueError(
-            f"MODEL.FPN.INNER_LEVELS: {name!r} makes no levels of its own; those that do are"
-            f" {', '.join(sorted(INNER_LEVELS))}. For levels after it use MODEL.FPN.EXTRA_LEVELS"
+        raise bad_argument(
+            argument,
+            f"{asked}, but {name!r} makes no levels of its own; those that do are"
+            f" {', '.join(sorted(INNER_LEVELS))}. For levels after it use `extra_levels`",
         )
     return asked if asked >= 0 else max(0, INNER_LEVELS.get(name, 0) - count)
 
 
-def add_extra_levels(graph: Graph, kind: str) -> Graph:
+def add_extra_levels(graph: Graph, extra_levels: str) -> Graph:
     """Append levels coarser than the graph's coarsest output. The names are those of Detectron2's
     `top_block`.
 
     Args:
-        kind: "none"; "maxpool": one level, the top output subsampled (Mask R-CNN); "conv_c5" and
-            "conv_p5": two levels by 3x3 convolutions with stride 2, from the top input (RetinaNet)
-                or the top output (FCOS).
+        extra_levels: "none"; "maxpool": one level, the top output subsampled (Mask R-CNN);
+            "conv_c5" and "conv_p5": two levels by 3x3 convolutions with stride 2, from the top
+            input (RetinaNet) or the top output (FCOS).
 
     Raises:
-        ValueError: naming MODEL.FPN.EXTRA_LEVELS.
+        ValueError: (KeyError for an unknown name) naming `extra_levels`.
     """
-    where = "MODEL.FPN.EXTRA_LEVELS"
-    if kind not in EXTRA_LEVELS:
-        raise unknown_name(where, kind, EXTRA_LEVELS)
-    if kind == "none":
+    argument = "extra_levels"
+    if extra_levels not in EXTRA_LEVELS:
+        raise unknown_name(argument, extra_levels, EXTRA_LEVELS)
+    if extra_levels == "none":
         return graph
     top = graph.outputs[-1]
     level = graph.level(top)
     names = [f"top_block.p{level + 1}", f"top_block.p{level + 2}"]
-    if kind == "maxpool":
+    if extra_levels == "maxpool":
         nodes = [node(names[0], level + 1, [Edge(top, resample=Operator("subsample"))])]
     else:
-        source = top if kind == "conv_p5" else max(graph.inputs, key=graph.inputs.__getitem__)
+        top_input = max(graph.inputs, key=graph.inputs.__getitem__)
+        source = top if extra_levels == "conv_p5" else top_input
         if graph.level(source) != level:
-            raise ValueError(
-                f"{where}: {kind!r} reads {source!r} of level {graph.level(source)}, but"
-                " the pyramid's top output"
-                f" is of level {level}: use 'conv_p5'"
+            raise bad_argument(
+                argument,
+                f"{extra_levels!r} reads {source!r} of level {graph.level(source)}, but the"
+                f" pyramid's top output is of level {level}: use 'conv_p5'",
             )
         conv = op("conv3x3", stride=2, norm="", activation="")
         after_relu = op("conv3x3", stride=2, norm="", activation="relu", order="act-conv-norm")
         nodes = [node(names[0], level + 1, [source], block=conv)]
         nodes += [node(names[1], level + 2, [names[0]], block=after_relu)]
-    return Graph(
-        graph.inputs, graph.nodes + tuple(nodes), graph.outputs + tuple(item.name for item in nodes)
-    )
+    outputs = tuple(added.name for added in nodes)
+    return Graph(graph.inputs, graph.nodes + tuple(nodes), graph.outputs + outputs)
 
 
 def chain(first: Graph, second: Graph, prefix: str) -> Graph:
@@ -133,7 +131,7 @@ def chain(first: Graph, second: Graph, prefix: str) -> Graph:
         ValueError: if `second` reads a level that `first` does not give.
     """
     given = {first.level(name): name for name in first.outputs}
-    names = {item.name: prefix + item.name for item in second.nodes}
+    names = {each.name: prefix + each.name for each in second.nodes}
     for name, level in second.inputs.items():
         if level not in given:
             raise ValueError(
@@ -142,10 +140,10 @@ def chain(first: Graph, second: Graph, prefix: str) -> Graph:
         names[name] = given[level]
     moved = tuple(
         replace(
-            item,
-            name=names[item.name],
-            inputs=tuple(replace(edge, source=names[edge.source]) for edge in item.inputs),
+            each,
+            name=names[each.name],
+            inputs=tuple(replace(edge, source=names[edge.source]) for edge in each.inputs),
         )
-        for item in second.nodes
+        for each in second.nodes
     )
     return Graph(first.inputs, first.nodes + moved, tuple(names[name] for name in second.outputs))

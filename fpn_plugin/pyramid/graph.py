@@ -1,4 +1,5 @@
-"""A pyramid as data: a directed acyclic graph of named nodes. This module imports no torch.
+"""A pyramid as data: a directed acyclic graph of named nodes, and its form in YAML. This module
+imports no torch.
 
 A level `l` is a stride of `2**l` pixels. Each node brings every input to its level, fuses them into
 one map, and applies its block. A lateral, a top-down step, an output convolution and P6 are all
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Collection, Iterable, Mapping, Union
+from typing import Any, Collection, Iterable, Mapping, Sequence, Union
 
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import bad_argument, unknown_name
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RESERVED = re.compile(r".*(_fuse|_edge\d+)(\..*)?|bottom_up(\..*)?")
@@ -64,8 +65,8 @@ def as_operator(value: OperatorLike | None, where: str) -> Operator | None:
         return Operator(value)
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return Operator(value["name"], tuple((k, v) for k, v in value.items() if k != "name"))
-    raise ValueError(
-        f"{where}: {value!r} is not an operator: write a name, or {{name: ..., argument: ...}}"
+    raise bad_argument(
+        where, f"{value!r} is not an operator: write a name, or {{name: ..., argument: ...}}"
     )
 
 
@@ -77,7 +78,7 @@ class Edge:
         source: a graph input or an earlier node.
         project: a block before the resampling. Default: a 1x1 convolution where the channels need
             it.
-        resample: how it changes level. Default: the pyramid's UPSAMPLE or DOWNSAMPLE.
+        resample: how it changes level. Default: the pyramid's `upsample` or `downsample`.
         block: a block after the resampling. Default: none.
     """
 
@@ -94,7 +95,7 @@ class Node:
     Attributes:
         name: the submodule's name, and so the first part of its checkpoint keys.
         level: of the map that it gives.
-        fuse: a fusion operator. Default: the pyramid's FUSE_TYPE. Not used with one input.
+        fuse: a fusion operator. Default: the pyramid's `fuse_type`. Not used with one input.
         block: what follows the fusion. A block with a stride takes its input that much finer.
     """
 
@@ -118,12 +119,10 @@ def node(
     block: OperatorLike = "identity",
 ) -> Node:
     """A `Node` written shortly: inputs and operators may be plain names."""
-    edges = tuple(Edge(item) if isinstance(item, str) else item for item in inputs)
+    edges = tuple(Edge(source) if isinstance(source, str) else source for source in inputs)
     where = f"node {name!r}"
-    made = as_operator(block, f"{where}, block")
-    return Node(
-        name, level, edges, as_operator(fuse, f"{where}, fuse"), made or Operator("identity")
-    )
+    fusion, last = as_operator(fuse, f"{where}, fuse"), as_operator(block, f"{where}, block")
+    return Node(name, level, edges, fusion, last or Operator("identity"))
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Graph:
         """The level of an input or a node."""
         if name in self.inputs:
             return self.inputs[name]
-        return next(item.level for item in self.nodes if item.name == name)
+        return next(node.level for node in self.nodes if node.name == name)
 
     def output_names(self) -> dict[str, str]:
         """`{"p3": name of the node that gives it, ...}` from high to low resolution."""
@@ -153,12 +152,12 @@ class Graph:
     def size_divisibility(self) -> int:
         """What height and width must be divisible by for upsampled maps to meet: 0 if nothing is
         upsampled."""
-        levels = {**self.inputs, **{item.name: item.level for item in self.nodes}}
+        levels = {**self.inputs, **{node.name: node.level for node in self.nodes}}
         upsampled = [
             levels[edge.source]
-            for item in self.nodes
-            for edge in item.inputs
-            if levels[edge.source] > item.input_level
+            for node in self.nodes
+            for edge in node.inputs
+            if levels[edge.source] > node.input_level
         ]
         return 2 ** max(upsampled) if upsampled else 0
 
@@ -174,11 +173,11 @@ class Graph:
         """
         self._check_inputs()
         defined = dict(self.inputs)
-        for item in self.nodes:
-            _check_node(item, defined)
+        for node in self.nodes:
+            _check_node(node, defined)
             if operators is not None:
-                _check_operators(item, defined, operators)
-            defined[item.name] = item.level
+                _check_operators(node, defined, operators)
+            defined[node.name] = node.level
         _check_prefixes(defined)
         self._check_outputs(defined)
         self._check_readers()
@@ -192,7 +191,7 @@ class Graph:
     def _check_outputs(self, defined: Mapping[str, int]) -> None:
         if not self.outputs:
             raise ValueError("the graph has no outputs")
-        names = {item.name for item in self.nodes}
+        names = {node.name for node in self.nodes}
         for name in self.outputs:
             if name not in names:
                 raise unknown_name("the graph's outputs", name, names)
@@ -204,8 +203,8 @@ class Graph:
             )
 
     def _check_readers(self) -> None:
-        read = {edge.source for item in self.nodes for edge in item.inputs} | set(self.outputs)
-        for name in [*self.inputs, *(item.name for item in self.nodes)]:
+        read = {edge.source for node in self.nodes for edge in node.inputs} | set(self.outputs)
+        for name in [*self.inputs, *(node.name for node in self.nodes)]:
             if name not in read:
                 kind = "input" if name in self.inputs else "node"
                 raise ValueError(
@@ -216,66 +215,66 @@ class Graph:
 
 def check_level(where: str, level: object) -> None:
     if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"{where}: level {level!r} is not a whole number from 0 to {MAX_LEVEL}")
+        raise bad_argument(where, f"level {level!r} is not a whole number from 0 to {MAX_LEVEL}")
 
 
-def _check_node(item: Node, defined: Mapping[str, int]) -> None:
-    where = f"node {item.name!r}"
-    if not isinstance(item.name, str) or not _NAME.fullmatch(item.name):
+def _check_node(node: Node, defined: Mapping[str, int]) -> None:
+    where = f"node {node.name!r}"
+    if not isinstance(node.name, str) or not _NAME.fullmatch(node.name):
         raise ValueError(
             f"{where}: a name is letters, digits and underscores, not beginning with a digit"
         )
-    if _RESERVED.fullmatch(item.name):
+    if _RESERVED.fullmatch(node.name):
         raise ValueError(f"{where}: names that end in _fuse or _edge<n>, and bottom_up, are taken")
-    if item.name in defined:
+    if node.name in defined:
         raise ValueError(f"{where}: the name is used twice; every input and node needs its own")
-    check_level(where, item.level)
-    _check_strides(item)
-    if item.input_level < 0:
+    check_level(where, node.level)
+    _check_strides(node)
+    if node.input_level < 0:
         raise ValueError(
-            f"{where}: the stride {item.block.stride} of its block is too large for level"
-            f" {item.level}"
+            f"{where}: the stride {node.block.stride} of its block is too large for level"
+            f" {node.level}"
         )
-    if not item.inputs:
+    if not node.inputs:
         raise ValueError(f"{where}: it has no inputs; choose from {', '.join(defined)}")
-    for edge in item.inputs:
+    for edge in node.inputs:
         if edge.source not in defined:
             raise unknown_name(
                 f"{where}, inputs (only maps that are defined before it)", edge.source, defined
             )
 
 
-def _check_strides(item: Node) -> None:
+def _check_strides(node: Node) -> None:
     """A node's block may have a stride; what is on its inputs may not."""
-    parts = [("block", item.block)]
-    for edge in item.inputs:
+    parts = [("block", node.block)]
+    for edge in node.inputs:
         for part, operator in (("project", edge.project), ("block", edge.block)):
             parts.append((f"input {edge.source!r}, {part}", operator or Operator("identity")))
     for place, operator in parts:
         try:
             stride = operator.stride
         except ValueError as error:
-            raise ValueError(f"node {item.name!r}, {place}: {error}") from None
+            raise ValueError(f"node {node.name!r}, {place}: {error}") from None
         if stride != 1 and place != "block":
             raise ValueError(
-                f"node {item.name!r}, {place}: {operator} changes the level; use resample: conv"
+                f"node {node.name!r}, {place}: {operator} changes the level; use resample: conv"
             )
 
 
 def _check_operators(
-    item: Node, defined: Mapping[str, int], operators: Mapping[str, Collection[str]]
+    node: Node, defined: Mapping[str, int], operators: Mapping[str, Collection[str]]
 ) -> None:
-    where = f"node {item.name!r}"
-    _check_operator(f"{where}, block", item.block, operators["block"])
-    _check_operator(f"{where}, fuse", item.fuse, operators["fuse"])
-    for edge in item.inputs:
+    where = f"node {node.name!r}"
+    _check_operator(f"{where}, block", node.block, operators["block"])
+    _check_operator(f"{where}, fuse", node.fuse, operators["fuse"])
+    for edge in node.inputs:
         place = f"{where}, input {edge.source!r}"
         for part, operator in (("project", edge.project), ("block", edge.block)):
             _check_operator(f"{place}, {part}", operator, operators["block"])
-        gap = defined[edge.source] - item.input_level
+        gap = defined[edge.source] - node.input_level
         if gap == 0 and edge.resample is not None:
             raise ValueError(
-                f"{place}, resample: {edge.resample}, but both are at level {item.input_level}"
+                f"{place}, resample: {edge.resample}, but both are at level {node.input_level}"
             )
         _check_operator(f"{place}, resample", edge.resample, operators["up" if gap > 0 else "down"])
 
@@ -295,3 +294,62 @@ def _check_prefixes(names: Iterable[str]) -> None:
                 raise ValueError(
                     f"node {name!r}: {'.'.join(parts[:count])!r} is a node too; rename one of them"
                 )
+
+
+def parse_graph(inputs: Mapping[str, int], nodes: Sequence[Mapping[str, Any]]) -> Graph:
+    """A graph from a list of nodes, as a YAML file has it.
+
+    Each node is a mapping with `name`, `level`, `inputs` (names, or mappings with `source`,
+    `project`, `resample`, `block`), and if wanted `fuse`, `block` and `output: true`. Where no node
+    says `output`, the outputs are the nodes that no other reads.
+
+    Raises:
+        ValueError: naming the node and the field, for anything else.
+    """
+    parsed = tuple(_parse_node(index, raw) for index, raw in enumerate(nodes))
+    marked = [node.name for node, raw in zip(parsed, nodes) if raw.get("output")]
+    if not marked:
+        read = {edge.source for node in parsed for edge in node.inputs}
+        marked = [node.name for node in parsed if node.name not in read]
+    level = {node.name: node.level for node in parsed}
+    return Graph(inputs, parsed, tuple(sorted(marked, key=level.__getitem__)))
+
+
+def _parse_node(index: int, raw: Mapping[str, Any]) -> Node:
+    where = f"graph[{index}]"
+    _check_fields(where, raw, ("name", "level", "inputs"), ("fuse", "block", "output"))
+    if not isinstance(raw["name"], str):
+        raise bad_argument(where, f"name {raw['name']!r} is not a string")
+    place = f"{where} ({raw['name']})"
+    check_level(place, raw["level"])
+    if isinstance(raw["inputs"], str) or not isinstance(raw["inputs"], Sequence):
+        raise bad_argument(place, f"inputs {raw['inputs']!r} is not a list")
+    edges = [_parse_edge(place, source) for source in raw["inputs"]]
+    return node(raw["name"], raw["level"], edges, raw.get("fuse"), raw.get("block") or "identity")
+
+
+def _parse_edge(where: str, raw: object) -> Edge:
+    if isinstance(raw, str):
+        return Edge(raw)
+    _check_fields(f"{where}, inputs", raw, ("source",), ("project", "resample", "block"))
+    assert isinstance(raw, Mapping)  # for the type checker: _check_fields has seen to it
+    place = f"{where}, input {raw['source']!r}"
+    if not isinstance(raw["source"], str):
+        raise bad_argument(place, "source is not a string")
+    operators = {
+        key: as_operator(raw.get(key), f"{place}, {key}")
+        for key in ("project", "resample", "block")
+    }
+    return Edge(raw["source"], **operators)
+
+
+def _check_fields(where: str, raw: object, needed: Sequence[str], optional: Sequence[str]) -> None:
+    valid = [*needed, *optional]
+    if not isinstance(raw, Mapping):
+        raise bad_argument(where, f"{raw!r} is not a mapping with the fields {', '.join(valid)}")
+    for key in raw:
+        if key not in valid:
+            raise unknown_name(where, key, valid)
+    for key in needed:
+        if key not in raw:
+            raise bad_argument(where, f"the field {key!r} is missing")

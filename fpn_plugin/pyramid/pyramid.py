@@ -43,7 +43,7 @@ class GraphExecutor(nn.Module):
 
     # submodules that TorchScript cannot compile by themselves: see __prepare_scriptable__
     _unrolled: tuple[type, ...] = ()
-    # whether training computes nodes again in the backward pass (MODEL.FPN.RECOMPUTE)
+    # whether training computes nodes again in the backward pass (`recompute`)
     recompute = False
 
     def __init__(

@@ -92,7 +92,7 @@ def resolve(
     graph: Graph,
     in_channels: Mapping[str, int],
     defaults: Defaults,
-    own: Mapping[str, Defaults] | None = None,
+    per_node: Mapping[str, Defaults] | None = None,
 ) -> tuple[ResolvedNode, ...]:
     """Make a checked graph explicit.
 
@@ -103,30 +103,30 @@ def resolve(
 
     Args:
         in_channels: of the graph's inputs, by name.
-        own: the defaults of single nodes, of the same width, by the node's name.
+        per_node: other defaults, of the same width, for single nodes, by the node's name.
     """
     common, channels = defaults, dict(in_channels)
     levels = dict(graph.inputs)
-    last_reader = {edge.source: item.name for item in graph.nodes for edge in item.inputs}
+    last_reader = {edge.source: node.name for node in graph.nodes for edge in node.inputs}
     resolved = []
-    for item in graph.nodes:
-        defaults = (own or {}).get(item.name, common)
+    for node in graph.nodes:
+        defaults = (per_node or {}).get(node.name, common)
         edges = tuple(
-            _resolve_edge(item, i, levels, channels, defaults) for i in range(len(item.inputs))
+            _resolve_edge(node, i, levels, channels, defaults) for i in range(len(node.inputs))
         )
         widths = tuple(_width(edge, channels, defaults) for edge in edges)
-        fuse = _fusion(item, levels, widths, defaults) if len(edges) > 1 else None
+        fuse = _fusion(node, levels, widths, defaults) if len(edges) > 1 else None
         width = defaults.channels if fuse else widths[0]
         block = _block(
-            item.name, item.block, width, defaults.channels, f"node {item.name!r}, block"
+            node.name, node.block, width, defaults.channels, f"node {node.name!r}, block"
         )
-        read = dict.fromkeys(edge.source for edge in item.inputs)
+        read = dict.fromkeys(edge.source for edge in node.inputs)
         drop = tuple(
-            name for name in read if last_reader[name] == item.name and name not in graph.outputs
+            name for name in read if last_reader[name] == node.name and name not in graph.outputs
         )
-        resolved.append(ResolvedNode(item, edges, fuse, block, drop))
-        channels[item.name] = defaults.channels
-        levels[item.name] = item.level
+        resolved.append(ResolvedNode(node, edges, fuse, block, drop))
+        channels[node.name] = defaults.channels
+        levels[node.name] = node.level
     return tuple(resolved)
 
 
@@ -138,11 +138,11 @@ def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) 
 
 
 def _fusion(
-    item: Node, levels: Mapping[str, int], widths: tuple[int, ...], defaults: Defaults
+    node: Node, levels: Mapping[str, int], widths: tuple[int, ...], defaults: Defaults
 ) -> ModuleSpec:
-    sources = tuple(levels[edge.source] for edge in item.inputs)
-    path, where, width = f"{item.name}_fuse", f"node {item.name!r}, fuse", defaults.channels
-    operator = item.fuse or defaults.fuse
+    sources = tuple(levels[edge.source] for edge in node.inputs)
+    path, where, width = f"{node.name}_fuse", f"node {node.name!r}, fuse", defaults.channels
+    operator = node.fuse or defaults.fuse
     return ModuleSpec(path, "fuse", operator, width, width, len(widths), where, sources, widths)
 
 
@@ -159,47 +159,62 @@ def _is_identity(operator: Operator | None) -> bool:
 
 
 def _resolve_edge(
-    item: Node,
+    node: Node,
     index: int,
     levels: Mapping[str, int],
     channels: Mapping[str, int],
     defaults: Defaults,
 ) -> ResolvedEdge:
-    edge = item.inputs[index]
-    path, where = f"{item.name}_edge{index}", f"node {item.name!r}, input {edge.source!r}"
+    """What input number `index` of a node passes: `block(resample(project(source)))`.
+
+    Args:
+        levels: and `channels`: of the maps that are there already, by name.
+    """
+    edge = node.inputs[index]
+    path, where = f"{node.name}_edge{index}", f"node {node.name!r}, input {edge.source!r}"
+    # 1. How many levels the map has to move: > 0 up to a finer one, < 0 down, 0 stays.
     width = channels[edge.source]
-    steps = levels[edge.source] - item.input_level
+    steps = levels[edge.source] - node.input_level
     operator = edge.resample or (defaults.upsample if steps > 0 else defaults.downsample)
+    # ViTDet's upsamplers halve the channels with each level. Then a projection comes after them.
     shrinks = steps > 0 and bool(dict(operator.args).get("shrink"))
+    # 2. The projection: what the edge says, or a 1x1 convolution where the channels need one. An
+    # edge's `identity` keeps the source's channels, even where they are not the pyramid's.
     projection = edge.project
     if projection is None and not shrinks:
-        projection = _default_projection(item, edge, width, defaults)
-    if _is_identity(projection):  # said of an edge, it keeps the channels even where they differ
+        projection = _default_projection(node, edge, width, defaults)
+    if _is_identity(projection):
         projection = None
     project = _block(f"{path}.project", projection, width, defaults.channels, f"{where}, project")
     width = defaults.channels if project else width
+    # 3. The resampler, which keeps the channels unless it shrinks.
     resample = None
     if steps:
-        kind = "up" if steps > 0 else "down"
         wide, width = width, width >> steps if shrinks else width
         resample = ModuleSpec(
-            f"{path}.resample", kind, operator, wide, width, abs(steps), f"{where}, resample"
+            f"{path}.resample",
+            "up" if steps > 0 else "down",
+            operator,
+            wide,
+            width,
+            abs(steps),
+            f"{where}, resample",
         )
+    # 4. The block after it: what the edge says, or the projection that a shrinking one put off.
     following = edge.block
     if following is None and shrinks and not _is_identity(edge.project):
-        # as in ViTDet, the source's own channels are halved, and changed after it
-        following = _default_projection(item, edge, width, defaults)
+        following = _default_projection(node, edge, width, defaults)
     if _is_identity(following):
         following = None
     block = _block(f"{path}.block", following, width, defaults.channels, f"{where}, block")
     return ResolvedEdge(edge.source, project, resample, block)
 
 
-def _default_projection(item: Node, edge: Edge, width: int, defaults: Defaults) -> Operator | None:
+def _default_projection(node: Node, edge: Edge, width: int, defaults: Defaults) -> Operator | None:
     """A 1x1 convolution without activation, where nothing later on the way changes the channels."""
     changed_later = (edge.block or Operator("identity")).name != "identity" or (
-        len(item.inputs) == 1 and item.block.name != "identity"
+        len(node.inputs) == 1 and node.block.name != "identity"
     )
-    return (
-        op("conv1x1", activation="") if width != defaults.channels and not changed_later else None
-    )
+    if width == defaults.channels or changed_later:
+        return None
+    return op("conv1x1", activation="")

@@ -14,6 +14,7 @@ from typing import Mapping
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, node
 from fpn_plugin.pyramid.resolve import Defaults, ModuleSpec, ResolvedNode, resolve
+from fpn_plugin.registry import bad_argument
 
 PREFIX = "warm."
 GATE = "warm_gate"
@@ -38,7 +39,7 @@ class WarmPyramid:
 
     Attributes:
         graph: both, with the gates.
-        own: the defaults of the old pyramid's nodes, by name.
+        per_node: the defaults of the old pyramid's nodes, by name.
         origins: where parts get their weights from, by path; the others are new.
         gates: the gate of each output ("p3"); "" for an output that both have in common.
         left: the outputs of the old pyramid that the new one does not give.
@@ -47,7 +48,7 @@ class WarmPyramid:
     """
 
     graph: Graph
-    own: Mapping[str, Defaults]
+    per_node: Mapping[str, Defaults]
     origins: Mapping[str, Origin]
     gates: Mapping[str, str]
     left: tuple[str, ...]
@@ -66,17 +67,17 @@ def combine(
         in_channels: of the bottom-up maps of both, by name.
 
     Raises:
-        ValueError: naming MODEL.FPN.WARM_START, if they have no level in common.
+        ValueError: naming `warm_from`, if they have no level in common.
     """
     (old_graph, trained), (new_graph, defaults) = old, new
     before = replace(trained, channels=defaults.channels)
     old_outputs, new_outputs = old_graph.output_names(), new_graph.output_names()
     common = [name for name in new_outputs if name in old_outputs]
     if not common:
-        raise ValueError(
-            "MODEL.FPN.WARM_START: True, but no level is in common: the checkpoint's pyramid"
-            f" (MODEL.FPN.WARM_START_FROM) gives {', '.join(old_outputs)}, the config's"
-            f" {', '.join(new_outputs)}"
+        raise bad_argument(
+            "warm_from",
+            f"no level is in common: the old pyramid gives {', '.join(old_outputs)}, the new one"
+            f" {', '.join(new_outputs)}",
         )
     old_graph = _leading_to(old_graph, [old_outputs[name] for name in common])
     old_steps = resolve(old_graph, in_channels, before)
@@ -89,33 +90,33 @@ def combine(
         gates[name] = f"{GATE}{name[1:]}"
         source = _moved(old_outputs[name], shared)
         ends.append(node(gates[name], int(name[1:]), [source, new_outputs[name]], "blend"))
-    rest = [item for item in new_graph.nodes if item.name not in shared]
+    rest = [each for each in new_graph.nodes if each.name not in shared]
     inputs = {**old_graph.inputs, **new_graph.inputs}
     graph = Graph(
-        dict(sorted(inputs.items(), key=lambda item: item[1])),
+        dict(sorted(inputs.items(), key=lambda pair: pair[1])),
         (*moved, *rest, *ends),
         tuple(gates.get(name) or new_outputs[name] for name in new_outputs),
     )
-    own = {item.name: before for item in moved if item.name not in shared}
+    per_node = {each.name: before for each in moved if each.name not in shared}
     outputs = (set(old_outputs.values()), set(new_outputs.values()))
     origins = {
-        **_own_origins(old_steps, shared),
+        **_kept_origins(old_steps, shared),
         **_relatives(old_steps, new_steps, outputs, shared),
     }
     operators = frozenset(part.operator.name for step in old_steps for part in step.parts())
     left = tuple(name for name in old_outputs if name not in new_outputs)
-    return WarmPyramid(graph, own, origins, gates, left, trained.channels, operators)
+    return WarmPyramid(graph, per_node, origins, gates, left, trained.channels, operators)
 
 
 def _leading_to(graph: Graph, outputs: list[str]) -> Graph:
     """The part of a graph that some of its outputs need."""
     needed = set(outputs)
-    for item in reversed(graph.nodes):
-        if item.name in needed:
-            needed |= {edge.source for edge in item.inputs}
+    for each in reversed(graph.nodes):
+        if each.name in needed:
+            needed |= {edge.source for edge in each.inputs}
     return Graph(
         {name: level for name, level in graph.inputs.items() if name in needed},
-        tuple(item for item in graph.nodes if item.name in needed),
+        tuple(each for each in graph.nodes if each.name in needed),
         tuple(outputs),
     )
 
@@ -153,22 +154,22 @@ def _renamed(graph: Graph, shared: set[str]) -> list[Node]:
 
     return [
         replace(
-            item,
-            name=_moved(item.name, shared),
-            inputs=tuple(replace(edge, source=source(edge)) for edge in item.inputs),
+            each,
+            name=_moved(each.name, shared),
+            inputs=tuple(replace(edge, source=source(edge)) for edge in each.inputs),
         )
-        for item in graph.nodes
+        for each in graph.nodes
     ]
 
 
-def _own_origins(old: tuple[ResolvedNode, ...], shared: set[str]) -> dict[str, Origin]:
-    """The old pyramid's own parts keep their weights."""
-    found = {}
+def _kept_origins(old: tuple[ResolvedNode, ...], shared: set[str]) -> dict[str, Origin]:
+    """The parts of the old pyramid keep their weights."""
+    origins = {}
     for step in old:
         for part in step.parts():
             path = part.path if step.node.name in shared else PREFIX + part.path
-            found[path] = Origin(part.path, True)
-    return found
+            origins[path] = Origin(part.path, True)
+    return origins
 
 
 def _relatives(
@@ -181,12 +182,12 @@ def _relatives(
     as what reads the same bottom-up map or gives the same level in the old one alone."""
     names = {part.path: part for step in old for part in step.parts()}
     roles = {role: part for part, role in reversed(_roles(old, outputs[0], shared)) if role}
-    found = {}
+    origins: dict[str, Origin] = {}
     for part, role in _roles(new, outputs[1], shared):
         for other in (names.get(part.path), roles.get(role)):
-            if other is not None and part.path not in found and _fits(other, part):
-                found[part.path] = Origin(other.path, False)
-    return found
+            if other is not None and part.path not in origins and _fits(other, part):
+                origins[part.path] = Origin(other.path, False)
+    return origins
 
 
 def _fits(old: ModuleSpec, new: ModuleSpec) -> bool:
@@ -200,16 +201,16 @@ def _roles(
 ) -> list[tuple[ModuleSpec, str]]:
     """The parts that only this pyramid has, and what each is for: to read a bottom-up map, to give
     a level's last map, or ""."""
-    made = {step.node.name for step in steps}
-    found = []
+    nodes = {step.node.name for step in steps}
+    parts = []
     for step in steps:
         roles: dict[str, str] = {}
         if step.block and step.node.name in outputs:
             roles[step.block.path] = f"gives level {step.node.level}"
         for edge in step.edges:
             first = next(edge.parts(), None if step.fuse else step.block)
-            if edge.source not in made and first is not None:
+            if edge.source not in nodes and first is not None:
                 roles[first.path] = f"reads {edge.source}"
         if step.node.name not in shared:
-            found += [(part, roles.get(part.path, "")) for part in step.parts()]
-    return found
+            parts += [(part, roles.get(part.path, "")) for part in step.parts()]
+    return parts

@@ -48,7 +48,7 @@ def toy_backbone(
         read = str(arguments["graph"])
         levels = [level for level in levels if f"'res{level}'" in read]
     names = [f"res{level}" for level in levels]
-    return PyramidBackbone(Toy(channels), names, out_channels, **arguments)
+    return PyramidBackbone(Toy(channels), in_features=names, out_channels=out_channels, **arguments)
 
 
 def bifpn(cells: int) -> list[dict[str, Any]]:

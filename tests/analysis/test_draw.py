@@ -18,8 +18,7 @@ from fpn_plugin.analysis.draw import check_extension, draw_graph
 from fpn_plugin.analysis.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.analysis.layout import lay_out, output_mark, ports
 from fpn_plugin.pyramid.compose import build_graph
-from fpn_plugin.pyramid.graph import Graph
-from fpn_plugin.pyramid.inline import parse_graph
+from fpn_plugin.pyramid.graph import Graph, parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 

@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from helpers import zoo_config
 
-from fpn_plugin.bottom_up import build_bottom_up
+from fpn_plugin.modeling.bottom_up import build_bottom_up
 
 ALL = ("res2", "res3", "res4", "res5")
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import add_fpn_config
-from fpn_plugin.bottom_up.pixels import resolve_pixels
+from fpn_plugin.config.pixels import resolve_pixels
 
 DEFAULT = ([103.53, 116.28, 123.675], [1.0, 1.0, 1.0], "BGR")
 FAIR = ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395], "BGR")

@@ -14,8 +14,8 @@ from networks import DETECTRON2
 from torch import nn
 
 from fpn_plugin import PyramidBackbone, add_fpn_config
-from fpn_plugin.bottom_up import build_bottom_up
 from fpn_plugin.bottom_up.detectron2 import Detectron2Backbone
+from fpn_plugin.modeling.bottom_up import build_bottom_up
 
 RGB = ShapeSpec(channels=3)
 ALL = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}

@@ -25,7 +25,7 @@ from pixel_configs import (
     weight_file,
 )
 
-from fpn_plugin.bottom_up.pixels import resolve_pixels
+from fpn_plugin.config.pixels import resolve_pixels
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pixel_configs import (
 )
 
 from fpn_plugin import add_fpn_config, resolve_config
-from fpn_plugin.bottom_up.pixels import resolve_pixels
+from fpn_plugin.config.pixels import resolve_pixels
 
 
 def run_folder(folder: Path, name: str = "torchvision/resnet50", values: tuple = RGB) -> str:

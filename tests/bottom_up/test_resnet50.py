@@ -20,7 +20,7 @@ from helpers import zoo_config
 from torch import Tensor
 from torchvision.models import resnet50
 
-from fpn_plugin.bottom_up import build_bottom_up
+from fpn_plugin.modeling.bottom_up import build_bottom_up
 
 IMAGE = (1, 3, 64, 96)
 

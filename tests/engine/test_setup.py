@@ -13,10 +13,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from folders import DATA, digest, load_tool, run_setup
 
+from fpn_plugin.config import load_config
 from fpn_plugin.engine.checkpoint import find_checkpoint
 from fpn_plugin.engine.run_folder import claim_output_dir
 from fpn_plugin.engine.run_record import recorded_config
-from fpn_plugin.engine.setup import argument_parser, begin, load_config, prepare_launch, setup
+from fpn_plugin.engine.setup import argument_parser, begin, prepare_launch, setup
 from fpn_plugin.engine.trainer import Trainer
 
 ARGS = "MODEL.BOTTOM_UP.ARGS"

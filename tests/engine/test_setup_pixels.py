@@ -81,5 +81,5 @@ def test_the_log_of_a_run_says_where_the_pixels_come_from(tmp_path: Path, log: A
     cfg = setup(args)
     log.clear()
     begin(cfg, args)  # it is what writes to the log file
-    (line,) = [r.message for r in log.records if r.name == "fpn_plugin.bottom_up.pixels"]
+    (line,) = [r.message for r in log.records if r.name == "fpn_plugin.config.pixels"]
     assert line.endswith("taken from torchvision's transforms of resnet18")

@@ -18,12 +18,16 @@ from tiny import tiny_config
 from warm_models import BIFPN, RETINANET, TARGETS, a_config, a_model, image, keys, seen
 
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
+from fpn_plugin.config import load_config
+from fpn_plugin.config.warm_start import (
+    NO_PYRAMID,
+    describe_checkpoint,
+    pyramid_settings,
+    resolve_warm_start,
+)
 from fpn_plugin.engine.checkpoint import Checkpointer
-from fpn_plugin.engine.setup import load_config
 from fpn_plugin.engine.trainer import Trainer
-from fpn_plugin.engine.warm.source import describe_checkpoint, resolve_warm_start
 from fpn_plugin.engine.warm.start import start_warm
-from fpn_plugin.warm_settings import NO_PYRAMID, pyramid_settings
 
 PAFPN = TARGETS["pafpn"]
 
@@ -187,7 +191,7 @@ def test_a_source_that_does_not_say_enough_or_cannot_be_built(tmp_path: Path) ->
         ({**full, "IN_FEATURES": ["res1", "res2"]}, "FROM: the checkpoint's pyramid: .*'res1'"),
         (
             {**full, "IN_FEATURES": ["res2"], "EXTRA_LEVELS": "none"},
-            "no level is in common: .* gives p2, the config's p4",
+            "WARM_START_FROM: no level is in common: .* gives p2, the new one p4",
         ),
     ):
         cfg.MODEL.FPN.WARM_START_FROM = CfgNode(settings, new_allowed=True)

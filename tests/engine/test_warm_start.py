@@ -22,9 +22,9 @@ from warm_models import (
     warm,
 )
 
+from fpn_plugin.config.warm_start import NO_PYRAMID
 from fpn_plugin.engine.warm.start import WarmStart
 from fpn_plugin.engine.warm.widths import shapes_at_width
-from fpn_plugin.warm_settings import NO_PYRAMID
 
 
 @pytest.mark.parametrize("name", TARGETS)

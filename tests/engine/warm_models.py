@@ -11,9 +11,9 @@ from detectron2.modeling import build_model
 from tiny import tiny_config
 from torch import Tensor, nn
 
+from fpn_plugin.config.warm_start import pyramid_settings
 from fpn_plugin.engine.warm.start import WarmStart
 from fpn_plugin.engine.warm.widths import shapes_at_width
-from fpn_plugin.warm_settings import pyramid_settings
 
 OURS = {"MODEL__BACKBONE__NAME": "build_pyramid_backbone"}
 MASKS: dict[str, Any] = {

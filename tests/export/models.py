@@ -55,7 +55,8 @@ def tiny_resnet() -> ResNet:
 def tiny_subject(topology: str = "fpn", levels: int = 4, **style: Any) -> Subject:
     """A pyramid of width 16 on its last `levels` maps, with random weights."""
     features = list(levels_of(topology))[-levels:]
-    pyramid = PyramidBackbone(tiny_resnet(), features, 16, topology=topology, **style)
+    arguments = {"in_features": features, "out_channels": 16, "topology": topology, **style}
+    pyramid = PyramidBackbone(tiny_resnet(), **arguments)
     return backbone_subject(get_cfg(), SimpleNamespace(backbone=randomize(pyramid)))
 
 

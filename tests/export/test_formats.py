@@ -60,7 +60,7 @@ def test_operators_with_a_counterpart_in_onnx(tmp_path: Path) -> None:
 
 def with_network(name: str) -> Subject:
     case = next(case for case in CASES if case.name == name)
-    pyramid = PyramidBackbone(case.build(), list(case.maps)[-2:], 8)
+    pyramid = PyramidBackbone(case.build(), in_features=list(case.maps)[-2:], out_channels=8)
     return backbone_subject(get_cfg(), SimpleNamespace(backbone=pyramid))
 
 

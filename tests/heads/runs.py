@@ -14,7 +14,7 @@ from prepare_scenes import CLASSES
 from scene_data import POINTS, SEM_SEG, TRAIN, VAL
 from torch import Tensor
 
-from fpn_plugin.engine.setup import load_config
+from fpn_plugin.config import load_config
 from fpn_plugin.engine.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

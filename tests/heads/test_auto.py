@@ -13,10 +13,8 @@ from detectron2.modeling import build_backbone, build_model
 from helpers import zoo_config
 
 from fpn_plugin import add_fpn_config, resolve_config
-from fpn_plugin.config import extra_levels_for
-from fpn_plugin.engine.setup import load_config
-from fpn_plugin.heads.auto import AUTO_KEYS, _anchor_sizes
-from fpn_plugin.heads.inputs import cfg_get
+from fpn_plugin.config import extra_levels_for, load_config
+from fpn_plugin.config.heads import AUTO_KEYS, cfg_get
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -79,7 +77,11 @@ def test_fcos_reads_what_detectron2s_reads() -> None:
             (2, 3, 4, 5, 6),
             (2, 3, 4, 5),
         ),
-        (["MODEL.FPN.GRAPH", LOW_HIGH], (3, 5), (3, 5)),
+        (
+            ["MODEL.FPN.GRAPH", LOW_HIGH, "MODEL.META_ARCHITECTURE", "SemanticSegmentor"],
+            (3, 5),
+            (3, 5),
+        ),
         (["MODEL.FPN.GRAPH", TOP], (6, 7), (6, 7)),
         (["MODEL.FPN.IN_FEATURES", ["p3", "p4"]], (3, 4, 5), (3, 4, 5)),
     ],
@@ -121,7 +123,7 @@ def test_what_no_head_reads_is_resolved_too() -> None:
     cfg = config(MASK, "MODEL.META_ARCHITECTURE", "SemanticSegmentor")
     resolve_config(cfg)
     assert all("auto" not in cfg_get(cfg, key) for key in AUTO_KEYS)
-    assert _anchor_sizes(cfg, [2]) == [[32]]
+    assert cfg_get(cfg, SIZES)[0] == [32]
 
 
 def test_a_second_call_and_a_config_without_auto_change_nothing() -> None:
@@ -178,6 +180,10 @@ def test_auto_on_a_command_line(word: str) -> None:
         (["MODEL.FPN.EXTRA_LEVELS", "p6"], "MODEL.FPN.EXTRA_LEVELS: unknown name 'p6'"),
         (["MODEL.FPN.REPEATS", 0], "MODEL.FPN.REPEATS: 0"),
         (["MODEL.FPN.GRAPH", [{"name": "a"}]], r"MODEL.FPN.GRAPH\[0\]: the field 'level'"),
+        (
+            ["MODEL.FPN.TOPOLOGY", "bfp", "MODEL.FPN.IN_FEATURES", ["res4"]],
+            "FPN.TOPOLOGY: 'bfp'.*MODEL.FPN.IN_FEATURES",
+        ),
         (["MODEL.FPN.GRAPH", LOW_HIGH], "input 'res2' is neither an output nor read"),
         ([RPN, ["p9"]], "MODEL.RPN.IN_FEATURES: 'p9' is not among.*p2, p3, p4, p5, p6"),
     ],
@@ -215,7 +221,7 @@ def test_the_pooler_takes_no_gaps() -> None:
 
 
 def test_cascade_needs_boxes_without_a_class() -> None:
-    cfg = resolve_config(config(MASK, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"))
+    cfg = config(MASK, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
     message = "CLS_AGNOSTIC_BBOX_REG: False, but MODEL.ROI_HEADS.NAME: CascadeROIHeads needs True"
     with pytest.raises(ValueError, match=message):
-        build_model(cfg)
+        resolve_config(cfg)

@@ -18,8 +18,18 @@ from scene_data import SEM_SEG
 from fpn_plugin.engine.evaluation import build_evaluator
 
 
-@pytest.mark.parametrize("pyramid", [name for name in PYRAMIDS if name != "simple"])
-@pytest.mark.parametrize("head", HEADS)
+OTHERS = [name for name in PYRAMIDS if name not in ("fpn", "simple")]
+# Each head on every other pyramid of these, so that each pyramid has half of the heads; on the fpn
+# all are trained in bfloat16, and compared with Detectron2's own
+PAIRS = [
+    (head, pyramid)
+    for row, head in enumerate(HEADS)
+    for column, pyramid in enumerate(OTHERS)
+    if (row + column) % 2 == 0
+]
+
+
+@pytest.mark.parametrize("head, pyramid", PAIRS)
 def test_one_step_and_one_evaluation(
     head: str, pyramid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,7 +211,7 @@ def test_eps_is_not_taken_for_that_of_a_fusion() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="MODEL.FPN.NORM: unknown norm 'XN'.*BN, SyncBN"):
+    with pytest.raises(ValueError, match="norm: unknown norm 'XN'.*BN, SyncBN"):
         norm_layer("XN", 32)
     with pytest.raises(ValueError, match="'GN' cannot normalise 33 channels.*multiple of 32"):
         norm_layer("GN", 33)

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph, chain
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, node, op
-from fpn_plugin.pyramid.inline import parse_graph
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, node, op, parse_graph
 from fpn_plugin.pyramid.pyramid import REGISTRIES
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
 
@@ -114,7 +113,7 @@ def test_graphs_import_no_torch() -> None:
     code = (
         "import sys, types; sys.modules['fpn_plugin'] = package = types.ModuleType('fpn_plugin');"
         "package.__path__ = ['fpn_plugin'];"
-        "import fpn_plugin.pyramid.topologies, fpn_plugin.pyramid.inline, fpn_plugin.pyramid.resolve;"
+        "import fpn_plugin.pyramid.topologies, fpn_plugin.pyramid.compose, fpn_plugin.pyramid.resolve;"
         "assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -151,12 +150,12 @@ def test_chain_reads_the_outputs_before_it() -> None:
 
 @pytest.mark.parametrize("repeats", [0, -1, 1.5, True, "2"])
 def test_bad_repeats(repeats: object) -> None:
-    with pytest.raises(ValueError, match="MODEL.FPN.REPEATS: .* is not a whole number"):
+    with pytest.raises(ValueError, match="repeats: .* is not a whole number"):
         build_graph("fpn", INPUTS, repeats=repeats)  # type: ignore[arg-type]
 
 
 def test_bad_extra_levels() -> None:
-    with pytest.raises(KeyError, match="MODEL.FPN.EXTRA_LEVELS: unknown name 'conv_c6'"):
+    with pytest.raises(KeyError, match="extra_levels: unknown name 'conv_c6'"):
         build_graph("fpn", INPUTS, extra_levels="conv_c6")
     lower = parse_graph(INPUTS, [{"name": "a", "level": 4, "inputs": ["res4", "res5"]}])
     with pytest.raises(
@@ -168,12 +167,12 @@ def test_bad_extra_levels() -> None:
 @pytest.mark.parametrize(
     "raw, message",
     [
-        ("res4", r"GRAPH\[0\]: 'res4' is not a mapping"),
-        ({"name": "a", "level": 4}, r"GRAPH\[0\]: the field 'inputs' is missing"),
+        ("res4", r"graph\[0\]: 'res4' is not a mapping"),
+        ({"name": "a", "level": 4}, r"graph\[0\]: the field 'inputs' is missing"),
         ({"name": "a", "inputs": ["res4"]}, "the field 'level' is missing"),
         ({"level": 4, "inputs": ["res4"]}, "the field 'name' is missing"),
         ({"name": 4, "level": 4, "inputs": ["res4"]}, "name 4 is not a string"),
-        ({"name": "a", "level": "x", "inputs": ["res4"]}, r"GRAPH\[0\] \(a\): level 'x'"),
+        ({"name": "a", "level": "x", "inputs": ["res4"]}, r"graph\[0\] \(a\): level 'x'"),
         ({"name": "a", "level": 4, "inputs": "res4"}, "inputs 'res4' is not a list"),
         ({"name": "a", "level": 4, "inputs": [4]}, "inputs: 4 is not a mapping"),
         (

@@ -29,7 +29,7 @@ EXTRA = {"none": [], "maxpool": ["p6"], "conv_c5": ["p6", "p7"], "conv_p5": ["p6
 def test_shapes_order_and_values(topology: str, extra: str) -> None:
     own = ["p6"] if topology in INNER_LEVELS else []
     if extra == "conv_c5" and (own or topology == "simple"):
-        with pytest.raises(ValueError, match="MODEL.FPN.EXTRA_LEVELS: 'conv_c5' reads 'res"):
+        with pytest.raises(ValueError, match="extra_levels: 'conv_c5' reads 'res"):
             small_pyramid(topology, extra)
         return
     added = [f"p{int(name[1:]) + len(own)}" for name in EXTRA[extra]]

@@ -43,8 +43,8 @@ def test_equals_detectron2(top: bool, size: tuple[int, int]) -> None:
     )
     mine = PyramidBackbone(
         OneMap(),
-        ["last_feat"],
-        WIDTH,
+        in_features=["last_feat"],
+        out_channels=WIDTH,
         topology="simple",
         norm="LN",
         extra_levels="maxpool" if top else "none",

@@ -32,7 +32,7 @@ def a_pyramid(topology: str, levels: dict[str, int] | None = None, **defaults: A
 def both(old: tuple[Graph, Defaults], new: tuple[Graph, Defaults]) -> tuple[Pyramid, WarmPyramid]:
     warm = combine(old, new, CHANNELS)
     channels = {name: CHANNELS[name] for name in warm.graph.inputs}
-    return randomize(Pyramid(warm.graph, channels, new[1], warm.own)), warm
+    return randomize(Pyramid(warm.graph, channels, new[1], warm.per_node)), warm
 
 
 def close_gates(merged: Pyramid, warm: WarmPyramid) -> None:
@@ -109,7 +109,7 @@ def test_levels_that_the_old_pyramid_lacks_are_new() -> None:
     assert list(merged.graph.output_names()) == ["p2", "p3", "p4", "p5", "p6"]
     only = build_graph("fpn", {"res2": 2}), Defaults(32)
     high = build_graph("fpn", {"res5": 5}), Defaults(32)
-    with pytest.raises(ValueError, match="WARM_START: True, but no level .* p2, the config's p5"):
+    with pytest.raises(ValueError, match="warm_from: no level .* p2, the new one p5"):
         combine(only, high, CHANNELS)
 
 

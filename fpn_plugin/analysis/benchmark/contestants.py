@@ -12,7 +12,7 @@ from typing import Sequence
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
-from fpn_plugin.engine.setup import load_config
+from fpn_plugin.config import load_config
 
 BASELINE = "--baseline"
 _BY_FLAG = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.analysis.benchmark.neck import Given
 from fpn_plugin.config import extra_levels_for
-from fpn_plugin.pyramid.backbone import PyramidBackbone
+from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.registry import Registry
 
 

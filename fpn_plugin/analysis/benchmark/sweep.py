@@ -20,7 +20,7 @@ from fpn_plugin.analysis.benchmark.memory import peak_bytes
 from fpn_plugin.analysis.benchmark.subjects import Subject, neck_subject
 from fpn_plugin.analysis.benchmark.timing import Plan, race
 from fpn_plugin.analysis.complexity import padded_size, totals
-from fpn_plugin.pyramid.backbone import PyramidBackbone
+from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.topologies import INNER_LEVELS
 
 WIDTHS, REPEATS, SCALES = (32, 64, 128, 256), (1, 2, 3, 4), (0.25, 0.375, 0.5, 0.75, 1.0)

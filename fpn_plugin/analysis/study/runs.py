@@ -9,6 +9,7 @@ from typing import Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin.analysis.study.study_file import Entry, Study, StudyError
+from fpn_plugin.config import load_config
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.run_record import (
     OUTER_KEYS,
@@ -17,7 +18,7 @@ from fpn_plugin.engine.run_record import (
     metric_lines,
     run_results,
 )
-from fpn_plugin.engine.setup import argument_parser, choose_device, load_config
+from fpn_plugin.engine.setup import argument_parser, choose_device
 from fpn_plugin.registry import unknown_name
 
 FINAL = "model_final.pth"

@@ -12,9 +12,10 @@ from detectron2.data import DatasetMapper
 from torch import nn
 
 from fpn_plugin.analysis.visualize.look import Mapper
+from fpn_plugin.config import load_config
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import Checkpointer
-from fpn_plugin.engine.setup import choose_device, load_config
+from fpn_plugin.engine.setup import choose_device
 from fpn_plugin.engine.trainer import Trainer
 
 

@@ -10,10 +10,10 @@ import torch
 from detectron2.config import CfgNode
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.config.warm_start import FROM, WEIGHTS, describe_checkpoint, recorded_model
 from fpn_plugin.engine.checkpoint import write_atomically
 from fpn_plugin.engine.run_record import CONFIG
 from fpn_plugin.engine.trainer import Trainer
-from fpn_plugin.engine.warm.source import FROM, WEIGHTS, describe_checkpoint, recorded_model
 from fpn_plugin.engine.warm.start import start_warm
 
 logger = logging.getLogger(__name__)

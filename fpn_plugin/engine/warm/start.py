@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.config.warm_start import FROM, KEY, WEIGHTS
 from fpn_plugin.engine.warm.report import (
     ADAPTED,
     COPIED,
@@ -26,9 +27,8 @@ from fpn_plugin.engine.warm.report import (
     node_lines,
     verdict_lines,
 )
-from fpn_plugin.engine.warm.source import FROM, KEY, WEIGHTS
 from fpn_plugin.engine.warm.widths import INEXACT, resize, shapes_at_width
-from fpn_plugin.pyramid.backbone import PyramidBackbone
+from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.warm import GATE, Origin, WarmPyramid
 
 logger = logging.getLogger(__name__)

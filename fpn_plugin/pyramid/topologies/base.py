@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable, Mapping
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
-from fpn_plugin.registry import Registry
+from fpn_plugin.registry import Registry, bad_argument
 
 Levels = Mapping[str, int]
 Maps = dict[int, str]  # the node or input that gives each level
@@ -31,7 +31,7 @@ class Style:
     first: bool = True
 
     def act(self, default: str) -> str:
-        """The activation: the config's, or the paper's."""
+        """The activation that was asked for, or the paper's."""
         return self.activation or default
 
     def pre_activated(self, default: str) -> Operator:
@@ -52,10 +52,10 @@ def prescribe(operator: Operator, **hints: Any) -> Operator:
 
 def by_level(inputs: Levels) -> Maps:
     """The inputs by level, from high to low resolution."""
-    return {level: name for name, level in sorted(inputs.items(), key=lambda item: item[1])}
+    return {level: name for name, level in sorted(inputs.items(), key=lambda pair: pair[1])}
 
 
-def made(inputs: Levels, nodes: list[Node], outputs: Mapping[int, str]) -> Graph:
+def graph_of(inputs: Levels, nodes: list[Node], outputs: Mapping[int, str]) -> Graph:
     """A graph with one output per level.
 
     Args:
@@ -68,13 +68,13 @@ def need_levels(topology: str, inputs: Levels, least: int, inner: int = 0) -> No
     """Refuse too few levels.
 
     Raises:
-        ValueError: naming MODEL.FPN.TOPOLOGY and MODEL.FPN.IN_FEATURES.
+        ValueError: naming `topology` and the inputs.
     """
     if len(inputs) + inner < least:
-        raise ValueError(
-            f"MODEL.FPN.TOPOLOGY: {topology!r} needs at least {least} levels, but gets"
-            f" {len(inputs)} from MODEL.FPN.IN_FEATURES {list(inputs)} and {inner} of its own"
-            " (MODEL.FPN.INNER_LEVELS)"
+        raise bad_argument(
+            "topology",
+            f"{topology!r} needs at least {least} levels, but gets {len(inputs)} from `in_features`"
+            f" {list(inputs)} and {inner} of its own (`inner_levels`)",
         )
 
 
@@ -87,7 +87,7 @@ def add_inner_levels(
     1x1 with norm, then a max pool).
 
     Args:
-        down: the resampler. Default: DOWNSAMPLE.
+        down: the resampler. Default: the pyramid's `downsample`.
     """
     nodes = []
     for _ in range(count):
@@ -109,8 +109,9 @@ __all__ = [
     "TOPOLOGIES",
     "Topology",
     "add_inner_levels",
+    "bad_argument",
     "by_level",
-    "made",
+    "graph_of",
     "need_levels",
     "node",
     "op",

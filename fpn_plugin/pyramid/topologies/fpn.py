@@ -11,8 +11,9 @@ from fpn_plugin.pyramid.topologies.base import (
     Node,
     Operator,
     Style,
+    bad_argument,
     by_level,
-    made,
+    graph_of,
     node,
     op,
     prescribe,
@@ -26,7 +27,7 @@ def top_down(
 
     Args:
         prefix: of the node names.
-        up: the resampler of the top-down path. Default: UPSAMPLE.
+        up: the resampler of the top-down path. Default: the pyramid's `upsample`.
     """
     nodes: list[Node] = []
     outputs: Maps = {}
@@ -49,7 +50,7 @@ def fpn(inputs: Levels, style: Style) -> Graph:
     `M_l = fuse(lateral_l, up(M_{l+1}))`, `P_l = block(M_l)`. The names of the convolutions are
     Detectron2's.
     """
-    return made(inputs, *top_down(inputs, style))
+    return graph_of(inputs, *top_down(inputs, style))
 
 
 @TOPOLOGIES.register("fapn")
@@ -60,7 +61,7 @@ def fapn(inputs: Levels, style: Style) -> Graph:
     of upsampling.
     """
     selecting = Style(op("fsm"), style.block)
-    return made(inputs, *top_down(inputs, selecting, "fapn", op("fam")))
+    return graph_of(inputs, *top_down(inputs, selecting, "fapn", op("fam")))
 
 
 @TOPOLOGIES.register("channel_mapper")
@@ -70,7 +71,7 @@ def channel_mapper(inputs: Levels, style: Style) -> Graph:
         node(f"mapper{level}", level, [name], block=style.block)
         for level, name in by_level(inputs).items()
     ]
-    return made(inputs, nodes, {item.level: item.name for item in nodes})
+    return graph_of(inputs, nodes, {each.level: each.name for each in nodes})
 
 
 @TOPOLOGIES.register("simple")
@@ -78,21 +79,22 @@ def simple(inputs: Levels, style: Style) -> Graph:
     """ViTDet's simple pyramid, Li et al. 2022, arXiv:2203.16527.
 
     From one map: x4 and x2 by transposed convolutions that halve the channels, x1, and x1/2 by max
-    pooling; each then 1x1 and 3x3, both with a norm (layer norm in the paper: NORM LN).
+    pooling; each then 1x1 and 3x3, both with a norm (layer norm in the paper: `norm="LN"`).
 
     Raises:
         ValueError: if there is not exactly one input, or it is too fine.
     """
     if len(inputs) != 1:
-        raise ValueError(
-            "MODEL.FPN.TOPOLOGY: 'simple' reads one map, but MODEL.FPN.IN_FEATURES names"
-            f" {len(inputs)}: {list(inputs)}"
+        raise bad_argument(
+            "topology",
+            f"'simple' reads one map, but `in_features` names {len(inputs)}: {list(inputs)}",
         )
     ((name, level),) = inputs.items()
     if level < 2:
-        raise ValueError(
-            f"MODEL.FPN.TOPOLOGY: 'simple' makes a map four times finer than {name!r}, which has a"
-            f" stride of {2**level} already"
+        raise bad_argument(
+            "topology",
+            f"'simple' makes a map four times finer than {name!r}, which has a stride of"
+            f" {2**level} already",
         )
     up = op("deconv", shrink=True, activation=style.act("gelu"))
     resample = {-2: up, -1: up, 0: None, 1: op("maxpool_stride")}
@@ -105,4 +107,4 @@ def simple(inputs: Levels, style: Style) -> Graph:
         )
         for step in resample
     ]
-    return made(inputs, nodes, {item.level: item.name for item in nodes})
+    return graph_of(inputs, nodes, {each.level: each.name for each in nodes})

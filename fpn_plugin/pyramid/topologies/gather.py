@@ -10,7 +10,7 @@ from fpn_plugin.pyramid.topologies.base import (
     Levels,
     Style,
     by_level,
-    made,
+    graph_of,
     need_levels,
     node,
     op,
@@ -39,7 +39,7 @@ def hrfpn(inputs: Levels, style: Style) -> Graph:
     for level, name in outputs.items():
         edge = Edge("hrfpn_reduce", resample=op("avgpool") if level > finest else None)
         nodes.append(node(name, level, [edge], block=style.block))
-    return made(inputs, nodes, outputs)
+    return graph_of(inputs, nodes, outputs)
 
 
 @TOPOLOGIES.register("bfp")
@@ -59,7 +59,7 @@ def bfp(inputs: Levels, style: Style) -> Graph:
         node(outputs[level], level, [maps[level], _moved("bfp_refine", middle, level)], "sum")
         for level in maps
     ]
-    return made(inputs, nodes, outputs)
+    return graph_of(inputs, nodes, outputs)
 
 
 def _moved(name: str, source: int, target: int) -> Edge:
@@ -83,4 +83,4 @@ def asff(inputs: Levels, style: Style) -> Graph:
     for level in maps:
         others = [name for other, name in maps.items() if other != level]
         nodes.append(node(outputs[level], level, [maps[level], *others], "asff", style.block))
-    return made(inputs, nodes, outputs)
+    return graph_of(inputs, nodes, outputs)

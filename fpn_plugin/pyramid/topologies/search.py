@@ -12,8 +12,9 @@ from fpn_plugin.pyramid.topologies.base import (
     Node,
     Style,
     add_inner_levels,
+    bad_argument,
     by_level,
-    made,
+    graph_of,
     need_levels,
     node,
     op,
@@ -45,48 +46,48 @@ def _laterals(prefix: str, inputs: Levels, style: Style) -> tuple[list[Node], Ma
         node(f"{prefix}_lateral{level}", level, [name], block=style.lateral)
         for level, name in maps.items()
     ]
-    return nodes, {item.level: item.name for item in nodes}
+    return nodes, {each.level: each.name for each in nodes}
 
 
 @TOPOLOGIES.register("nas_fpn")
 def nas_fpn(inputs: Levels, style: Style) -> Graph:
     """NAS-FPN, Ghiasi et al. 2019, arXiv:1904.07392, one of its (seven) repeats.
 
-    Seven merging cells on five levels. Each: both inputs to the level, `sum` (FUSE_TYPE) or global
-    attention, ReLU, block (3x3 with bias), norm. A level's output is its last node, and every node
-    of that level that nothing read joins its fusion.
+    Seven merging cells on five levels. Each: both inputs to the level, `sum` (`fuse_type`) or
+    global attention, ReLU, block (3x3 with bias), norm. A level's output is its last node, and
+    every node of that level that nothing read joins its fusion.
 
     Raises:
         ValueError: if there are not five levels.
     """
     if len(inputs) + style.inner_levels != 5:
-        raise ValueError(
-            "MODEL.FPN.TOPOLOGY: 'nas_fpn' was searched for five levels, but gets"
-            f" {len(inputs)} from MODEL.FPN.IN_FEATURES {list(inputs)} and {style.inner_levels} of"
-            " its own (MODEL.FPN.INNER_LEVELS)"
+        raise bad_argument(
+            "topology",
+            f"'nas_fpn' was searched for five levels, but gets {len(inputs)} from `in_features`"
+            f" {list(inputs)} and {style.inner_levels} of its own (`inner_levels`)",
         )
     nodes, maps = _laterals("nas_fpn", inputs, style)
     nodes += add_inner_levels("nas_fpn", maps, style.inner_levels, op("maxpool_stride"))
     levels = sorted(maps)
     block = prescribe(style.block, order="act-conv-norm", activation=style.act("relu"), bias=True)
-    found = [(level, maps[level]) for level in levels]  # level and node by id
+    merged = [(level, maps[level]) for level in levels]  # level and node by id
     unread = set(range(len(levels)))
     outputs: Maps = {}
     for index, (row, operation, *sources) in enumerate(_NAS_CELLS):
         level, name = levels[row], f"nas_fpn_cell{index}"
         unread -= set(sources)
-        edges = [_nas_edge(found[source], level) for source in sources]
+        edges = [_nas_edge(merged[source], level) for source in sources]
         last = not any(cell[0] == row for cell in _NAS_CELLS[index + 1 :])
-        rest = [Edge(found[i][1]) for i in sorted(unread) if last and found[i][0] == level]
+        rest = [Edge(merged[i][1]) for i in sorted(unread) if last and merged[i][0] == level]
         fuse = "global_attention" if operation == "gp" else None
         if fuse and rest:
             nodes.append(node(f"{name}_attention", level, edges, fuse))
             edges, fuse = [Edge(nodes[-1].name)], None
         nodes.append(node(name, level, edges + rest, fuse, block))
-        unread.add(len(found))
-        found.append((level, name))
+        unread.add(len(merged))
+        merged.append((level, name))
         outputs[level] = name
-    return made(inputs, nodes, outputs)
+    return graph_of(inputs, nodes, outputs)
 
 
 def _nas_edge(source: tuple[int, str], level: int) -> Edge:
@@ -127,4 +128,4 @@ def fpg(inputs: Levels, style: Style) -> Graph:
     outputs = {level: f"fpg_output{level}" for level in levels}
     block = style.pre_activated("relu")
     nodes += [node(outputs[level], level, [before[level]], block=block) for level in levels]
-    return made(inputs, nodes, outputs)
+    return graph_of(inputs, nodes, outputs)

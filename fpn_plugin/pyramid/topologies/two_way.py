@@ -14,7 +14,7 @@ from fpn_plugin.pyramid.topologies.base import (
     Style,
     add_inner_levels,
     by_level,
-    made,
+    graph_of,
     need_levels,
     node,
     op,
@@ -38,7 +38,7 @@ def pafpn(inputs: Levels, style: Style) -> Graph:
         block = prescribe(style.block, activation=act)
         maps[level] = f"pafpn_output{level}"
         nodes.append(node(maps[level], level, sources, block=block))
-    return made(inputs, nodes, maps)
+    return graph_of(inputs, nodes, maps)
 
 
 @TOPOLOGIES.register("pafpn_mmdet")
@@ -58,7 +58,7 @@ def pafpn_mmdet(inputs: Levels, style: Style) -> Graph:
         nodes.append(node(maps[level], level, sources))
         outputs[level] = f"pafpn_output{level}"
         nodes.append(node(outputs[level], level, [maps[level]], block=style.block))
-    return made(inputs, nodes, outputs)
+    return graph_of(inputs, nodes, outputs)
 
 
 def _down_then_up(prefix: str, maps: Maps, block: Operator) -> tuple[list[Node], Maps]:
@@ -109,7 +109,7 @@ def bifpn(inputs: Levels, style: Style) -> Graph:
     maps = by_level(inputs)
     nodes = add_inner_levels("bifpn", maps, style.inner_levels)
     cell, outputs = _down_then_up("bifpn", maps, style.pre_activated("swish"))
-    return made(inputs, nodes + cell, outputs)
+    return graph_of(inputs, nodes + cell, outputs)
 
 
 @TOPOLOGIES.register("qufpn")
@@ -129,4 +129,4 @@ def qufpn(inputs: Levels, style: Style) -> Graph:
         node(outputs[level], level, [down_up[level], up_down[level]], "fast_normalized", block)
         for level in maps
     ]
-    return made(inputs, nodes + first + second + added, outputs)
+    return graph_of(inputs, nodes + first + second + added, outputs)

@@ -26,7 +26,12 @@ MASK = str(ROOT / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
         (["MODEL.MASK_ON", "False"], "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
         (["MODEL.KEYPOINT_ON", "True"], "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"),
         (
-            ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"],
+            [
+                "MODEL.ROI_HEADS.NAME",
+                "CascadeROIHeads",
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+                "True",
+            ],
             "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
         ),
         (

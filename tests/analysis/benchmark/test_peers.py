@@ -17,11 +17,14 @@ from fpn_plugin.analysis.benchmark.neck import neck_of
 from fpn_plugin.analysis.benchmark.peers import PEERS, NoPeer, Ours
 
 SIZE = (128, 256)
+# the heads follow whatever the pyramid gives
+HEADS = ["MODEL.RPN.IN_FEATURES", "auto", "MODEL.ROI_HEADS.IN_FEATURES", "auto"]
+HEADS += ["MODEL.ANCHOR_GENERATOR.SIZES", "auto"]
 WIDTHS = {"res2": 64, "res3": 128, "res4": 256, "res5": 512}
 
 
 def ours(configs: dict[str, str], name: str, *opts: str) -> Ours:
-    cfg = load(configs[name], opts, "cpu")
+    cfg = load(configs[name], [*HEADS, *opts], "cpu")
     torch.manual_seed(0)
     return Ours(PyramidBackbone(cfg, ShapeSpec(channels=3)).eval(), cfg, SIZE)
 

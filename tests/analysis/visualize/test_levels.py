@@ -15,8 +15,8 @@ from helpers import randomize, zoo_config
 from torch import Tensor, nn
 
 from fpn_plugin.analysis.visualize.levels import FIELD, pooled_levels, recorded_levels
+from fpn_plugin.config import heads
 from fpn_plugin.engine.pooling import gather_poolers
-from fpn_plugin.heads import auto
 
 RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 SMALL: tuple[Any, ...] = (
@@ -66,7 +66,7 @@ def make(name: str) -> Any:
 
 def small_config(path: str, *overrides: Any) -> CfgNode:
     cfg = zoo_config(path, *SMALL, *overrides)
-    auto.resolve_heads(cfg)
+    heads.resolve_heads(cfg)
     return cfg
 
 

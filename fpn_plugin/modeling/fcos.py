@@ -1,4 +1,4 @@
-"""FCOS, which Detectron2 has for its Python configs alone, by config."""
+"""Detectron2's FCOS for YAML configs."""
 
 from __future__ import annotations
 

@@ -1,17 +1,24 @@
-"""What the weights that a config starts from were trained with, and what says so."""
+"""Pixel mean, deviation and channel order of a config: those of the weights that it starts from."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.bottom_up.weight_files import KEY, is_remote, read_weights
+from fpn_plugin.config.defaults import OWN_BUILDERS
+from fpn_plugin.engine.run_record import recorded_config
 from fpn_plugin.paths import find_file
+from fpn_plugin.registry import unknown_name
 
+logger = logging.getLogger(__name__)
+
+CHOICES = ("auto", "config")
+_NOTES = "_fpn_plugin_pixel_notes"
 _TOLERANCE = 1.0  # grey levels: 127 for 127.5 is rounding, not another convention
 
 
@@ -86,6 +93,114 @@ _KNOWN_BUILDER = re.compile(r"build_(resnet|regnet|swin|mvit|vit)_backbone")
 _SKIPPED = "its pixels do not count"
 
 
+def resolve_pixels(cfg: CfgNode, checkpoint: str = "") -> None:
+    """Set `MODEL.PIXEL_MEAN`, `PIXEL_STD` and `INPUT.FORMAT` to what the weights were trained with.
+
+    Only where all three stand at Detectron2's defaults, `MODEL.BOTTOM_UP.PIXELS` is "auto" and the
+    weights are known; where one differs, the config has set them, and weights that want others are
+    a warning. The log says which were taken, and from where; the config keeps these lines:
+    :func:`pixel_notes`. A second call changes nothing.
+
+    Args:
+        checkpoint: of the whole model, in the place of `MODEL.WEIGHTS`; a resumed run's.
+
+    Raises:
+        KeyError: for an unknown `MODEL.BOTTOM_UP.PIXELS`.
+        ValueError: if a file that has to tell is no weight file.
+    """
+    if cfg.MODEL.BACKBONE.NAME not in OWN_BUILDERS:
+        return
+    stated = read_pixels(cfg)
+    if not _follows(cfg):
+        lines = [(logging.INFO, f"{stated}: the config's (MODEL.BOTTOM_UP.PIXELS: config)")]
+    else:
+        finding = find_pixels(cfg, checkpoint)
+        lines = [(logging.WARNING, text) for text in finding.warnings]
+        lines.append(_outcome(stated, finding))
+        if finding.pixels and _is_default(stated):
+            write_pixels(cfg, finding.pixels)
+    vars(cfg)[_NOTES] = tuple(lines)
+    log_pixels(lines)
+
+
+def require_pixels(cfg: CfgNode) -> None:
+    """Refuse to build a model from a config whose pixels :func:`resolve_pixels` would change.
+
+    Raises:
+        ValueError: naming the keys and what to call.
+    """
+    stated = read_pixels(cfg)
+    if cfg.MODEL.BACKBONE.NAME not in OWN_BUILDERS or not _follows(cfg) or not _is_default(stated):
+        return
+    wanted, source, *_ = find_pixels(cfg)
+    if wanted and wanted != stated:
+        raise ValueError(
+            f"MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT: they stand at Detectron2's defaults,"
+            f" but according to {source} the weights were trained with {wanted}: call"
+            " fpn_plugin.resolve_config(cfg) when the config is complete, before the model and the"
+            " data are built, or say MODEL.BOTTOM_UP.PIXELS: config if the defaults are right"
+        )
+
+
+def read_pixels(cfg: CfgNode) -> Pixels:
+    """What the config says."""
+    return Pixels(tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD), cfg.INPUT.FORMAT)
+
+
+def write_pixels(cfg: CfgNode, pixels: Pixels) -> None:
+    """Let the config say them."""
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = list(pixels.mean), list(pixels.std)
+    cfg.INPUT.FORMAT = pixels.order
+
+
+def pixel_notes(cfg: CfgNode) -> tuple[tuple[int, str], ...]:
+    """What the log says of a resolved config's pixels: lines with their levels.
+
+    They are kept beside the config's keys: its copies have them, its dump does not.
+    """
+    return vars(cfg).get(_NOTES, ())
+
+
+def log_pixels(lines: Sequence[tuple[int, str]]) -> None:
+    """Log :func:`pixel_notes`."""
+    for level, text in lines:
+        logger.log(level, "%s", text)
+
+
+def _follows(cfg: CfgNode) -> bool:
+    choice = cfg.MODEL.BOTTOM_UP.PIXELS
+    if choice not in CHOICES:
+        raise unknown_name("MODEL.BOTTOM_UP.PIXELS", choice, CHOICES)
+    return choice == "auto"
+
+
+def _is_default(stated: Pixels) -> bool:
+    return stated == read_pixels(get_cfg())
+
+
+def _outcome(stated: Pixels, finding: Finding) -> tuple[int, str]:
+    """The line for the log that says which pixels count."""
+    wanted, source = finding.pixels, finding.source
+    if wanted is None:
+        # nobody chose them, and nothing says that they fit
+        is_risk = finding.is_given and _is_default(stated)
+        text = f"{stated}: the config's; {source}"
+        if not is_risk:
+            return logging.INFO, text
+        return logging.WARNING, (
+            f"{text}. Set MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT, or say"
+            " MODEL.BOTTOM_UP.PIXELS: config if these are right"
+        )
+    if _is_default(stated):
+        return logging.INFO, f"{wanted}: taken from {source}"
+    if stated.is_like(wanted):
+        return logging.INFO, f"{stated}: the config's, which agree with {source}"
+    return logging.WARNING, (
+        f"{stated}: the config's, but according to {source} the weights were trained with {wanted}."
+        " Take those, or say MODEL.BOTTOM_UP.PIXELS: config if the config is right"
+    )
+
+
 def find_pixels(cfg: CfgNode, checkpoint: str = "") -> Finding:
     """What the weights of a config were trained with; nothing is logged.
 
@@ -112,13 +227,13 @@ def find_pixels(cfg: CfgNode, checkpoint: str = "") -> Finding:
     elif not fits:
         warnings.append(f"MODEL.WEIGHTS {final} has no tensor of the network {name}: {_SKIPPED}")
     elif pixels:
-        found = Finding(pixels, f"MODEL.WEIGHTS {final}")
+        finding = Finding(pixels, f"MODEL.WEIGHTS {final}")
         if weights:
             warnings.append(
-                f"{found.source} is loaded after {KEY} {weights} and replaces it: set one of them"
+                f"{finding.source} is loaded after {KEY} {weights} and replaces it: set one of them"
                 " to ''"
             )
-        return _warned(found, cfg, warnings)
+        return _warned(finding, cfg, warnings)
     if weights:
         return _warned(_of_bottom_up(name, weights, cfg), cfg, warnings)
     if whole and not recorded and (fits or whole != final):
@@ -144,13 +259,12 @@ def _recorded(checkpoint: str) -> tuple[Pixels, str] | None:
     """The pixels and the bottom-up network of the run whose config.yaml is beside a checkpoint."""
     if not checkpoint or is_remote(checkpoint):
         return None
-    file = Path(checkpoint.partition("?")[0]).parent / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text())
+        config = recorded_config(str(Path(checkpoint.partition("?")[0]).parent))
         model = config["MODEL"]
         mean, std = model["PIXEL_MEAN"], model["PIXEL_STD"]
         pixels = Pixels(tuple(map(float, mean)), tuple(map(float, std)), config["INPUT"]["FORMAT"])
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):  # not a run's
+    except (OSError, ValueError, LookupError, TypeError):  # not a run's
         return None
     network = model["BOTTOM_UP"].get("NAME") if "BOTTOM_UP" in model else None
     return pixels, str(network or "build_resnet_backbone")
@@ -165,19 +279,18 @@ def _of_final(weights: str, cfg: CfgNode) -> tuple[Pixels | None, bool]:
     """What `MODEL.WEIGHTS` were trained with, and whether they may have the network's tensors."""
     name = cfg.MODEL.BOTTOM_UP.NAME
     # Detectron2 loads them by the names of its own networks
-    kind = name if "/" in name else (m[1] if (m := _KNOWN_BUILDER.fullmatch(name)) else "")
-    if found := _by_address(weights):
-        return found[0], not kind or kind in found[1]
+    network = name if "/" in name else (m[1] if (m := _KNOWN_BUILDER.fullmatch(name)) else "")
+    if known := _by_address(weights):
+        return known[0], not network or network in known[1]
     local = weights.partition("?")[0]
     if local.endswith(".pkl") and not is_remote(local) and Path(local).is_file():
         if pixels := _by_author(read_weights(local, "MODEL.WEIGHTS").author, cfg):
-            return pixels, kind in ("", "resnet")
+            return pixels, network in ("", "resnet")
     return None, True
 
 
 def _by_address(path: str) -> tuple[Pixels, Sequence[str]] | None:
-    found = (row[1:] for row in _ADDRESSES if re.search(row[0], path))
-    return next(found, None)
+    return next((row[1:] for row in _ADDRESSES if re.search(row[0], path)), None)
 
 
 def _by_author(author: str, cfg: CfgNode) -> Pixels | None:
@@ -189,8 +302,8 @@ def _by_author(author: str, cfg: CfgNode) -> Pixels | None:
 
 def _of_bottom_up(name: str, weights: str, cfg: CfgNode) -> Finding:
     title = f"{KEY} {weights}"
-    if found := _by_address(weights):
-        return Finding(found[0], title)
+    if known := _by_address(weights):
+        return Finding(known[0], title)
     unknown = Finding(None, f"what {title} was trained with is not known")
     library, slash, model = name.partition("/")
     if not slash and "resnet" not in name:
@@ -201,8 +314,8 @@ def _of_bottom_up(name: str, weights: str, cfg: CfgNode) -> Finding:
     if slash:
         if style == "detectron2":
             return Finding(None, f"{title} has Detectron2's names, which do not say its own")
-        found_in = _of_timm(model, weights) if library == "timm" else _of_torchvision(model)
-        return found_in or unknown
+        finding = _of_timm(model, weights) if library == "timm" else _of_torchvision(model)
+        return finding or unknown
     if style == "absent":  # an error where it is loaded; an evaluation need not load it
         return Finding(None, f"{title} is not there to tell how its pixels are scaled")
     if style == "torchvision":

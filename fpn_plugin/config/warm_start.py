@@ -1,4 +1,4 @@
-"""What pyramid a checkpoint has, for `MODEL.FPN.WARM_START`: from its run, or from its names."""
+"""Which pyramid a checkpoint has, for `MODEL.FPN.WARM_START`: from its run, or from its names."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import Any, Mapping
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.config import add_fpn_config
-from fpn_plugin.engine.run_record import recorded_config
-from fpn_plugin.warm_settings import NO_PYRAMID, PYRAMID_KEYS, pyramid_settings
+from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
+from fpn_plugin.config.files import drop_gone_keys
+from fpn_plugin.config.settings import (
+    PyramidSettings,
+    pyramid_keys,
+    read_settings,
+    settings_from_keys,
+)
+from fpn_plugin.engine.run_record import CONFIG, recorded_config
+from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
 
+# MODEL.FPN.WARM_START_FROM of a checkpoint that has no pyramid
+NO_PYRAMID = {"TOPOLOGY": "none"}
+
 KEY, FROM, WEIGHTS = "MODEL.FPN.WARM_START", "MODEL.FPN.WARM_START_FROM", "MODEL.WEIGHTS"
-_OURS = "build_pyramid_backbone"
 _FPN = re.compile(r"backbone\.fpn_(lateral|output)(\d+)\.(weight|bias|norm\..+)")
 _TOP = re.compile(r"backbone\.top_block\.p\d+\.(weight|bias)")
 
@@ -26,7 +35,7 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
     """Fill `MODEL.FPN.WARM_START_FROM`, in place, where `WARM_START` is on.
 
     Args:
-        checkpoint: of the run that goes on, if one does: it is loaded as it is.
+        checkpoint: of the run that is resumed, if one is: it is loaded as it is.
         evaluates: whether `MODEL.WEIGHTS` is loaded as it is too.
 
     Raises:
@@ -36,6 +45,8 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
     """
     fpn = cfg.MODEL.FPN
     path, key = (checkpoint, "OUTPUT_DIR") if checkpoint else (cfg.MODEL.WEIGHTS, WEIGHTS)
+    if checkpoint or fpn.WARM_START:
+        _refuse_gone_keys(path)
     recorded = _recorded_if_needed(cfg, path, key)
     record = recorded.get("FPN", {})
     if not fpn.WARM_START:
@@ -57,12 +68,58 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
             f" would be loaded as it is: leave it out, or say {FROM}"
         )
     elif recorded or not fpn.WARM_START_FROM:
-        found = _node(describe_checkpoint(path))
-        if fpn.WARM_START_FROM and fpn.WARM_START_FROM != found:
+        described = _node(describe_checkpoint(path))
+        if fpn.WARM_START_FROM and fpn.WARM_START_FROM != described:
             logger.warning("%s gives way to the config.yaml beside %s (%s)", FROM, path, key)
-        fpn.WARM_START_FROM = found
+        fpn.WARM_START_FROM = described
     if checkpoint:
         logger.info("--resume: %s goes on as it is; %s adapts nothing", checkpoint, KEY)
+
+
+def warm_settings(cfg: CfgNode) -> PyramidSettings | None:
+    """`MODEL.FPN.WARM_START_FROM` as a record; None without a warm start, or from a checkpoint
+    without a pyramid.
+
+    Raises:
+        ValueError: (KeyError for an unknown key) naming it, where it does not say enough.
+    """
+    fpn = cfg.MODEL.FPN
+    if not fpn.WARM_START or fpn.WARM_START_FROM == NO_PYRAMID:
+        return None
+    if not fpn.WARM_START_FROM:
+        raise ValueError(
+            f"{KEY}: True, but {FROM} is empty: call fpn_plugin.resolve_config(cfg) first; the"
+            " tools do"
+        )
+    keys = pyramid_keys()
+    for key in fpn.WARM_START_FROM:
+        if key not in keys:
+            raise unknown_name(FROM, key, keys)
+    for key in ("IN_FEATURES", "OUT_CHANNELS"):
+        if key not in fpn.WARM_START_FROM:
+            raise ValueError(f"{FROM}: it has no {key}, but {list(fpn.WARM_START_FROM)}")
+    return settings_from_keys(fpn.WARM_START_FROM)
+
+
+def pyramid_settings(cfg: CfgNode) -> dict[str, Any]:
+    """The pyramid of a config, as `MODEL.FPN.WARM_START_FROM` has it."""
+    return read_settings(cfg).as_keys()
+
+
+def _refuse_gone_keys(path: str) -> None:
+    """Refuse a checkpoint whose run had set a key that is gone; an unreadable record says nothing.
+
+    Raises:
+        ValueError: naming the config.yaml, the key and its value.
+    """
+    if not path or "://" in path:
+        return
+    folder = Path(path).parent
+    try:
+        recorded = recorded_config(str(folder))
+    except ValueError:
+        return
+    drop_gone_keys(recorded, str(folder / CONFIG))
 
 
 def _recorded_if_needed(cfg: CfgNode, path: str, key: str) -> Mapping[str, Any]:
@@ -89,7 +146,7 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
         ValueError: naming MODEL.WEIGHTS, if it is none of a detector, or its pyramid is unknown.
     """
     recorded = recorded_model(path)
-    if recorded.get("BACKBONE", {}).get("NAME") == _OURS:
+    if recorded.get("BACKBONE", {}).get("NAME") == PYRAMID_BUILDER:
         return pyramid_settings(_settled(recorded))
     shapes = {name: tuple(x.shape) for name, x in read_state_dict(path, WEIGHTS).items()}
     names = [name for name in shapes if name.startswith("backbone.")]
@@ -99,10 +156,10 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
             f" backbone.fpn_lateral2.weight, but {', '.join(list(shapes)[:3])}, ... The weights of"
             " a network alone go to MODEL.BOTTOM_UP.WEIGHTS"
         )
-    own = [name for name in names if not name.startswith("backbone.bottom_up.")]
-    if not own or own == names:  # Detectron2's C4 detectors have backbone.res4.…
+    above = [name for name in names if not name.startswith("backbone.bottom_up.")]
+    if not above or above == names:  # Detectron2's C4 detectors have backbone.res4.…
         return dict(NO_PYRAMID)
-    other = [name for name in own if not _FPN.fullmatch(name) and not _TOP.fullmatch(name)]
+    other = [name for name in above if not _FPN.fullmatch(name) and not _TOP.fullmatch(name)]
     if other:
         raise ValueError(
             f"{KEY}: {WEIGHTS} {path!r} has more than Detectron2's FPN ({other[0]}), and no"
@@ -113,7 +170,7 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
             "%s: no config of its run is beside %s: by its names it is taken for Detectron2's FPN"
         )
         logger.info(text, KEY, path)
-    return _detectron2_fpn(shapes, own, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
+    return _detectron2_fpn(shapes, above, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
 
 
 def recorded_model(path: str) -> Mapping[str, Any]:
@@ -124,11 +181,11 @@ def recorded_model(path: str) -> Mapping[str, Any]:
     """
     if not path or "://" in path:
         return {}
-    found = recorded_config(str(Path(path).parent)).get("MODEL")
-    if not isinstance(found, dict):
+    model = recorded_config(str(Path(path).parent)).get("MODEL")
+    if not isinstance(model, dict):
         return {}
-    ours = all(isinstance(found.get(section), dict) for section in ("FPN", "BACKBONE"))
-    return found if ours else {}
+    is_detectron2s = all(isinstance(model.get(section), dict) for section in ("FPN", "BACKBONE"))
+    return model if is_detectron2s else {}
 
 
 def _node(settings: Mapping[str, Any]) -> CfgNode:
@@ -141,16 +198,16 @@ def _settled(recorded: Mapping[str, Any]) -> CfgNode:
     cfg = get_cfg()
     add_fpn_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = recorded.get("META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
-    for key in PYRAMID_KEYS:
+    for key in pyramid_keys():
         cfg.MODEL.FPN[key] = recorded.get("FPN", {}).get(key, cfg.MODEL.FPN[key])
     return cfg
 
 
 def _check_target(cfg: CfgNode, path: str) -> None:
-    if cfg.MODEL.BACKBONE.NAME != _OURS:
+    if cfg.MODEL.BACKBONE.NAME != PYRAMID_BUILDER:
         raise ValueError(
             f"{KEY}: True starts a pyramid of ours, but MODEL.BACKBONE.NAME is"
-            f" {cfg.MODEL.BACKBONE.NAME!r}: use {_OURS!r}"
+            f" {cfg.MODEL.BACKBONE.NAME!r}: use {PYRAMID_BUILDER!r}"
         )
     if not path and not cfg.MODEL.FPN.WARM_START_FROM:
         raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")

@@ -1,0 +1,232 @@
+"""Entering YAML files and command lines into a config.
+
+Files have Detectron2's format with `_BASE_`; nothing that stands in them is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from functools import partial
+from typing import Any, Callable, Mapping, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+from fpn_plugin.config.defaults import ARGS, GONE
+from fpn_plugin.config.heads import spell_auto
+from fpn_plugin.registry import UnknownNameError, unknown_name
+from fpn_plugin.yaml_files import read_yaml
+
+BASE = "_BASE_"
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """Merge a YAML config, over the files of its `_BASE_`, into a config, in place.
+
+    Raises:
+        FileNotFoundError: if a `_BASE_` does not exist.
+        KeyError: for a key that does not exist.
+        ValueError: for what :func:`read_yaml` refuses, a value of another type than the key's, or
+            a key that is gone. All name the file.
+    """
+    content = _read_with_base(path, ())
+    version = content.pop("VERSION", cfg.VERSION)
+    if version != cfg.VERSION:
+        raise ValueError(
+            f"{path}: VERSION {version!r}: only {cfg.VERSION} is read (Detectron2's since 2019);"
+            " detectron2.config.upgrade_config converts the other"
+        )
+    check_keys(cfg, content, path)
+    enter(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(content)), path)
+
+
+def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merge the `KEY VALUE` pairs of a command line into a config, in place.
+
+    Raises:
+        KeyError: for a key that does not exist.
+        ValueError: for a key without a value, a value of another type than the key's, or a key that
+            is gone.
+    """
+    if flags := [opt for opt in opts if opt.startswith("--")]:
+        raise ValueError(f"{flags[0]} stands after a KEY VALUE override: flags go first")
+    if len(opts) % 2:
+        raise ValueError(
+            f"the overrides are pairs KEY VALUE; {opts[-1]!r} at their end has no partner"
+        )
+    pairs = _enter_arguments(cfg, spell_auto(opts))
+    known, values = keys(cfg), leaves(cfg)
+    for key, value in zip(pairs[::2], pairs[1::2]):
+        if key in GONE:
+            raise ValueError(gone_text(key, value))
+        if key not in known:
+            raise unknown_key(key, cfg)
+        if key not in values and not key.startswith(f"{ARGS}."):
+            raise ValueError(f"{key} is a section of keys: set <key> of it by {key}.<key> VALUE")
+        enter(cfg, partial(cfg.merge_from_list, [key, value]), key)
+
+
+def gone_text(key: str, value: object) -> str:
+    """What is said of a key that is gone."""
+    return f"{key}: {value!r} is given, but the key is gone: {GONE[key].reason}. Remove it"
+
+
+def drop_gone_keys(content: Mapping[str, Any], where: str) -> None:
+    """Remove keys that are gone from what a file says, in place.
+
+    A run's config.yaml has every key of the version that wrote it, at its default where nobody set
+    it; only another value is an error.
+
+    Raises:
+        ValueError: naming `where`, the key and its value.
+    """
+    for key, gone in GONE.items():
+        *sections, leaf = key.split(".")
+        node: Any = content
+        for section in sections:
+            node = node.get(section) if isinstance(node, Mapping) else None
+        if isinstance(node, dict) and leaf in node:
+            value = node.pop(leaf)
+            if type(value) is not type(gone.default) or value != gone.default:
+                raise ValueError(f"{where}: {gone_text(key, value)}")
+
+
+def enter(cfg: CfgNode, merge: Callable[[], Any], where: str) -> None:
+    """Let yacs merge values into a config; its errors name `where`.
+
+    Raises:
+        ValueError: for a value of another type than the key's, None among them.
+    """
+    before = leaves(cfg)
+    try:
+        merge()
+    except (AssertionError, KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        # all that yacs, and the parser of Python's literals that it reads texts with, raise
+        raise ValueError(f"{where}: {error or type(error).__name__}") from error
+    for key, value in leaves(cfg).items():
+        if value is None and before.get(key) is not None:
+            kind = type(before[key]).__name__
+            raise ValueError(f"{where}: {key}: None is given, but it takes a {kind}")
+
+
+def check_keys(cfg: CfgNode, content: Mapping[Any, Any], where: str, prefix: str = "") -> None:
+    """Refuse keys that a config does not have.
+
+    Raises:
+        KeyError: naming `where`, the key and those beside it.
+        ValueError: for a section in the place of a value or the other way round.
+    """
+    for key, value in content.items():
+        full = f"{prefix}{key}"
+        if not isinstance(key, str) or (key not in cfg and not cfg.is_new_allowed()):
+            raise unknown_key(full, cfg, where)
+        is_section = isinstance(cfg.get(key), CfgNode)
+        if is_section != isinstance(value, Mapping) and key in cfg and cfg[key] is not None:
+            expected = "a section of keys" if is_section else f"a {type(cfg[key]).__name__}"
+            raise ValueError(f"{where}: {full} is {expected}, but {value!r} is given")
+        if is_section:
+            check_keys(cfg[key], value, where, f"{full}.")
+
+
+def unknown_key(key: str, cfg: CfgNode, where: str = "") -> UnknownNameError:
+    """An error that lists the keys beside the wrong one: the nearest section of it that exists."""
+    known = keys(cfg)
+    section = key.rpartition(".")[0]
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    prefix = section + "." if section else ""
+    beside = [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]
+    return unknown_name(f"{where}: config key" if where else "config key", key, beside)
+
+
+def keys(node: CfgNode, prefix: str = "") -> set[str]:
+    """All keys of a config, sections and values, with dots."""
+    names: set[str] = set()
+    for key, value in node.items():
+        names.add(f"{prefix}{key}")
+        if isinstance(value, CfgNode):
+            names |= keys(value, f"{prefix}{key}.")
+    return names
+
+
+def leaves(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their keys, except the arguments of the bottom-up network."""
+    values: dict[str, Any] = {}
+    for key, value in node.items():
+        full = f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            values.update(leaves(value, f"{full}.") if full != ARGS else {})
+        else:
+            values[full] = value
+    return values
+
+
+def _read_with_base(path: str, above: Sequence[str]) -> dict[str, Any]:
+    """A file's values over those of its `_BASE_`."""
+    if path in above:
+        raise ValueError(f"{path}: is its own {BASE}, by way of {above[-1]}")
+    content = read_yaml(path)
+    bases = content.pop(BASE, [])
+    drop_gone_keys(content, path)
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{path}: {BASE} {base!r} is no path of a file")
+        _overlay(merged, _read_with_base(_base_path(base, path), (*above, path)), path)
+    _overlay(merged, content, path)
+    return merged
+
+
+def _base_path(base: str, path: str) -> str:
+    """Relative to the file that names it, unless it is absolute or an address."""
+    if "://" in base:
+        return base
+    full = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base)))
+    if not PathManager.isfile(full):
+        raise FileNotFoundError(f"{path}: {BASE} {base!r}: there is no file {full}")
+    return full
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any], path: str, prefix: str = "") -> None:
+    """Merge nested values into others, in place."""
+    for key, value in above.items():
+        if isinstance(value, dict) and key in below:
+            if not isinstance(below[key], dict):
+                raise ValueError(f"{path}: {prefix}{key} is a section here, but a value in {BASE}")
+            _overlay(below[key], value, path, f"{prefix}{key}.")
+        else:
+            below[key] = value
+
+
+def _enter_arguments(cfg: CfgNode, opts: Sequence[Any]) -> list[Any]:
+    """Make room for arguments of the bottom-up network, whose names and types its library knows:
+    merging a list refuses new keys, also where a file may have them, and other types.
+
+    Returns:
+        the pairs, without those that set all arguments at once: they are in the config.
+    """
+    pairs: list[Any] = []
+    for key, value in zip(opts[::2], opts[1::2]):
+        name = key.removeprefix(f"{ARGS}.")
+        if key == ARGS:
+            cfg.MODEL.BOTTOM_UP.ARGS = CfgNode(_parse_arguments(value), new_allowed=True)
+            pairs = [x for k, v in zip(pairs[::2], pairs[1::2]) if k.find(ARGS) for x in (k, v)]
+            continue
+        if key != name and name and "." not in name:
+            cfg.MODEL.BOTTOM_UP.ARGS[name] = None
+        pairs += [key, value]
+    return pairs
+
+
+def _parse_arguments(value: str) -> dict[str, Any]:
+    try:
+        arguments = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        arguments = None
+    if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(
+            f"{ARGS}: {value!r} is no dict as Python writes it ({{'drop_path_rate': 0.1}}); one"
+            f" argument is set by {ARGS}.<name> VALUE"
+        )
+    return arguments

@@ -1,0 +1,73 @@
+"""From a file and a command line to a config, and what a config leaves open."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
+from fpn_plugin.config.files import merge_config_file, merge_overrides
+from fpn_plugin.config.heads import resolve_heads
+from fpn_plugin.config.pixels import resolve_pixels
+from fpn_plugin.config.validate import validate_config
+from fpn_plugin.config.warm_start import resolve_warm_start
+from fpn_plugin.engine.checkpoint import find_checkpoint
+
+# Flags for one's own data, each for a key of DATASETS.OWN
+DATA_FLAGS = ("train_json", "train_images", "val_json", "val_images")
+
+
+def resolve_config(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) -> CfgNode:
+    """Check a config, and replace what it leaves to the plugin: `auto` in the heads' keys, pixel
+    statistics, what a warm start starts from.
+
+    Call it when the config is complete and not frozen, before the model and the data are built;
+    the tools do. A config without such values stays as it is; a second call changes nothing.
+
+    Args:
+        checkpoint: of the whole model, if another than `MODEL.WEIGHTS` is loaded: that of a run
+            that is resumed.
+        evaluates: whether `MODEL.WEIGHTS` is loaded as it is, also with `MODEL.FPN.WARM_START`.
+
+    Returns:
+        the config that was given, changed in place.
+
+    Raises:
+        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
+    """
+    if cfg.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
+        validate_config(cfg)
+    resolve_heads(cfg)
+    resolve_warm_start(cfg, checkpoint, evaluates)
+    resolve_pixels(cfg, checkpoint)
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The config of a file, `KEY VALUE` pairs and the data flags; resolved, not frozen.
+
+    Args:
+        args: of :func:`fpn_plugin.engine.setup.argument_parser`.
+
+    Raises:
+        FileNotFoundError: if the config file, or its `_BASE_`, does not exist.
+        KeyError: for a key that does not exist.
+        ValueError: for a file that is no plain YAML, a key without a value, a value of another type
+            than the key's, or what :func:`resolve_config` raises.
+    """
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    if args.config_file:
+        if not os.path.isfile(args.config_file):
+            raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
+        merge_config_file(cfg, args.config_file)
+    merge_overrides(cfg, list(args.opts or []))
+    for flag in DATA_FLAGS:
+        if path := getattr(args, flag, ""):
+            cfg.DATASETS.OWN[flag.upper()] = path
+    # with both flags: an error, later
+    is_resumed = getattr(args, "resume", False) and not args.overwrite
+    checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if is_resumed else ""
+    return resolve_config(cfg, checkpoint, getattr(args, "eval_only", False))

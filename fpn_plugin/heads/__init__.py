@@ -1,2 +1,0 @@
-"""What the plugin adds to Detectron2's heads: FCOS by config, and values that follow from the
-pyramid."""

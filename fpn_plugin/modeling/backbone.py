@@ -1,0 +1,265 @@
+"""PyramidBackbone: a bottom-up network and a pyramid as one Detectron2 backbone. Shapes are `(N, C,
+H, W)`."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
+from torch import Tensor, nn
+
+from fpn_plugin.config.defaults import GONE
+from fpn_plugin.config.heads import (
+    are_heads_checked,
+    head_size_divisibility,
+    require_resolved_heads,
+    validate_heads,
+)
+from fpn_plugin.config.pixels import require_pixels
+from fpn_plugin.config.settings import (
+    SECTION,
+    PyramidSettings,
+    is_names,
+    make_settings,
+    read_settings,
+)
+from fpn_plugin.config.validate import keys_in_errors
+from fpn_plugin.config.warm_start import FROM, warm_settings
+from fpn_plugin.modeling.bottom_up import build_bottom_up
+from fpn_plugin.pyramid.pyramid import GraphExecutor
+from fpn_plugin.pyramid.warm import combine
+from fpn_plugin.registry import bad_argument
+
+# what Detectron2's ResNet can give beside its stem
+_STAGES = frozenset(("res2", "res3", "res4", "res5"))
+
+
+class PyramidBackbone(GraphExecutor, Backbone):
+    """A bottom-up network and the pyramid on its maps.
+
+    The defaults build Detectron2's `FPN` (arXiv:1612.03144) with its parameter names, so its
+    checkpoints load.
+
+    Args:
+        bottom_up: the network whose maps the pyramid reads.
+        settings: what the pyramid is. Its fields are arguments too, instead of it:
+            `PyramidBackbone(bottom_up, in_features=[...], topology="bifpn")`; docs/config.md
+            explains them under the names of their keys, `MODEL.FPN.TOPOLOGY`.
+        size_divisibility: what the heads need the image's sides to be divisible by, if more than
+            the pyramid does.
+        square_pad: if > 0, images are padded to squares of this size.
+        recompute: whether training computes nodes whose fusion has weights again in the backward
+            pass instead of keeping what they computed.
+        warm_from: a pyramid on the same network, as which this one starts (see `warm.py`); only
+            its structure is used, not its weights.
+        arguments: fields of `PyramidSettings`.
+
+    Attributes:
+        settings: what the pyramid is.
+        warm_start: the two pyramids as one; None without `warm_from`.
+
+    Raises:
+        ValueError: (KeyError for an unknown name) naming the argument or node, the value and what
+            is valid.
+        TypeError: for an unknown argument.
+    """
+
+    # Detectron2's ResNet keeps its stages in a plain list, which TorchScript refuses
+    _unrolled = (ResNet,)
+
+    @configurable
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        settings: PyramidSettings | None = None,
+        *,
+        size_divisibility: int = 0,
+        square_pad: int = 0,
+        recompute: bool = False,
+        warm_from: PyramidBackbone | None = None,
+        **arguments: Any,
+    ) -> None:
+        settings = _settings(settings, arguments)
+        shapes = bottom_up.output_shape()
+        graph, defaults = (
+            settings.build_graph(_feature_levels(shapes, settings)),
+            settings.defaults(),
+        )
+        channels = {name: shape.channels for name, shape in shapes.items()}
+        warm = None
+        if warm_from is not None:
+            warm = combine((warm_from.graph, warm_from.defaults), (graph, defaults), channels)
+        whole, per_node = (warm.graph, warm.per_node) if warm else (graph, None)
+        inputs = {name: channels[name] for name in whole.inputs}
+        super().__init__(whole, inputs, defaults, per_node)
+        self.settings = settings
+        self.warm_start = warm
+        self.bottom_up = bottom_up
+        self._square_pad = square_pad
+        self.recompute = recompute
+        # images padded in another way than the checkpoint's would make its function another one
+        padded = warm_from.graph if warm_from is not None else graph
+        self._size_divisibility = max(
+            padded.size_divisibility(), bottom_up.size_divisibility, size_divisibility
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """The constructor's arguments, from `MODEL.FPN` and `MODEL.BOTTOM_UP`."""
+        settings, old = read_settings(cfg), warm_settings(cfg)
+        settings.check()  # before the network is built, which may take long
+        bottom_up = _build_network(cfg, input_shape, old.in_features if old else ())
+        return {
+            "bottom_up": bottom_up,
+            "settings": settings,
+            "size_divisibility": head_size_divisibility(cfg),
+            "recompute": cfg.MODEL.FPN.RECOMPUTE,
+            "warm_from": _blueprint(bottom_up, old),
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the image's height and width must be divisible by, in pixels; 0 for no such need."""
+        return self._size_divisibility
+
+    @property
+    def padding_constraints(self) -> Dict[str, int]:
+        """Detectron2's padding options: `{"square_size": pixels}`, 0 for none."""
+        return {"square_size": self._square_pad}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride in pixels of each output, from high to low resolution."""
+        return {
+            name: ShapeSpec(channels=self.defaults.channels, stride=2 ** self.graph.level(node))
+            for name, node in self.graph.output_names().items()
+        }
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Run the network and the pyramid.
+
+        Args:
+            x: images, `(N, 3, H, W)`.
+
+        Returns:
+            `{"p2": (N, C, H/4, W/4), ...}` from high to low resolution.
+        """
+        return self._run(self.bottom_up(x))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        module = super().__prepare_scriptable__()
+        # what Detectron2's models read from a scripted backbone
+        for name in ("size_divisibility", "padding_constraints"):
+            setattr(module, name, getattr(self, name))
+        return module
+
+
+def _settings(settings: PyramidSettings | None, arguments: Mapping[str, Any]) -> PyramidSettings:
+    """The record that a pyramid was given, or that of its fields.
+
+    Raises:
+        ValueError: for an argument that is gone.
+        TypeError: for both, or an unknown argument.
+    """
+    for name, value in arguments.items():
+        if gone := GONE.get(f"{SECTION}.{name.upper()}"):
+            text = f"{value!r} is given, but the argument is gone: {gone.reason}. Remove it"
+            raise bad_argument(name, text)
+    if settings is None:
+        return make_settings(**arguments)
+    if not isinstance(settings, PyramidSettings) or arguments:
+        raise TypeError(
+            f"settings: {settings!r} is not a PyramidSettings alone: give such a record, or its"
+            f" fields by name ({', '.join(arguments) or 'in_features=..., out_channels=...'})"
+        )
+    return settings
+
+
+def _build_network(cfg: CfgNode, input_shape: ShapeSpec, more: Sequence[str]) -> Backbone:
+    """The network underneath.
+
+    Args:
+        more: maps that it gives beside `MODEL.FPN.IN_FEATURES`.
+    """
+    if missing := set(more) - set(cfg.MODEL.FPN.IN_FEATURES):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.FPN.IN_FEATURES = sorted({*cfg.MODEL.FPN.IN_FEATURES, *missing})
+        stages = {*cfg.MODEL.RESNETS.OUT_FEATURES, *(missing & _STAGES)}
+        cfg.MODEL.RESNETS.OUT_FEATURES = sorted(stages)
+    return build_bottom_up(cfg, input_shape)
+
+
+def _blueprint(bottom_up: Backbone, settings: PyramidSettings | None) -> PyramidBackbone | None:
+    """The pyramid that a checkpoint has, without memory for weights; None if there is none.
+
+    Raises:
+        ValueError: naming MODEL.FPN.WARM_START_FROM, if it cannot be built on this network.
+    """
+    if settings is None:
+        return None
+    try:
+        with torch.device("meta"):
+            return PyramidBackbone(bottom_up, settings)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{FROM}: the checkpoint's pyramid: {error}") from error
+
+
+def _feature_levels(shapes: Mapping[str, ShapeSpec], settings: PyramidSettings) -> dict[str, int]:
+    """The level (log2 of the stride) of each map to read.
+
+    Raises:
+        ValueError: naming `in_features`, if a map does not exist, comes twice or out of order, or
+            has a stride that is not a power of two.
+    """
+    names, argument = settings.in_features, "in_features"
+    if not is_names(names):
+        raise bad_argument(argument, f"{names!r} is not a list of names")
+    if not names:
+        raise bad_argument(argument, f"it is empty; choose from {', '.join(shapes)}")
+    levels: dict[str, int] = {}
+    for name in names:
+        if name not in shapes:
+            raise bad_argument(
+                argument,
+                f"the bottom-up network gives no {name!r}, but {', '.join(shapes)}"
+                " (a ResNet gives those that MODEL.RESNETS.OUT_FEATURES lists)",
+            )
+        stride = shapes[name].stride
+        if stride is None or stride < 1 or stride & (stride - 1):
+            raise bad_argument(
+                argument, f"{name!r} has a stride of {stride} pixels, which is not a power of two"
+            )
+        levels[name] = stride.bit_length() - 1
+    order = list(levels.values())
+    if order != sorted(set(order)) or len(levels) != len(names):
+        raise bad_argument(
+            argument,
+            f"{list(names)} are of levels {order}: list each level once, finest first",
+        )
+    return levels
+
+
+@BACKBONE_REGISTRY.register()
+def build_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
+    """The builder behind `MODEL.BACKBONE.NAME: build_pyramid_backbone`.
+
+    The heads are checked against the pyramid once :func:`fpn_plugin.resolve_config` was called;
+    without it the backbone is built alone, whatever the heads' keys say.
+
+    Args:
+        input_shape: of the image; its channels are the first convolution's.
+
+    Raises:
+        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid; also
+            if something that :func:`fpn_plugin.resolve_config` would replace is in the config.
+    """
+    require_resolved_heads(cfg)
+    require_pixels(cfg)
+    with keys_in_errors():
+        backbone = PyramidBackbone(cfg, input_shape)
+    if are_heads_checked(cfg):
+        validate_heads(cfg, {name: x.stride or 1 for name, x in backbone.output_shape().items()})
+    return backbone

@@ -1,0 +1,131 @@
+"""Building the network underneath a pyramid: Detectron2's registered backbones, and adapters for
+others."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Callable
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+from fpn_plugin.bottom_up import torchvision as torchvision_networks
+from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.weights import KEY, load_weights
+from fpn_plugin.config.defaults import OWN_BUILDERS
+from fpn_plugin.config.heads import head_features, require_resolved_heads, validate_heads
+from fpn_plugin.config.pixels import require_pixels
+from fpn_plugin.registry import unknown_name
+
+NAME = "MODEL.BOTTOM_UP.NAME"
+# Libraries whose networks are named <library>/<model>. Their names are also values of
+# MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
+LIBRARIES = ("timm", "torchvision")
+# Builders of backbones that hold a bottom-up network, and so are none
+HOLDERS = (
+    *OWN_BUILDERS,
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+)
+
+
+def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network that `MODEL.BOTTOM_UP.NAME` names, with the weights of `MODEL.BOTTOM_UP.WEIGHTS`.
+
+    Raises:
+        KeyError: if there is no network of that name.
+        ImportError: if the network's library is not installed.
+        ValueError: if the weights, the norm or the arguments do not fit.
+    """
+    library, slash, _ = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
+    weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
+    if weights in LIBRARIES and not (slash and weights == library):
+        raise ValueError(
+            f"{KEY}: {weights!r} are the weights that {weights} publishes for its own networks, but"
+            f" {NAME} is {cfg.MODEL.BOTTOM_UP.NAME!r}: give a file, or take {weights}/<model>"
+        )
+    build = _adapted if slash and library in LIBRARIES else _registered
+    bottom_up = build(cfg, input_shape)
+    if weights and weights not in LIBRARIES:
+        load_weights(bottom_up, weights)
+    return bottom_up
+
+
+def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """A network of another library."""
+    library, _, model = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
+    return _adapter(library)(
+        model,
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        norm=cfg.MODEL.BOTTOM_UP.NORM,
+        in_channels=input_shape.channels,
+        args=dict(cfg.MODEL.BOTTOM_UP.ARGS),
+        pretrained=cfg.MODEL.BOTTOM_UP.WEIGHTS == library,
+    )
+
+
+def _adapter(library: str) -> Callable[..., Backbone]:
+    if library == "torchvision":
+        return torchvision_networks.TorchvisionBackbone
+    from fpn_plugin.bottom_up.timm import TimmBackbone  # timm is an extra
+
+    return TimmBackbone
+
+
+def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """A network of Detectron2's registry, built from its own keys."""
+    name, norm, args = (cfg.MODEL.BOTTOM_UP[key] for key in ("NAME", "NORM", "ARGS"))
+    builder = _builder(name)
+    if args and builder.__module__.startswith("detectron2."):
+        raise ValueError(
+            f"MODEL.BOTTOM_UP.ARGS: {dict(args)}: {name} is Detectron2's own and takes none; its"
+            f" keys are MODEL.RESNETS' ({', '.join(sorted(cfg.MODEL.RESNETS))})"
+        )
+    bottom_up = builder(cfg, input_shape)
+    if norm:
+        convert_norms(bottom_up, norm, name)
+        freeze_norm_statistics(bottom_up)
+    return bottom_up
+
+
+def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
+    # Registers its builders, only now: a user may have registered others of these names
+    import_module("fpn_plugin.bottom_up.detectron2")
+    if name in HOLDERS:
+        raise ValueError(
+            f"{NAME}: {name!r} is a value of MODEL.BACKBONE.NAME: it holds the network that"
+            f" {NAME} names (build_resnet_backbone, timm/<model>, ...)"
+        )
+    known = [builder for builder, _ in BACKBONE_REGISTRY if builder not in HOLDERS]
+    if name not in known:
+        raise unknown_name(NAME, name, [*known, *(f"{library}/<model>" for library in LIBRARIES)])
+    return BACKBONE_REGISTRY.get(name)
+
+
+@BACKBONE_REGISTRY.register()
+def build_bottom_up_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The bottom-up network alone, for heads without a pyramid: `MODEL.BACKBONE.NAME:
+    build_bottom_up_backbone` with IN_FEATURES such as `[res4]`.
+
+    It gives the maps that the heads read; `MODEL.FPN` and `MODEL.RESNETS.OUT_FEATURES` do not
+    count.
+
+    Args:
+        input_shape: of the image; its channels are the first convolution's.
+
+    Raises:
+        ValueError: also if a head wants maps that the network does not give.
+    """
+    require_resolved_heads(cfg)
+    require_pixels(cfg)
+    read = {name for features in head_features(cfg).values() for name in features}
+    names = sorted(name for name in read if name.startswith("res"))  # validate_heads has the others
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FPN.IN_FEATURES = names
+    cfg.MODEL.RESNETS.OUT_FEATURES = names or cfg.MODEL.RESNETS.OUT_FEATURES
+    bottom_up = build_bottom_up(cfg, input_shape)
+    validate_heads(cfg, {name: x.stride or 1 for name, x in bottom_up.output_shape().items()})
+    return bottom_up
