@@ -19,11 +19,18 @@ from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_backbone  # noqa: E402
 
 from fpn_plugin import PyramidBackbone  # noqa: E402
-from fpn_plugin.analysis.complexity import measure  # noqa: E402
-from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
-from fpn_plugin.analysis.fusion_weights import fusion_weights  # noqa: E402
-from fpn_plugin.analysis.fusion_weights import fusion_table, load_backbone  # noqa: E402
-from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
+from fpn_plugin.analysis.visualize.complexity import (  # noqa: E402
+    measure,
+    node_table,
+    settings_text,
+    totals_text,
+)
+from fpn_plugin.analysis.visualize.draw import check_extension, draw_graph  # noqa: E402
+from fpn_plugin.analysis.visualize.fusion_weights import (  # noqa: E402
+    fusion_table,
+    fusion_weights,
+    load_backbone,
+)
 from fpn_plugin.config import extra_levels_for  # noqa: E402
 from fpn_plugin.engine.setup import load_config  # noqa: E402
 from fpn_plugin.heads.inputs import head_features  # noqa: E402

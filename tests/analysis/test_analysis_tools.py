@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -63,22 +60,3 @@ def test_show_pyramid(tmp_path: Path) -> None:
     assert list(maps) == ["p2", "p3", "p4", "p5", "p6"]
     assert maps["p2"].endswith("MODEL.RPN.IN_FEATURES, MODEL.ROI_HEADS.IN_FEATURES")
     assert maps["p6"].endswith(" MODEL.RPN.IN_FEATURES")
-
-
-def test_draw_detections_of_own_data(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
-    box = {"bbox": [5, 5, 20, 20], "category_id": 1, "image_id": 1}
-    data = {
-        "images": [{"id": 1, "file_name": "photo.png", "height": 40, "width": 50}],
-        "annotations": [{"id": 1, "area": 400, "iscrowd": 0, **box}],
-        "categories": [{"id": 1, "name": "thing"}],
-    }
-    (tmp_path / "val.json").write_text(json.dumps(data))
-    (tmp_path / "results.json").write_text(json.dumps([{**box, "score": 0.8}]))
-    own = f"{{VAL_JSON: {tmp_path / 'val.json'}, VAL_IMAGES: {tmp_path}}}"
-    (tmp_path / "config.yaml").write_text(f"DATASETS:\n  OWN: {own}\n")
-    args = ["--results", tmp_path / "results.json", "--dataset", "own_val"]
-    args += ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "out"]
-    out = run("draw_detections.py", *args)
-    assert out.split()[-1] == str(tmp_path / "out" / "detections_1_photo.jpg")
-    assert (tmp_path / "out" / "detections_1_photo.jpg").is_file()

@@ -15,7 +15,7 @@ from fpn_plugin.analysis.benchmark.contestants import find_baseline
 from fpn_plugin.analysis.benchmark.neck import find_below
 from fpn_plugin.analysis.benchmark.runs import model_differences
 from fpn_plugin.analysis.compare.groups import Group
-from fpn_plugin.analysis.complexity import count_parameters, totals
+from fpn_plugin.analysis.visualize.complexity import count_parameters, totals
 from fpn_plugin.engine.run_folder import CONFIG, recorded_config
 from fpn_plugin.engine.setup import load_config
 

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from helpers import randomize, zoo_config
 from torch import Tensor, nn
 
-from fpn_plugin.analysis.visualize.levels import FIELD, pooled_levels, recorded_levels
+from fpn_plugin.analysis.visualize.levels import FIELD, pooled_levels, record_levels
 from fpn_plugin.engine.pooling import gather_poolers
 from fpn_plugin.heads import auto
 
@@ -80,22 +80,22 @@ def detect(model: Any, *images: dict[str, Tensor]) -> list[Instances]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_watching_changes_nothing_and_leaves_nothing(name: str) -> None:
+def test_recording_changes_nothing_and_leaves_nothing(name: str) -> None:
     model, picture = make(name), image()
     before = [set(vars(module)) for module in model.modules()]
     plain = detect(model, picture)[0]
-    with recorded_levels(model):
-        watched = detect(model, picture)[0]
+    with record_levels(model):
+        recorded = detect(model, picture)[0]
     after = detect(model, picture)[0]
-    assert len(plain) > 3 and watched.has(FIELD) and not after.has(FIELD)
-    assert torch.equal(plain.pred_boxes.tensor, watched.pred_boxes.tensor)
-    assert torch.equal(plain.scores, watched.scores)
+    assert len(plain) > 3 and recorded.has(FIELD) and not after.has(FIELD)
+    assert torch.equal(plain.pred_boxes.tensor, recorded.pred_boxes.tensor)
+    assert torch.equal(plain.scores, recorded.scores)
     assert before == [set(vars(module)) for module in model.modules()]
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
     assert not any(item for pair in hooks for item in pair)
     strides = {shape.stride for shape in model.backbone.output_shape().values()}
-    assert {2 ** int(level) for level in watched.get(FIELD)} <= strides
-    assert name != "c4" or set(watched.get(FIELD).tolist()) == {4}
+    assert {2 ** int(level) for level in recorded.get(FIELD)} <= strides
+    assert name != "c4" or set(recorded.get(FIELD).tolist()) == {4}
 
 
 class Proposals(nn.Module):
@@ -126,7 +126,7 @@ def test_two_stage_levels_by_hand(fast: bool) -> None:
     model.roi_heads.box_predictor.test_nms_thresh = 1.0
     if fast:
         gather_poolers(model)
-    with recorded_levels(model):
+    with record_levels(model):
         results = detect(model, image(576), image(576))
     assert len(results[0]) > len(sides)
     for found, given in zip(results, (first, first.flip(0)[:4])):
@@ -147,7 +147,7 @@ def test_a_cascades_level_is_its_last_stages() -> None:
         nn.init.zeros_(predictor.bbox_pred.weight)
         weights = torch.tensor(predictor.box2box_transform.weights)
         predictor.bbox_pred.bias.data = grow * weights * (stage < 2)
-    with recorded_levels(model):
+    with record_levels(model):
         found = detect(model, image(576))[0]
     # 30 -> 120 and 80 -> 300 (at the image's border); the proposals themselves are of level 2
     sides = found.pred_boxes.area().sqrt().round().long().tolist()
@@ -169,7 +169,7 @@ def test_dense_levels_by_silencing_all_others(name: str) -> None:
             return (silenced, *rest)
 
         model.head.forward = only
-        with recorded_levels(model):
+        with record_levels(model):
             found = detect(model, picture)[0]
         sure = found[found.scores > 1e-6]
         assert len(sure) and set(sure.get(FIELD).tolist()) == {int(feature[1:])}
@@ -190,7 +190,7 @@ def test_boxes_that_are_not_finite() -> None:
         return scores
 
     predictor.predict_probs = broken
-    with recorded_levels(model):
+    with record_levels(model):
         found = detect(model, image(576))[0]
     sizes = found.pred_boxes.area().sqrt().round().long().tolist()
     assert set(zip(sizes, found.get(FIELD).tolist())) == {(20, 2), (240, 4)}
@@ -198,7 +198,7 @@ def test_boxes_that_are_not_finite() -> None:
 
 
 def test_other_models_have_no_levels() -> None:
-    with recorded_levels(nn.Linear(2, 2)):
+    with record_levels(nn.Linear(2, 2)):
         pass
     pooler = ROIPooler(7, (1 / 8, 1 / 16), 0, "ROIAlignV2")
     assert pooled_levels(pooler, Boxes(torch.zeros(0, 4))).tolist() == []

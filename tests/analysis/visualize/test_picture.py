@@ -12,15 +12,21 @@ from backbones import toy_backbone
 from detectron2.structures import Boxes, BoxMode, Instances
 from matplotlib.figure import Figure
 
-from fpn_plugin.analysis.visualize.heat import crop, make_grid
-from fpn_plugin.analysis.visualize.histogram import count, draw_histogram, octave
+from fpn_plugin.analysis.visualize.images import InspectedImage
 from fpn_plugin.analysis.visualize.levels import FIELD
-from fpn_plugin.analysis.visualize.look import Seen
-from fpn_plugin.analysis.visualize.maps import recorded_maps
-from fpn_plugin.analysis.visualize.objects import annotated, detected, draw_things
-from fpn_plugin.analysis.visualize.picture import as_pixels, choose, draw_image
-from fpn_plugin.analysis.visualize.rows import Cell, Row, rows_of
-from fpn_plugin.analysis.visualize.style import level_colour
+from fpn_plugin.analysis.visualize.maps import Cell, Row, map_rows, record_maps
+from fpn_plugin.analysis.visualize.objects import ImageObject, draw_objects, objects_of_annotations
+from fpn_plugin.analysis.visualize.picture import (
+    as_pixels,
+    count_sizes,
+    crop_padding,
+    draw_histogram,
+    draw_image,
+    level_colour,
+    make_grid,
+    octave,
+    select_objects,
+)
 
 BOXES = torch.tensor([[0.0, 0, 16, 16], [10, 10, 41, 41], [5, 5, 69, 69], [0, 0, 8, 2]])
 TRUTH = [
@@ -29,12 +35,12 @@ TRUTH = [
 ]
 
 
-def make_seen(
+def inspected(
     size: tuple[int, int] = (72, 100), known: bool = True, truth: Any = TRUTH, zoom: int = 1
-) -> tuple[Any, Seen]:
+) -> tuple[Any, InspectedImage]:
     backbone = toy_backbone()
     height, width = size[0] * zoom, size[1] * zoom
-    with torch.no_grad(), recorded_maps(backbone) as maps:
+    with torch.no_grad(), record_maps(backbone) as maps:
         backbone(torch.rand(1, 3, -(-height // 32) * 32, -(-width // 32) * 32))
     found = Instances(size, pred_boxes=Boxes(BOXES), scores=torch.tensor([0.9, 0.8, 0.5, 0.4]))
     found.pred_classes = torch.tensor([0, 1, 1, 7])
@@ -43,7 +49,7 @@ def make_seen(
     if known:
         found.set(FIELD, torch.tensor([2, 3, 3, 5]))
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
-    return backbone, Seen("photo.jpg", pixels, found, truth, maps, (height, width))
+    return backbone, InspectedImage("photo.jpg", pixels, found, truth, maps, (height, width))
 
 
 def test_octaves() -> None:
@@ -51,7 +57,7 @@ def test_octaves() -> None:
 
 
 def test_counts() -> None:
-    counts = count([16, 31, 33, 5], [3, 2, 2, None])
+    counts = count_sizes([16, 31, 33, 5], [3, 2, 2, None])
     assert counts == {2: Counter({4: 1, 5: 1}), 3: Counter({4: 1}), None: Counter({2: 1})}
     assert list(counts) == [2, 3, None]
 
@@ -78,39 +84,38 @@ def test_an_empty_histogram(truth: Any) -> None:
 
 
 def test_choice_by_score() -> None:
-    shown = choose(make_seen()[1], ["tree", "house"], 0.5)
+    shown = select_objects(inspected()[1], ["tree", "house"], 0.5)
     assert shown.levels == [2, 3, 3]
-    assert [thing.label for thing in shown.found] == ["tree 90%", "house 80%", "house 50%"]
-    assert [thing.size for thing in shown.found] == [16, 31, 64]
+    assert [obj.label for obj in shown.detections] == ["tree 90%", "house 80%", "house 50%"]
+    assert [obj.size for obj in shown.detections] == [16, 31, 64]
     assert shown.truth is not None
-    assert [(thing.label, thing.size) for thing in shown.truth] == [("house", 20)]
-    unknown = choose(make_seen(known=False, truth=None)[1], [], 0.0)
+    assert [(obj.label, obj.size) for obj in shown.truth] == [("house", 20)]
+    unknown = select_objects(inspected(known=False, truth=None)[1], [], 0.0)
     assert unknown.levels == [None] * 4 and unknown.truth is None
-    assert unknown.found[3].label == "class 7 40%"
+    assert unknown.detections[3].label == "class 7 40%"
 
 
-def test_masks_of_annotations() -> None:
+def test_masks_and_boxes_have_their_objects_colour() -> None:
     square = {**TRUTH[0], "segmentation": [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]}
-    (thing,) = annotated([square], ["a", "b"], (40, 50))
-    assert thing.mask is not None and thing.mask.shape == (40, 50)
-    assert thing.mask[20, 20] and not thing.mask[5, 5] and abs(thing.mask.sum() - 400) < 50
-
-
-def test_a_mask_and_a_box_have_the_levels_colour() -> None:
-    seen = make_seen()[1]
-    things = detected(seen.found[:1], [])
-    figure = Figure(figsize=(1, 0.72))
-    axes = figure.add_axes((0, 0, 1, 1))
-    draw_things(axes, np.zeros_like(seen.pixels), things, ["#ff0000"])
-    picture = axes.images[0].get_array()
-    assert picture[5, 5].tolist() == pytest.approx([0.4, 0, 0]) and not picture[20:, 20:].any()
-    assert axes.collections[-1].get_edgecolor().tolist() == [[1, 0, 0, 1]]
+    (polygon,) = objects_of_annotations([square, TRUTH[1]], ["a", "b"])
+    assert polygon.label == "b" and polygon.box == (0, 0, 20, 20)
+    filled = np.zeros((40, 50), dtype=bool)
+    filled[10:30, 10:30] = True
+    points = np.array([[40.0, 35.0]])
+    bitmap = ImageObject(polygon.box, mask=filled, points=points)
+    for obj in (polygon, bitmap):
+        picture = draw_objects(np.zeros((40, 50, 3)), [obj], ["#ff0000"], 2.0, labels=False)
+        assert picture.shape == (80, 100, 3) and not picture[:, :, 1:].any()
+        red = picture[:, :, 0]
+        assert red[50, 50] == pytest.approx(0.35 * 255, abs=2), "the mask"
+        assert red[0, 20] > 150, "the box"
+        assert not red[50, 70] and (red[70, 80] == 255) == (obj is bitmap), "the point"
     assert level_colour(2) != level_colour(3) and level_colour(11) != level_colour(None)
 
 
 def test_padding_is_cut_off() -> None:
     cell = Cell("p4", torch.arange(24.0).view(4, 6))
-    assert crop(cell, 4, (33, 65)).tolist() == cell.strength[:3, :5].tolist()
+    assert crop_padding(cell, 4, (33, 65)).tolist() == cell.strength[:3, :5].tolist()
 
 
 def test_cells_fit() -> None:
@@ -125,9 +130,9 @@ def test_cells_fit() -> None:
 @pytest.mark.parametrize("size", [(72, 100), (200, 20), (20, 200)])
 @pytest.mark.parametrize("truth", [None, TRUTH])
 def test_figures(size: tuple[int, int], truth: Any) -> None:
-    backbone, seen = make_seen(size, truth=truth, zoom=2)
-    rows = rows_of(backbone, seen.maps)
-    figure = draw_image(seen, choose(seen, ["tree", "house"], 0.3), rows, 0.3)
+    backbone, seen = inspected(size, truth=truth, zoom=2)
+    rows = map_rows(backbone, seen.maps)
+    figure = draw_image(seen, select_objects(seen, ["tree", "house"], 0.3), rows, 0.3)
     texts = [item.get_text() for item in figure.texts]
     assert {"photo.jpg", "level 2, stride 4", "bottom-up map", "after fusion"} <= set(texts)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -143,10 +148,10 @@ def test_figures(size: tuple[int, int], truth: Any) -> None:
 
 def test_the_heat_lies_where_it_belongs() -> None:
     """One strong pixel of p4 covers 16 pixels of what the model saw, 8 of an image enlarged by 2."""
-    _, seen = make_seen((64, 96), zoom=2)
+    _, seen = inspected((64, 96), zoom=2)
     hot = torch.zeros(8, 12)
     hot[2, 5] = 1.0
-    figure = draw_image(seen, choose(seen, [], 0.5), [Row("r", {4: Cell("p4", hot)})], 0.5)
+    figure = draw_image(seen, select_objects(seen, [], 0.5), [Row("r", {4: Cell("p4", hot)})], 0.5)
     axes = next(axes for axes in figure.axes if len(axes.images) == 2)
     left, right, bottom, top = axes.images[1].get_extent()
     assert (left, right, bottom, top) == (-0.5, 95.5, 63.5, -0.5)

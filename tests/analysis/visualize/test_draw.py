@@ -13,10 +13,15 @@ import torch
 from backbones import bifpn, toy_backbone
 from PIL import Image
 
-from fpn_plugin.analysis.captions import kind_of, learned_weights, line_widths
-from fpn_plugin.analysis.draw import check_extension, draw_graph
-from fpn_plugin.analysis.fusion_weights import FusionWeights, fusion_weights
-from fpn_plugin.analysis.layout import lay_out, output_mark, ports
+from fpn_plugin.analysis.visualize.draw import (
+    box_kind,
+    check_extension,
+    draw_graph,
+    edge_weights,
+    line_widths,
+)
+from fpn_plugin.analysis.visualize.fusion_weights import FusionWeights, fusion_weights
+from fpn_plugin.analysis.visualize.layout import lay_out, output_mark, ports
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import Graph
 from fpn_plugin.pyramid.inline import parse_graph
@@ -121,8 +126,8 @@ def test_kinds() -> None:
         "top_block.p6": "extra level",
         output_mark("fpn_output2"): "",
     }
-    assert {name: kind_of(pyramid, name) for name in expected} == expected
-    assert kind_of(pyramid_of("bifpn x 1"), "c1_p6") == "output node"
+    assert {name: box_kind(pyramid, name) for name in expected} == expected
+    assert box_kind(pyramid_of("bifpn x 1"), "c1_p6") == "output node"
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -167,7 +172,7 @@ def test_learned_weights_are_on_the_arrows(tmp_path: Path) -> None:
 
 def test_weights_per_channel_are_told_by_their_mean() -> None:
     each = torch.tensor([[0.2, 0.4], [0.8, 0.6]])
-    learned = learned_weights(
+    learned = edge_weights(
         {
             "a": FusionWeights("channel_fast", ("x", "y"), each, ""),
             "b": FusionWeights("sum", ("x", "y"), None, "nothing is learned"),
