@@ -1,7 +1,7 @@
 """One HTML page that needs nothing beside it: no script, no request.
 
-The HTML is in the template beside this file. Each function returns a piece of a page as `Markup`;
-plain strings are escaped.
+The HTML is in the template beside this file, which escapes all text. Each function returns a piece
+of a page, for :func:`html_page`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ def html_page(title: str, parts: Sequence[str], style: str = "") -> str:
 
 def paragraph(text: str, kind: str = "") -> str:
     """Plain text as a paragraph; `kind` is a CSS class such as "bad" (red) or "good" (green)."""
-    return _MACROS.paragraph(text, kind)
+    return str(_MACROS.paragraph(text, kind))
 
 
 def html_table(table: Table) -> str:
     """A table with its title above and its note below."""
-    return _MACROS.table(table)
+    return str(_MACROS.table(table))
 
 
 def html_figure(title: str, path: Path) -> str:
     """A picture with its title, its bytes in the page; PNG or JPEG by the path's extension."""
     kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
     data = base64.b64encode(path.read_bytes()).decode()
-    return _MACROS.figure(title, _MACROS.image(title, f"data:image/{kind};base64,{data}"))
+    image = _MACROS.image(title, f"data:image/{kind};base64,{data}")
+    return str(_MACROS.figure(title, image))
 
 
 def html_svg(title: str, figure: Figure) -> str:
@@ -67,4 +68,4 @@ def html_svg(title: str, figure: Figure) -> str:
     for colour, variable in PAGE_COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    return _MACROS.figure(title, Markup(svg))
+    return str(_MACROS.figure(title, Markup(svg)))

@@ -7,11 +7,15 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import GenericMask
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 MOST_LABELS = 15  # more texts than this hide the objects
-_MASK_ALPHA = 0.35
-_POINT_RADIUS = 0.004  # of a key point, in larger sides of the image
+_LABEL_SIZE = 7.0  # in points
+_MASK_ALPHA = 0.4
 
 
 @dataclass(frozen=True)
@@ -94,36 +98,42 @@ def _label(category: int, names: Sequence[str], score: float | None) -> str:
 
 
 def draw_objects(
+    axes: Axes,
     pixels: np.ndarray,
     objects: Sequence[ImageObject],
-    colours: Sequence[Any],
-    scale: float = 1.0,
+    colours: Sequence[str],
     labels: bool = True,
-) -> np.ndarray:
-    """A photo with objects on it, each in its colour, by Detectron2's Visualizer.
+) -> None:
+    """A photo with objects on it, each in its colour.
 
     Args:
         pixels: `(H, W, 3)`, RGB, 0 to 255.
-        colours: matplotlib's, one per object.
-        scale: by how much the photo is enlarged.
-        labels: whether to write the labels.
-
-    Returns:
-        `(scale * H, scale * W, 3)`, RGB, 0 to 255.
+        labels: whether to write them, if there are few.
     """
-    visualizer = Visualizer(np.ascontiguousarray(pixels), scale=scale)
-    if objects:
-        visualizer.overlay_instances(
-            boxes=np.array([obj.box for obj in objects]),
-            masks=[[] if obj.mask is None else obj.mask for obj in objects],
-            labels=[obj.label for obj in objects] if labels else None,
-            assigned_colors=list(colours),
-            alpha=_MASK_ALPHA,
-        )
-    radius = max(1, round(_POINT_RADIUS * max(pixels.shape)))
+    height, width = pixels.shape[:2]
+    picture = pixels.astype(np.float32) / 255
     for obj, colour in zip(objects, colours):
-        # again, as Detectron2's own lines are half transparent
-        visualizer.draw_box(obj.box, alpha=0.9, edge_color=colour)
-        for point in [] if obj.points is None else obj.points:
-            visualizer.draw_circle(point, colour, radius)
-    return visualizer.output.get_image()
+        if obj.mask is not None:
+            inside = GenericMask(obj.mask, height, width).mask.astype(bool)
+            picture[inside] = (1 - _MASK_ALPHA) * picture[inside] + _MASK_ALPHA * _rgb(colour)
+    axes.imshow(picture, extent=(0, width, height, 0))  # pixel 0 is from 0 to 1, as in boxes
+    boxes = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in (o.box for o in objects)]
+    # a dark line under a bright one is seen on any photo
+    style: dict[str, Any] = {"facecolors": "none"}
+    axes.add_collection(
+        PatchCollection(boxes, edgecolors="#000000", linewidths=2.4, alpha=0.35, **style)
+    )
+    axes.add_collection(PatchCollection(boxes, edgecolors=list(colours), linewidths=1.2, **style))
+    for obj, colour in zip(objects, colours):
+        if obj.points is not None:
+            axes.plot(*obj.points.T, ".", color=colour, markersize=3)
+        if labels and len(objects) <= MOST_LABELS:
+            x, y = max(obj.box[0], 0), max(obj.box[1], 0)
+            box = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"}
+            text: dict[str, Any] = {"va": "top", "color": "black", "clip_on": True}
+            axes.text(x, y, obj.label, fontsize=_LABEL_SIZE, bbox={**box, "alpha": 0.85}, **text)
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+
+
+def _rgb(colour: str) -> np.ndarray:
+    return np.array(to_rgb(colour), dtype=np.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Sequence
 
 import matplotlib
@@ -26,7 +25,6 @@ from matplotlib.ticker import MaxNLocator
 from fpn_plugin.analysis.visualize.images import InspectedImage
 from fpn_plugin.analysis.visualize.maps import Cell, Row
 from fpn_plugin.analysis.visualize.objects import (
-    MOST_LABELS,
     ImageObject,
     draw_objects,
     objects_of_annotations,
@@ -42,7 +40,6 @@ _UNKNOWN_COLOUR, _TRUTH_COLOUR = "#c9d1d9", "#ffffff"
 _INK, _SOFT, _LINE = "#1d2733", "#5b6875", "#d9dfe6"
 _TITLE_SIZE, _TEXT_SIZE, _SMALL_SIZE = 10.0, 8.0, 7.0  # in points
 _FONT = "DejaVu Sans"
-_DPI = 130
 
 _WIDTH, _MARGIN = 12.0, 0.15
 _MOST_PHOTO_WIDTH, _MOST_PHOTO_HEIGHT = 5.6, 4.6
@@ -114,7 +111,7 @@ def draw_image(
     room = (_WIDTH - _LEAST_HISTOGRAM_WIDTH - 0.8) / photos - 2 * _MARGIN
     photo_width = min(room, _MOST_PHOTO_HEIGHT * width / height, _MOST_PHOTO_WIDTH)
     top = max(photo_width * height / width, _LEAST_TOP_HEIGHT)
-    with matplotlib.rc_context({"font.family": _FONT, "figure.dpi": _DPI}):
+    with matplotlib.rc_context({"font.family": _FONT}):
         figure = Figure(figsize=(_WIDTH, grid.total + top + 0.95), facecolor="white")
         FigureCanvasAgg(figure)
         _draw_top(figure, image, objects, photo_width, (grid.total + 0.4, top), score)
@@ -123,11 +120,6 @@ def draw_image(
         x, y = _LEFT / _WIDTH, (grid.total + 0.03) / figure.get_figheight()
         figure.text(x, y, text, fontsize=_TEXT_SIZE, color=_SOFT)
     return figure
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure; the folder exists."""
-    figure.savefig(path, dpi=_DPI)
 
 
 def as_pixels(figure: Figure, dpi: int) -> np.ndarray:
@@ -157,11 +149,8 @@ def _draw_top(
         return figure.add_axes((left / width, below / height, wide / width, high / height))
 
     def draw_photo(shown: Sequence[ImageObject], colours: Sequence[str], text: str) -> Axes:
-        photo = image.pixels
-        axes = add_axes(photo_width, photo_width * photo.shape[0] / photo.shape[1])
-        scale = photo_width * _DPI / photo.shape[1]  # a pixel of the file for each that is drawn
-        axes.imshow(draw_objects(photo, shown, colours, scale, len(shown) <= MOST_LABELS))
-        axes.set(xticks=[], yticks=[], aspect="auto")
+        axes = add_axes(photo_width, photo_width * image.pixels.shape[0] / image.pixels.shape[1])
+        draw_objects(axes, image.pixels, shown, colours)
         axes.set_title(text, **title)
         return axes
 
@@ -236,7 +225,7 @@ def draw_histogram(
     octaves = {octave for counter in (*counts.values(), truth) for octave in counter} or {4, 5}
     places = range(min(octaves), max(octaves) + 1)
     edges = [place - 0.5 for place in (*places, places[-1] + 1)]
-    floor = np.zeros(len(places), dtype=int)  # where the next level's bars begin
+    floor: np.ndarray = np.zeros(len(places), dtype=int)  # where the next level's bars begin
     style: dict[str, Any] = {"edgecolor": _INK, "linewidth": 0.5}
     for level, counter in counts.items():
         heights = np.array([counter[place] for place in places])

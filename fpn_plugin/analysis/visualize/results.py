@@ -11,12 +11,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from fpn_plugin.analysis.visualize.images import all_records, class_names, dataset_records
 from fpn_plugin.analysis.visualize.objects import (
@@ -26,8 +28,9 @@ from fpn_plugin.analysis.visualize.objects import (
     objects_of_annotations,
 )
 
-_WIDTH = 800  # pixels of a smaller image's longer side in the picture
-_TITLE_HEIGHT, _GAP = 36, 8  # pixels above each half, and between them
+# in inches: the longer side of each half, what is above it, and between both
+_SIDE, _TITLE_HEIGHT, _GAP = 6.0, 0.27, 0.06
+_LEAST_PIXELS = 800  # of the longer side, if the image has not more
 # bright, because a dark line vanishes on a photo
 _COLOURS = (
     *("#ffd400", "#ff4fa3", "#00d5ff", "#ff7a1a", "#a4ff3c"),
@@ -116,9 +119,9 @@ def draw_results(
     for number, record in enumerate(records, 1):
         detected = [d for d in detections[record["image_id"]] if d["score"] >= score]
         pixels = utils.read_image(record["file_name"], "RGB")
-        picture = draw_pair(pixels, record.get("annotations", []), detected, dataset, score)
+        figure = draw_pair(pixels, record.get("annotations", []), detected, dataset, score)
         paths.append(folder / f"detections_{number}_{Path(record['file_name']).stem}.jpg")
-        picture.save(paths[-1], quality=90)
+        figure.savefig(paths[-1], dpi="figure", pil_kwargs={"quality": 90})
     return paths
 
 
@@ -128,8 +131,8 @@ def draw_pair(
     detections: Sequence[Mapping[str, Any]],
     dataset: str,
     score: float,
-) -> Image.Image:
-    """One picture: the image with its true objects on the left, with the detections on the right.
+) -> Figure:
+    """The image with its true objects on the left, with the detections on the right.
 
     Args:
         pixels: `(H, W, 3)`, RGB, 0 to 255.
@@ -141,27 +144,26 @@ def draw_pair(
     names = class_names([dataset])
     truth = objects_of_annotations(annotations, names)
     detected = objects_of_annotations(detections, names)
-    scale = max(1.0, _WIDTH / max(pixels.shape[:2]))
     labels = max(len(truth), len(detected)) <= MOST_LABELS
-    left, right = (
-        draw_objects(pixels, objects, _colours(objects, dataset), scale, labels)
-        for objects in (truth, detected)
+    height, width = (_SIDE * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
+    size = np.array([2 * width + _GAP, height + _TITLE_HEIGHT])
+    halves = (
+        (0.0, truth, f"ground truth: {len(truth)}"),
+        (width + _GAP, detected, f"detections with score ≥ {score:g}: {len(detected)}"),
     )
-    height, width = left.shape[:2]
-    picture = Image.new("RGB", (2 * width + _GAP, height + _TITLE_HEIGHT), "white")
-    font = ImageFont.truetype(findfont("DejaVu Sans"), 18)
-    titles = (
-        f"ground truth: {len(truth)}",
-        f"detections with score ≥ {score:g}: {len(detected)}",
-    )
-    for half, x, title in ((left, 0, titles[0]), (right, width + _GAP, titles[1])):
-        picture.paste(Image.fromarray(half), (x, _TITLE_HEIGHT))
-        ImageDraw.Draw(picture).text((x + 8, 7), title, fill=(30, 40, 50), font=font)
-    return picture
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        figure = Figure(size, facecolor="white", dpi=max(_LEAST_PIXELS, *pixels.shape) / _SIDE)
+        FigureCanvasAgg(figure)
+        for left, objects, title in halves:
+            axes = figure.add_axes((left / size[0], 0, width / size[0], height / size[1]))
+            axes.spines[:].set_visible(False)
+            axes.set_title(f" {title}", loc="left", fontsize=10, color="#1e2832")
+            draw_objects(axes, pixels, objects, _class_colours(objects, dataset), labels)
+    return figure
 
 
-def _colours(objects: Sequence[ImageObject], dataset: str) -> list[Any]:
+def _class_colours(objects: Sequence[ImageObject], dataset: str) -> list[str]:
     """One per class: the dataset's own, or one of ours."""
     own = MetadataCatalog.get(dataset).get("thing_colors")
-    colours = [tuple(value / 255 for value in rgb) for rgb in own] if own else _COLOURS
+    colours = [to_hex(np.array(rgb) / 255) for rgb in own] if own else _COLOURS
     return [colours[obj.category % len(colours)] for obj in objects]

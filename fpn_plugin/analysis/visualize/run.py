@@ -35,7 +35,6 @@ from fpn_plugin.analysis.visualize.picture import (
     Selection,
     draw_image,
     octave,
-    save_png,
     select_objects,
 )
 from fpn_plugin.analysis.visualize.results import draw_results
@@ -46,6 +45,7 @@ from fpn_plugin.pyramid.pyramid import GraphExecutor
 GRAPH, PAGE, SIZES = "graph.png", "index.html", "sizes.md"
 MISSED = -1  # the level of a true object that no detection matches
 _IOU = 0.5
+_DPI = 130
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _draw_images(
         if files:
             rows = map_rows(detector.model.backbone, image.maps)
             figure = draw_image(image, selections[-1], rows, settings.score)
-            save_png(figure, settings.output / files[number])
+            figure.savefig(settings.output / files[number], dpi=_DPI)
         bar.step(number + 1)
     bar.end()
     return selections

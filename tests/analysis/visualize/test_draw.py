@@ -138,9 +138,6 @@ def test_svg_has_every_name(name: str, tmp_path: Path) -> None:
     texts = {item.text for item in ElementTree.parse(path).iter() if item.tag.endswith("}text")}
     names = [*pyramid.graph.inputs, *(item.name for item in pyramid.graph.nodes)]
     assert texts.issuperset([*names, *pyramid.graph.output_names(), "a title"])
-    again = tmp_path / "again.svg"
-    draw_graph(pyramid, again, title="a title")
-    assert again.read_bytes() == path.read_bytes()
 
 
 def test_svg_says_what_happens_on_the_way(tmp_path: Path) -> None:
@@ -186,6 +183,7 @@ def test_nothing_learned_draws_as_before(tmp_path: Path) -> None:
     backbone = toy_backbone()
     draw_graph(backbone, tmp_path / "a.svg", weights=fusion_weights(backbone))
     draw_graph(backbone, tmp_path / "b.svg")
+    # and the same graph always gives the same bytes
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 

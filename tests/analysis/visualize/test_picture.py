@@ -101,15 +101,16 @@ def test_masks_and_boxes_have_their_objects_colour() -> None:
     assert polygon.label == "b" and polygon.box == (0, 0, 20, 20)
     filled = np.zeros((40, 50), dtype=bool)
     filled[10:30, 10:30] = True
-    points = np.array([[40.0, 35.0]])
-    bitmap = ImageObject(polygon.box, mask=filled, points=points)
+    bitmap = ImageObject(polygon.box, mask=filled, points=np.array([[40.0, 35.0]]))
     for obj in (polygon, bitmap):
-        picture = draw_objects(np.zeros((40, 50, 3)), [obj], ["#ff0000"], 2.0, labels=False)
-        assert picture.shape == (80, 100, 3) and not picture[:, :, 1:].any()
-        red = picture[:, :, 0]
-        assert red[50, 50] == pytest.approx(0.35 * 255, abs=2), "the mask"
-        assert red[0, 20] > 150, "the box"
-        assert not red[50, 70] and (red[70, 80] == 255) == (obj is bitmap), "the point"
+        axes = Figure().add_subplot()
+        draw_objects(axes, np.zeros((40, 50, 3)), [obj], ["#ff0000"], labels=obj is polygon)
+        picture = axes.images[0].get_array()
+        assert picture[20, 20].tolist() == pytest.approx([0.4, 0, 0])
+        assert abs((picture[:, :, 0] > 0).sum() - 400) < 50 and not picture[:, :, 1:].any()
+        assert axes.collections[-1].get_edgecolor().tolist() == [[1, 0, 0, 1]]
+        assert [text.get_text() for text in axes.texts] == (["b"] if obj is polygon else [])
+    assert axes.lines[0].get_xydata().tolist() == [[40, 35]]
     assert level_colour(2) != level_colour(3) and level_colour(11) != level_colour(None)
 
 
@@ -127,8 +128,9 @@ def test_cells_fit() -> None:
     assert grid.levels == [2, 7] and grid.rows == 2 and grid.height <= 2.6 + 1e-9
 
 
-@pytest.mark.parametrize("size", [(72, 100), (200, 20), (20, 200)])
-@pytest.mark.parametrize("truth", [None, TRUTH])
+@pytest.mark.parametrize(
+    "size, truth", [((72, 100), TRUTH), ((72, 100), None), ((200, 20), TRUTH), ((20, 200), TRUTH)]
+)
 def test_figures(size: tuple[int, int], truth: Any) -> None:
     backbone, seen = inspected(size, truth=truth, zoom=2)
     rows = map_rows(backbone, seen.maps)

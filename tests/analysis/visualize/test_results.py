@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.utils.visualizer import Visualizer
 from helpers import own_datasets
+from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as rle
 
@@ -94,9 +94,9 @@ def test_the_tool_on_own_data(
 def test_threshold(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    def record(image: Any, truth: Any, found: Any, dataset: str, score: float) -> Image.Image:
-        drawn.append((len(truth), [item["category_id"] for item in found], score))
-        return Image.new("RGB", (4, 4))
+    def record(image: Any, truth: Any, detected: Any, dataset: str, score: float) -> Figure:
+        drawn.append((len(truth), [item["category_id"] for item in detected], score))
+        return Figure((1, 1))
 
     monkeypatch.setattr(module, "draw_pair", record)
     draw_results(folder / "results.json", NAME, tmp_path, num=9, score=0.5)
@@ -106,34 +106,28 @@ def test_threshold(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert drawn[0] == (2, [0, 0], 0.1)
 
 
-def test_boxes_and_masks_are_drawn(folder: Path) -> None:
+def test_boxes_and_masks_are_drawn_on_their_side(folder: Path) -> None:
     annotation = DatasetCatalog.get(NAME)[0]["annotations"][0]
     photo: np.ndarray = np.full((60, 90, 3), 40, dtype=np.uint8)
-    masked = draw_pair(photo, [annotation], [], NAME, 0.5)
-    half = masked.width // 2
-    left, right = (
-        np.asarray(masked.crop(box)) for box in ((0, 40, half, 400), (half, 40, 2 * half, 400))
-    )
-    inside = left[200, 200].astype(int)  # pixel (22, 18) of the photo, in the square
-    assert abs(inside - 40).max() > 30, "no mask"
-    assert abs(right[200, 200].astype(int) - 40).max() <= 2, "a box that nobody gave"
-    box = {key: value for key, value in annotation.items() if key != "segmentation"}
-    only_box = np.asarray(draw_pair(photo, [], [box], NAME, 0.5).crop((half, 40, 2 * half, 400)))
-    assert abs(only_box[200, 200].astype(int) - 40).max() <= 2
-    assert abs(only_box.astype(int) - 40).max() > 100, "no box"
+    figure = draw_pair(photo, [annotation], [{**annotation, "score": 0.7}] * 2, NAME, 0.5)
+    left, right = figure.axes
+    titles = [axes.get_title(loc="left").strip() for axes in figure.axes]
+    assert titles == ["ground truth: 1", "detections with score ≥ 0.5: 2"]
+    assert [text.get_text() for text in left.texts] == ["dog"]
+    assert [text.get_text() for text in right.texts] == ["dog 70%"] * 2
+    for axes in figure.axes:
+        picture = axes.images[0].get_array() * 255
+        assert abs(picture[25, 25] - 40).max() > 30 and abs(picture[50, 80] - 40).max() < 1
+        assert len(axes.collections[-1].get_paths()) == len(axes.texts)
 
 
-def test_crowds_are_boxes_without_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts: list[str] = []
-    monkeypatch.setattr(Visualizer, "draw_text", lambda self, text, *_, **__: texts.append(text))
+@pytest.mark.parametrize("count", [15, 16])
+def test_crowds_are_boxes_without_text(folder: Path, count: int) -> None:
     photo: np.ndarray = np.zeros((60, 90, 3), dtype=np.uint8)
     DatasetCatalog.get(NAME)  # which has the metadata filled in
     detection = {**result(10), "category_id": 0, "bbox_mode": 1}
-    draw_pair(photo, [], [detection] * 15, NAME, 0.5)
-    assert texts == ["cat 90%"] * 15
-    texts.clear()
-    draw_pair(photo, [], [detection] * 16, NAME, 0.5)
-    assert not texts
+    figure = draw_pair(photo, [detection], [detection] * count, NAME, 0.5)
+    assert [len(axes.texts) for axes in figure.axes] == ([1, 15] if count == 15 else [0, 0])
 
 
 def test_rle_masks_of_the_evaluator(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 import scene_data
 import torch
 from browser import inspect
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
