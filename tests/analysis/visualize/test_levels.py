@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
@@ -21,20 +20,13 @@ from fpn_plugin.heads import auto
 RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 SMALL: tuple[Any, ...] = (
     *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-    *(
-        "MODEL.FPN.OUT_CHANNELS",
-        32,
-        "MODEL.ROI_BOX_HEAD.FC_DIM",
-        16,
-        "MODEL.RETINANET.NUM_CONVS",
-        1,
-    ),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CLASSES", 3),
-    *("MODEL.FCOS.NUM_CLASSES", 3, "MODEL.FCOS.NUM_CONVS", 1, "MODEL.PIXEL_STD", [58.0] * 3),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
-    *("MODEL.FCOS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", 40),
-    *("MODEL.FCOS.TOPK_CANDIDATES_TEST", 40, "MODEL.BACKBONE.FREEZE_AT", 0),
-    *("MODEL.RESNETS.NORM", "BN", "MODEL.RPN.POST_NMS_TOPK_TEST", 30),
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.PIXEL_STD", [58.0] * 3),
+    *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 30),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.RETINANET.NUM_CONVS", 1),
+    *("MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+    *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 40, "MODEL.FCOS.TOPK_CANDIDATES_TEST", 40),
+    *("MODEL.FCOS.NUM_CLASSES", 3, "MODEL.FCOS.NUM_CONVS", 1, "MODEL.FCOS.SCORE_THRESH_TEST", 0.0),
 )
 CASCADE = (
     *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
@@ -57,17 +49,13 @@ SIDES = {20: 2, 80: 2, 111: 2, 113: 3, 200: 3, 223: 3, 225: 4, 300: 4, 447: 4, 4
 
 def make(name: str) -> Any:
     path, overrides = MODELS[name]
-    model = build_model(small_config(path, *overrides)).eval()
+    cfg = zoo_config(path, *SMALL, *overrides)
+    auto.resolve_heads(cfg)
+    model = build_model(cfg).eval()
     for module in model.modules():  # so that boxes move and scores differ
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.05)
     return model
-
-
-def small_config(path: str, *overrides: Any) -> CfgNode:
-    cfg = zoo_config(path, *SMALL, *overrides)
-    auto.resolve_heads(cfg)
-    return cfg
 
 
 def image(side: int = 160) -> dict[str, Tensor]:
@@ -91,8 +79,7 @@ def test_recording_changes_nothing_and_leaves_nothing(name: str) -> None:
     assert torch.equal(plain.pred_boxes.tensor, recorded.pred_boxes.tensor)
     assert torch.equal(plain.scores, recorded.scores)
     assert before == [set(vars(module)) for module in model.modules()]
-    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
-    assert not any(item for pair in hooks for item in pair)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     strides = {shape.stride for shape in model.backbone.output_shape().values()}
     assert {2 ** int(level) for level in recorded.get(FIELD)} <= strides
     assert name != "c4" or set(recorded.get(FIELD).tolist()) == {4}
@@ -106,11 +93,11 @@ class Proposals(nn.Module):
         self.boxes = boxes
 
     def forward(self, images: Any, features: Any, targets: Any) -> tuple[list[Instances], dict]:
-        found = []
+        proposals = []
         for size, boxes in zip(images.image_sizes, self.boxes):
-            found.append(Instances(size, proposal_boxes=Boxes(boxes.clone())))
-            found[-1].objectness_logits = torch.zeros(len(boxes))
-        return found, {}
+            proposals.append(Instances(size, proposal_boxes=Boxes(boxes.clone())))
+            proposals[-1].objectness_logits = torch.zeros(len(boxes))
+        return proposals, {}
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -129,8 +116,8 @@ def test_two_stage_levels_by_hand(fast: bool) -> None:
     with record_levels(model):
         results = detect(model, image(576), image(576))
     assert len(results[0]) > len(sides)
-    for found, given in zip(results, (first, first.flip(0)[:4])):
-        for box, level in zip(found.pred_boxes.tensor, found.get(FIELD)):
+    for detections, given in zip(results, (first, first.flip(0)[:4])):
+        for box, level in zip(detections.pred_boxes.tensor, detections.get(FIELD)):
             assert (given - box).abs().sum(dim=1).min() < 1e-2
             side = sides[int((first - box).abs().sum(dim=1).argmin())]
             assert int(level) == SIDES[side]
@@ -148,10 +135,10 @@ def test_a_cascades_level_is_its_last_stages() -> None:
         weights = torch.tensor(predictor.box2box_transform.weights)
         predictor.bbox_pred.bias.data = grow * weights * (stage < 2)
     with record_levels(model):
-        found = detect(model, image(576))[0]
+        detections = detect(model, image(576))[0]
     # 30 -> 120 and 80 -> 300 (at the image's border); the proposals themselves are of level 2
-    sides = found.pred_boxes.area().sqrt().round().long().tolist()
-    assert set(zip(sides, found.get(FIELD).tolist())) == {(120, 3), (300, 4)}
+    sides = detections.pred_boxes.area().sqrt().round().long().tolist()
+    assert set(zip(sides, detections.get(FIELD).tolist())) == {(120, 3), (300, 4)}
 
 
 @pytest.mark.parametrize("name", ["retinanet", "fcos"])
@@ -170,8 +157,8 @@ def test_dense_levels_by_silencing_all_others(name: str) -> None:
 
         model.head.forward = only
         with record_levels(model):
-            found = detect(model, picture)[0]
-        sure = found[found.scores > 1e-6]
+            detections = detect(model, picture)[0]
+        sure = detections[detections.scores > 1e-6]
         assert len(sure) and set(sure.get(FIELD).tolist()) == {int(feature[1:])}
 
 
@@ -191,9 +178,9 @@ def test_boxes_that_are_not_finite() -> None:
 
     predictor.predict_probs = broken
     with record_levels(model):
-        found = detect(model, image(576))[0]
-    sizes = found.pred_boxes.area().sqrt().round().long().tolist()
-    assert set(zip(sizes, found.get(FIELD).tolist())) == {(20, 2), (240, 4)}
+        detections = detect(model, image(576))[0]
+    sizes = detections.pred_boxes.area().sqrt().round().long().tolist()
+    assert set(zip(sizes, detections.get(FIELD).tolist())) == {(20, 2), (240, 4)}
     assert predictor.predict_probs is broken
 
 
