@@ -1,6 +1,6 @@
-"""A real browser without a window: what a page looks like, and what became of its document.
+"""A headless browser: what a page looks like, and how large it and its pictures are.
 
-Chromium or Chrome is looked for on the PATH, or named by FPN_PLUGIN_BROWSER. Where there is none,
+Chromium or Chrome on the PATH, or what FPN_PLUGIN_BROWSER names. Where there is none,
 tests are skipped, unless FPN_PLUGIN_NEEDS_BROWSER is set: then they fail.
 """
 
@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,18 +25,18 @@ _FLAGS = (
     *("--disable-sync", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-_TIMEOUT = 120  # seconds; a busy machine takes a few for a page
-# what a page may load: nothing but what it carries itself; the rest is told on the console
+_TIMEOUT = 120  # seconds; a page takes a few on a busy machine
+# a page may load nothing but what it carries itself; the console reports what else it asks for
 _POLICY = (
     '<meta http-equiv="Content-Security-Policy"'
     " content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
 )
 _PROBE = """<!doctype html><meta charset="utf-8"><body style="margin:0">
 <iframe id="f" style="border:0;width:%dpx;height:2000px" srcdoc="%s"></iframe>
-<pre id="found"></pre><script>
+<pre id="sizes"></pre><script>
 document.getElementById("f").onload = (event) => {
   const page = event.target.contentDocument, root = page.documentElement;
-  document.getElementById("found").textContent = JSON.stringify({
+  document.getElementById("sizes").textContent = JSON.stringify({
     width: root.clientWidth, needed: root.scrollWidth, height: root.scrollHeight,
     images: [...page.images].map((image) => image.complete ? image.naturalWidth : 0),
     drawings: [...page.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().width)});
@@ -47,16 +46,16 @@ document.getElementById("f").onload = (event) => {
 
 @dataclass(frozen=True)
 class Inspection:
-    """What became of a page in a frame of a given width.
+    """The layout of a page in a frame of a given width, in pixels.
 
     Attributes:
-        width: of the frame in pixels.
+        width: of the frame.
         needed: the width that the page takes; more than `width` scrolls sideways.
         height: that the page takes.
         images: the width of each picture in its own pixels, 0 where it did not load.
         drawings: the width that each inline SVG takes.
-        complaints: what the console told: scripts' errors, and whatever the page asked for that
-            it does not carry itself, which is refused.
+        complaints: lines of the console: scripts' errors, and what the page asked for that it
+            does not carry itself, which is refused.
     """
 
     width: int
@@ -69,15 +68,14 @@ class Inspection:
 
 def browser() -> str:
     """The browser's path; skips the test, or fails it, where there is none."""
-    named = os.environ.get("FPN_PLUGIN_BROWSER", "")
-    found = named or next(filter(None, map(shutil.which, NAMES)), "")
-    if not found:
+    path = os.environ.get("FPN_PLUGIN_BROWSER") or next(filter(None, map(shutil.which, NAMES)), "")
+    if not path:
         text = f"no browser is installed (looked for {', '.join(NAMES)})"
         if os.environ.get("FPN_PLUGIN_NEEDS_BROWSER"):
             pytest.fail(f"{text}, and FPN_PLUGIN_NEEDS_BROWSER is set")
         # Pages are also checked without one, as text; CI has one, or says so, and may not skip.
         pytest.skip(f"{text}: apt-get install chromium")
-    return found
+    return path
 
 
 def screenshot(page: Path, out: Path, width: int, height: int, dark: bool = False) -> None:
@@ -89,12 +87,6 @@ def screenshot(page: Path, out: Path, width: int, height: int, dark: bool = Fals
     _run(page, *flags, f"--screenshot={out}", f"--window-size={width},{height}")
 
 
-def dump_dom(page: Path, width: int = 1200, height: int = 2000) -> tuple[str, list[str]]:
-    """The document as HTML after its scripts ran, and what the console told."""
-    done = _run(page, "--dump-dom", "--virtual-time-budget=5000", f"--window-size={width},{height}")
-    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-
-
 def inspect(page: Path, width: int) -> Inspection:
     """Load a page in a frame of `width` pixels, with everything refused that it does not carry."""
     text = re.sub("<head>", lambda match: match[0] + _POLICY, page.read_text(), count=1)
@@ -102,11 +94,12 @@ def inspect(page: Path, width: int) -> Inspection:
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.html")
         probe.write_text(_PROBE % (width, html.escape(text)), encoding="utf-8")
-        document, complaints = dump_dom(probe)
-    match = re.search(r'<pre id="found">(.+?)</pre>', document, re.DOTALL)
-    assert match, f"{page} did not load: {complaints}"
-    found: dict[str, Any] = json.loads(html.unescape(match[1]))
-    return Inspection(**found, complaints=complaints)
+        flags = ("--dump-dom", "--virtual-time-budget=5000", "--window-size=1200,2000")
+        result = _run(probe, *flags)
+    console = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
+    match = re.search(r'<pre id="sizes">(.+?)</pre>', result.stdout, re.DOTALL)
+    assert match, f"{page} did not load: {console}"
+    return Inspection(**json.loads(html.unescape(match[1])), complaints=console)
 
 
 def _run(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:

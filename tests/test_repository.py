@@ -13,7 +13,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 
-from fpn_plugin import add_fpn_config, yaml_files
+from fpn_plugin import add_fpn_config, resolve_config, yaml_files
 from fpn_plugin.analysis.study import study_file
 from fpn_plugin.config.files import merge_config_file
 from fpn_plugin.pyramid.topologies import TOPOLOGIES

@@ -20,8 +20,8 @@ import sys  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from fpn_plugin.analysis.pictures import draw_dataset  # noqa: E402
 from fpn_plugin.analysis.progress import follow, summary  # noqa: E402
+from fpn_plugin.analysis.visualize.results import draw_results  # noqa: E402
 from fpn_plugin.engine.run_folder import claim_demo_dir  # noqa: E402
 from fpn_plugin.paths import dataset_root  # noqa: E402
 
@@ -66,7 +66,7 @@ def main() -> None:
     print(f"Training {config.relative_to(ROOT)}", *flags, flush=True)
     train(config, flags, args.output, args.opts)
     results = args.output / "inference" / "coco_instances_results.json"
-    pictures = draw_dataset(results, f"{args.demo}_val", args.output / "pictures")
+    pictures = draw_results(results, f"{args.demo}_val", args.output / "pictures")
     metrics = (args.output / "metrics.json").read_text().splitlines()
     print(summary(json.loads(metrics[-1])))
     print("Pictures:", *pictures, sep="\n  ")

@@ -19,11 +19,7 @@ from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_backbone  # noqa: E402
 
 from fpn_plugin import PyramidBackbone  # noqa: E402
-from fpn_plugin.analysis.complexity import measure  # noqa: E402
-from fpn_plugin.analysis.draw import check_extension, draw_graph  # noqa: E402
-from fpn_plugin.analysis.fusion_weights import fusion_weights  # noqa: E402
-from fpn_plugin.analysis.fusion_weights import fusion_table, load_backbone  # noqa: E402
-from fpn_plugin.analysis.table import node_table, settings_text, totals_text  # noqa: E402
+from fpn_plugin.analysis.visualize import complexity, draw, fusion_weights  # noqa: E402
 from fpn_plugin.config import extra_levels_for  # noqa: E402
 from fpn_plugin.config import load_config  # noqa: E402
 from fpn_plugin.config.heads import head_features  # noqa: E402
@@ -57,12 +53,11 @@ def build(cfg: CfgNode) -> PyramidBackbone:
 def main() -> None:
     args = parse_args()
     if args.draw:
-        check_extension(args.draw)
+        draw.check_extension(args.draw)
     cfg = load_config(args)
     backbone = build(cfg)
     if args.weights:
-        load_backbone(backbone, args.weights)
-    complexity = measure(backbone, tuple(args.size))
+        fusion_weights.load_backbone(backbone, args.weights)
     fpn = cfg.MODEL.FPN
     repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
     topology = "MODEL.FPN.GRAPH (inline)" if fpn.GRAPH else f"{fpn.TOPOLOGY}{repeats}"
@@ -72,12 +67,16 @@ def main() -> None:
         "extra levels": extra_levels_for(cfg),
         **({"starts as": fpn.WARM_START_FROM.get("TOPOLOGY", "fpn")} if fpn.WARM_START else {}),
     }
-    print(settings_text(backbone, names), node_table(backbone, complexity), sep="\n\n")
-    print("", totals_text(complexity, head_features(cfg)), sep="\n")
+    costs = complexity.measure(backbone, tuple(args.size))
+    print(complexity.settings_text(backbone, names), "", sep="\n")
+    print(complexity.node_table(backbone, costs), "", sep="\n")
+    print(complexity.totals_text(costs, head_features(cfg)))
     if args.weights:
-        print(f"\nfusion weights of {args.weights}", "", fusion_table(backbone), sep="\n")
+        table = fusion_weights.fusion_table(backbone)
+        print(f"\nfusion weights of {args.weights}", "", table, sep="\n")
     if args.draw:
-        draw_graph(backbone, args.draw, weights=fusion_weights(backbone) if args.weights else {})
+        weights = fusion_weights.fusion_weights(backbone) if args.weights else {}
+        draw.draw_graph(backbone, args.draw, weights=weights)
         print(f"\nthe graph is drawn in {args.draw}")
 
 

@@ -6,9 +6,12 @@ with the fusion weights that it has learned.
 visualize.py --config-file F --weights W --input photo.jpg folder/ 'more/*.png' --output DIR --html
 visualize.py --config-file F --weights W --dataset trees_val --num 4 --output DIR
 visualize.py --config-file F --weights W --dataset trees_val --num 99 --output DIR --sizes-only
+visualize.py --results R/inference/coco_instances_results.json --dataset trees_val --output DIR
 
 The truth is drawn where it is known: with --dataset, and for an --input that is a file of a dataset
-in DATASETS.TEST. Models run uncompiled and in full precision.
+in DATASETS.TEST. Models run uncompiled and in full precision. With --results no model runs: the
+truth is drawn beside the detections that an evaluation wrote; --config-file is then only needed for
+your own data (own_train, own_val), to say where they are.
 """
 
 import os
@@ -33,12 +36,14 @@ def parse_args() -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="of the model")
+    add("--config-file", default="", metavar="FILE", help="of the model")
     add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     source = parser.add_mutually_exclusive_group(required=True)
     text = "images, folders or patterns"
     source.add_argument("--input", nargs="+", default=(), dest="inputs", help=text)
     source.add_argument("--dataset", default="", metavar="NAME", help="a registered dataset")
+    text = "an evaluation's coco_instances_results.json on --dataset: draw these detections"
+    add("--results", default="", metavar="FILE", help=text)
     add("--num", type=int, default=4, help="images of --dataset, at most (default: 4)")
     add("--output", required=True, type=Path, metavar="DIR", help="where the pictures go")
     add("--html", action="store_true", help="also write one page with all: DIR/index.html")
@@ -49,7 +54,14 @@ def parse_args() -> argparse.Namespace:
     add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     # intermixed: overrides may stand after other arguments
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if not args.results and not args.config_file:
+        parser.error("the following arguments are required: --config-file")
+    if args.results and not args.dataset:
+        parser.error("--results: give the --dataset that they are of")
+    if args.results and (args.weights or args.html or not args.pictures):
+        parser.error("--results: no model runs, so leave out --weights, --html and --sizes-only")
+    return args
 
 
 def main() -> None:

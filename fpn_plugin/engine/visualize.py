@@ -12,11 +12,16 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-from fpn_plugin.analysis.fusion_weights import FusionWeights, fusion_weights
-from fpn_plugin.analysis.visualize.images import class_names, dataset_records
-from fpn_plugin.analysis.visualize.look import Mapper, Record, look
-from fpn_plugin.analysis.visualize.picture import as_pixels, choose, draw_image
-from fpn_plugin.analysis.visualize.rows import rows_of
+from fpn_plugin.analysis.visualize.detector import Mapper
+from fpn_plugin.analysis.visualize.fusion_weights import FusionWeights, fusion_weights
+from fpn_plugin.analysis.visualize.images import (
+    Record,
+    class_names,
+    dataset_records,
+    inspect_image,
+)
+from fpn_plugin.analysis.visualize.maps import map_rows
+from fpn_plugin.analysis.visualize.picture import as_pixels, draw_image, select_objects
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedNode
 
@@ -104,9 +109,9 @@ class VisualizeHook(HookBase):
 
     def _draw(self, record: Record) -> Any:
         """The figure as `(3, H, W)`, 0 to 255."""
-        seen = look(self.model, self.mapper, record)
-        shown = choose(seen, self.names, SCORE)
-        figure = draw_image(seen, shown, rows_of(self.pyramid, seen.maps), SCORE)
+        image = inspect_image(self.model, self.mapper, record)
+        objects = select_objects(image, self.names, SCORE)
+        figure = draw_image(image, objects, map_rows(self.pyramid, image.maps), SCORE)
         return as_pixels(figure, _DPI).transpose(2, 0, 1)
 
 
@@ -153,10 +158,7 @@ def _parameters(pyramid: GraphExecutor, step: ResolvedNode) -> list[nn.Parameter
 def named_weights(item: FusionWeights) -> dict[str, float]:
     """A fusion's weights by input, the mean over the channels if there are many; none if none are
     learned. An input that comes twice is told apart by its number."""
-    if item.weights is None:
-        return {}
-    values = item.weights.reshape(len(item.inputs), -1).mean(dim=1).tolist()
     found: dict[str, float] = {}
-    for number, (name, value) in enumerate(zip(item.inputs, values)):
+    for number, (name, value) in enumerate(zip(item.inputs, item.means())):
         found[name if item.inputs.count(name) == 1 else f"{name}_{number}"] = value
     return found

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.analysis.report.table import Table
+from fpn_plugin.analysis.report.tables import Table
 from fpn_plugin.analysis.visualize.detector import read_config
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.run import Settings, export, json_path

@@ -18,7 +18,7 @@ from test_resume import assert_same
 from tiny import VAL, tiny_config
 from torch import nn
 
-from fpn_plugin.analysis.fusion_weights import FusionWeights, fusion_weights
+from fpn_plugin.analysis.visualize.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.engine.rng import seed_all
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.visualize import VisualizeHook, _AfterBackward, gradient_norms, named_weights

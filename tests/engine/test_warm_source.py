@@ -144,7 +144,7 @@ def test_the_source_may_be_gone_once_the_run_is_there(trained: Path, tmp_path: P
         again = run_setup("--config-file", record, *more, *DATA)
         assert again.MODEL.FPN.WARM_START_FROM == cfg.MODEL.FPN.WARM_START_FROM
     assert again.MODEL.WEIGHTS == own
-    # as tools/draw_detections.py reads it, for its data
+    # as tools/visualize.py --results reads it, for its data
     given = Namespace(config_file=record, opts=["MODEL.WEIGHTS", ""])
     assert load_config(given).MODEL.FPN.WARM_START_FROM == cfg.MODEL.FPN.WARM_START_FROM
 

@@ -13,7 +13,7 @@ from fpn_plugin.analysis.benchmark.inputs import Inputs
 from fpn_plugin.analysis.benchmark.memory import peak_bytes
 from fpn_plugin.analysis.benchmark.neck import below_name
 from fpn_plugin.analysis.benchmark.subjects import neck_subject
-from fpn_plugin.analysis.complexity import count_parameters, totals
+from fpn_plugin.analysis.visualize.complexity import count_parameters, totals
 
 COUNTS = (
     "model_parameters",

@@ -18,7 +18,7 @@ from fpn_plugin.analysis.benchmark.subjects import (
     forward_subject,
     given_maps,
 )
-from fpn_plugin.analysis.complexity import count_parameters, padded_size
+from fpn_plugin.analysis.visualize.complexity import count_parameters, padded_size
 from fpn_plugin.modeling.backbone import PyramidBackbone
 
 _WITH_PEERS = {"neck": forward_subject, "neck_train": backward_subject}

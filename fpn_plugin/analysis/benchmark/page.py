@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from fpn_plugin.analysis.report.page import html_figure, html_page, html_table, paragraph
-from fpn_plugin.analysis.report.table import Table
+from fpn_plugin.analysis.report.tables import Table
 
 
 def page(report: Mapping[str, Any], tables: Sequence[Table], pictures: Mapping[str, Path]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Mapping
 
 from matplotlib.figure import Figure
 
-from fpn_plugin.analysis.report.figure import COLOURS, new_figure, save
+from fpn_plugin.analysis.report.figures import COLOURS, new_figure, save
 
 
 def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, Path]:

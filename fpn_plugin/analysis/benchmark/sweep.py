@@ -19,7 +19,7 @@ from fpn_plugin.analysis.benchmark.inputs import Inputs
 from fpn_plugin.analysis.benchmark.memory import peak_bytes
 from fpn_plugin.analysis.benchmark.subjects import Subject, neck_subject
 from fpn_plugin.analysis.benchmark.timing import Plan, race
-from fpn_plugin.analysis.complexity import padded_size, totals
+from fpn_plugin.analysis.visualize.complexity import padded_size, totals
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.topologies import INNER_LEVELS
 

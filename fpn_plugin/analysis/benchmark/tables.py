@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from fpn_plugin.analysis.report.table import Table
+from fpn_plugin.analysis.report.tables import Table
 
 TITLES = {
     "neck": "The pyramid alone: inference",

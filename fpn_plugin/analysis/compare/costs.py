@@ -15,9 +15,9 @@ from fpn_plugin.analysis.benchmark.contestants import find_baseline
 from fpn_plugin.analysis.benchmark.neck import find_below
 from fpn_plugin.analysis.benchmark.runs import model_differences
 from fpn_plugin.analysis.compare.groups import Group
-from fpn_plugin.analysis.complexity import count_parameters, totals
-from fpn_plugin.config import load_config
+from fpn_plugin.analysis.visualize.complexity import count_parameters, totals
 from fpn_plugin.engine.run_record import CONFIG, recorded_config
+from fpn_plugin.engine.setup import load_config
 
 SIZE = (800, 1344)
 BENCHMARK = "--benchmark"

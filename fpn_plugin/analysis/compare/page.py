@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from fpn_plugin.analysis.compare.plots import colour
 from fpn_plugin.analysis.compare.summary import WHAT
 from fpn_plugin.analysis.compare.tables import number
-from fpn_plugin.analysis.report.page import html_page, html_table, paragraph
-from fpn_plugin.analysis.report.table import Table
-from fpn_plugin.analysis.report.vector import html_svg
+from fpn_plugin.analysis.report.page import html_page, html_svg, html_table, paragraph
+from fpn_plugin.analysis.report.tables import Table
 
 _STYLE = """
 .lead { font-size: 1.2rem; line-height: 1.45; color: var(--text); max-width: 58rem }

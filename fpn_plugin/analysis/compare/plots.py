@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpn_plugin.analysis.compare.summary import WHAT
-from fpn_plugin.analysis.report.figure import COLOURS, new_figure
+from fpn_plugin.analysis.report.figures import COLOURS, new_figure
 
 # for studies, which have many configs
 _COLOURS = (*COLOURS, "#d45fa8", "#17a2b8", "#8c6d3f", "#9fb02e", "#4f4fd0", "#e4572e")

@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping, Sequence
 from fpn_plugin.analysis.compare.groups import text_of
 from fpn_plugin.analysis.compare.scores import METRICS
 from fpn_plugin.analysis.compare.summary import WHAT
-from fpn_plugin.analysis.report.table import Table
+from fpn_plugin.analysis.report.tables import Table
 
 _HEADS = dict(zip(METRICS, ("AP", "AP50", "AP75", "small", "medium", "large")))
 NONE = "–"

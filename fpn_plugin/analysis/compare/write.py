@@ -11,8 +11,7 @@ from typing import Any, Mapping, Sequence
 from fpn_plugin.analysis.compare.page import page, title
 from fpn_plugin.analysis.compare.plots import draw_all
 from fpn_plugin.analysis.compare.tables import tables
-from fpn_plugin.analysis.report.figure import save
-from fpn_plugin.analysis.report.vector import page_look
+from fpn_plugin.analysis.report.figures import page_style, save
 
 JSON, MARKDOWN, HTML = "compare.json", "compare.md", "compare.html"
 RUNS, GROUPS = "runs.csv", "configs.csv"
@@ -34,7 +33,7 @@ def write_comparison(report: Mapping[str, Any], folder: str) -> Path:
     lines = [f"# {title(report)}", "", report["summary"], "", *_messages(report)]
     for table in found:
         lines += [f"## {table.title}", "", table.text("github"), "", table.note, ""]
-    with page_look():
+    with page_style():
         pictures = draw_all(report)
         (root / HTML).write_text(page(report, found, pictures), encoding="utf-8")
         for name, (heading, figure) in pictures.items():

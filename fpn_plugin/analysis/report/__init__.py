@@ -1,1 +1,1 @@
-"""What the reports share: tables, pages, pictures, progress bars."""
+"""What the reports share: tables, pages, figures, progress bars."""

@@ -1,2 +1,1 @@
-"""What a trained detector sees: detections by level, heat maps, fusion weights; one picture per
-image."""
+"""Pictures of pyramids and of what detectors make of images; costs, levels, fusion weights."""

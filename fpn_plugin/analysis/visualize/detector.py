@@ -1,4 +1,4 @@
-"""A config and a checkpoint as a detector to look into."""
+"""A config and a checkpoint as a detector in evaluation mode."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.modeling import build_model
 from torch import nn
 
-from fpn_plugin.analysis.visualize.look import Mapper
-from fpn_plugin.config import load_config
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.checkpoint import Checkpointer
-from fpn_plugin.engine.setup import choose_device
-from fpn_plugin.engine.trainer import Trainer
+from fpn_plugin.engine.setup import choose_device, load_config
+from fpn_plugin.engine.speed import prepare_for_training
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]  # from a record to the model's input
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A trained model, with what makes its inputs.
+    """A trained model, and the mapper of its inputs.
 
     Attributes:
         cfg: its config.
@@ -49,11 +50,11 @@ def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
     cfg = load_config(argparse.Namespace(config_file=path, opts=pairs, eval_only=True))
     register_own(cfg)
     choose_device(cfg)
-    named = cfg.MODEL.WEIGHTS
-    if not named:
+    checkpoint = cfg.MODEL.WEIGHTS
+    if not checkpoint:
         raise ValueError("no weights: name a checkpoint by --weights or MODEL.WEIGHTS")
-    if "://" not in named and not os.path.isfile(named):
-        raise FileNotFoundError(f"--weights (MODEL.WEIGHTS) {named!r}: there is no such file")
+    if "://" not in checkpoint and not os.path.isfile(checkpoint):
+        raise FileNotFoundError(f"--weights (MODEL.WEIGHTS) {checkpoint!r}: there is no such file")
     return cfg
 
 
@@ -63,13 +64,13 @@ def load_detector(
     """Build the model of a config, and load `MODEL.WEIGHTS` into it.
 
     Args:
-        checkpointer: what loads them, given the model.
+        checkpointer: makes the checkpointer that loads them, given the model.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    # the checkpoint has them, and the config says already which pixels go with it
+    # the checkpoint has the bottom-up weights, and the config has the pixel statistics already
     cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
     cfg.MODEL.COMPILE = ""
-    model: nn.Module = Trainer.build_model(cfg).eval()
+    model = prepare_for_training(build_model(cfg), cfg).eval()
     checkpointer(model).load(cfg.MODEL.WEIGHTS)
     return Detector(cfg, model, DatasetMapper(cfg, is_train=False))

@@ -1,4 +1,4 @@
-"""Objects on a photo: boxes, masks if there are any, key points if there are any."""
+"""Objects on a photo, true or detected: boxes, and masks and key points if there are any."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from fpn_plugin.analysis.visualize.style import SMALL
-
-MOST_LABELS = 12  # more texts than this hide the objects
-_ALPHA = 0.4  # of a mask
+MOST_LABELS = 15  # more texts than this hide the objects
+_LABEL_SIZE = 7.0  # in points
+_MASK_ALPHA = 0.4
 
 
 @dataclass(frozen=True)
-class Thing:
+class ImageObject:
     """One object.
 
     Attributes:
         box: x0, y0, x1, y1 in pixels.
-        label: a text on it, or "".
-        mask: `(H, W)` of bool, or None.
-        points: key points `(K, 2)`, or None.
         category: the number of its class, from 0.
+        label: a text on it, or "".
         score: of a detection.
+        mask: polygons or RLE as in COCO's files, or `(H, W)` of bool; None if there is none.
+        points: key points `(K, 2)`, or None.
     """
 
     box: tuple[float, float, float, float]
-    label: str = ""
-    mask: np.ndarray | None = None
-    points: np.ndarray | None = None
     category: int = 0
+    label: str = ""
     score: float = 1.0
+    mask: Any = None
+    points: np.ndarray | None = None
 
     @property
     def size(self) -> float:
@@ -46,82 +45,95 @@ class Thing:
         return float(max(x1 - x0, 0) * max(y1 - y0, 0)) ** 0.5
 
 
-def detected(found: Instances, names: Sequence[str]) -> list[Thing]:
-    """What a model found.
+def objects_of_instances(instances: Instances, names: Sequence[str]) -> list[ImageObject]:
+    """The objects that a model found.
 
     Args:
         names: of the classes; a class without one is called by its number.
     """
-    masks = found.pred_masks.numpy() if found.has("pred_masks") else None
-    points = found.pred_keypoints.numpy() if found.has("pred_keypoints") else None
-    things = []
-    for i, (x0, y0, x1, y1) in enumerate(found.pred_boxes.tensor.tolist()):
-        category, score = int(found.pred_classes[i]), float(found.scores[i])
-        label = f"{_name(category, names)} {100 * score:.0f}%"
-        mask = None if masks is None else masks[i]
-        place = None if points is None else points[i, :, :2]
-        things.append(Thing((x0, y0, x1, y1), label, mask, place, category, score))
-    return things
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
+    points = instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None
+    objects = []
+    for i, (x0, y0, x1, y1) in enumerate(instances.pred_boxes.tensor.tolist()):
+        category, score = int(instances.pred_classes[i]), float(instances.scores[i])
+        objects.append(
+            ImageObject(
+                (x0, y0, x1, y1),
+                category,
+                _label(category, names, score),
+                score,
+                None if masks is None else masks[i],
+                None if points is None else points[i, :, :2],
+            )
+        )
+    return objects
 
 
-def annotated(
-    annotations: Sequence[Mapping[str, Any]], names: Sequence[str], size: tuple[int, int]
-) -> list[Thing]:
-    """What an annotation file says; crowds are left out.
+def objects_of_annotations(
+    annotations: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[ImageObject]:
+    """The objects of Detectron2's annotations, crowds left out; detections if they have a "score".
 
     Args:
-        size: height and width of the image.
+        names: as for :func:`objects_of_instances`.
     """
-    things = []
-    for item in annotations:
-        if item.get("iscrowd"):
+    objects = []
+    for annotation in annotations:
+        if annotation.get("iscrowd"):
             continue
-        x0, y0, x1, y1 = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS)
-        shape = item.get("segmentation")
-        mask = GenericMask(shape, *size).mask.astype(bool) if shape else None
-        label = _name(item["category_id"], names)
-        things.append(Thing((x0, y0, x1, y1), label, mask, category=item["category_id"]))
-    return things
+        x0, y0, x1, y1 = BoxMode.convert(
+            annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
+        )
+        category, score = annotation["category_id"], annotation.get("score")
+        mask = annotation.get("segmentation") or None
+        label = _label(category, names, score)
+        score = 1.0 if score is None else score
+        objects.append(ImageObject((x0, y0, x1, y1), category, label, score, mask))
+    return objects
 
 
-def _name(number: int, names: Sequence[str]) -> str:
-    return names[number] if number < len(names) else f"class {number}"
+def _label(category: int, names: Sequence[str], score: float | None) -> str:
+    name = names[category] if category < len(names) else f"class {category}"
+    return name if score is None else f"{name} {100 * score:.0f}%"
 
 
-def draw_things(
-    axes: Axes, pixels: np.ndarray, things: Sequence[Thing], colours: Sequence[str]
+def draw_objects(
+    axes: Axes,
+    pixels: np.ndarray,
+    objects: Sequence[ImageObject],
+    colours: Sequence[str],
+    labels: bool = True,
 ) -> None:
-    """A photo with objects on it, each in its colour; labels if there are few.
+    """A photo with objects on it, each in its colour.
 
     Args:
-        pixels: `(H, W, 3)`, 0 to 255.
+        pixels: `(H, W, 3)`, RGB, 0 to 255.
+        labels: whether to write them, if there are few.
     """
-    axes.imshow(_with_masks(pixels, things, colours))
-    boxes = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in (t.box for t in things)]
-    # a dark line under a bright one is seen on any photo
-    for width, edges in ((2.4, ["#000000"] * len(boxes)), (1.2, list(colours))):
-        style: dict[str, Any] = {"facecolors": "none", "edgecolors": edges, "linewidths": width}
-        axes.add_collection(PatchCollection(boxes, alpha=0.35 if width > 2 else 1, **style))
-    for thing, colour in zip(things, colours):
-        if thing.points is not None:
-            axes.plot(*thing.points.T, ".", color=colour, markersize=3)
-        if len(things) <= MOST_LABELS and thing.label:
-            _draw_label(axes, thing, colour)
     height, width = pixels.shape[:2]
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-
-
-def _draw_label(axes: Axes, thing: Thing, colour: str) -> None:
-    box: dict[str, Any] = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"}
-    x, y = max(thing.box[0], 0), max(thing.box[1], 0)
-    text: dict[str, Any] = {"fontsize": SMALL, "va": "top", "color": "black", "clip_on": True}
-    axes.text(x, y, thing.label, bbox={**box, "alpha": 0.85}, **text)
-
-
-def _with_masks(pixels: np.ndarray, things: Sequence[Thing], colours: Sequence[str]) -> np.ndarray:
     picture = pixels.astype(np.float32) / 255
-    for thing, colour in zip(things, colours):
-        if thing.mask is not None:
-            inside = thing.mask
-            picture[inside] = (1 - _ALPHA) * picture[inside] + _ALPHA * np.array(to_rgb(colour))
-    return picture
+    for obj, colour in zip(objects, colours):
+        if obj.mask is not None:
+            inside = GenericMask(obj.mask, height, width).mask.astype(bool)
+            picture[inside] = (1 - _MASK_ALPHA) * picture[inside] + _MASK_ALPHA * _rgb(colour)
+    axes.imshow(picture, extent=(0, width, height, 0))  # pixel 0 is from 0 to 1, as in boxes
+    boxes = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in (o.box for o in objects)]
+    # a dark line under a bright one is seen on any photo
+    style: dict[str, Any] = {"facecolors": "none"}
+    axes.add_collection(
+        PatchCollection(boxes, edgecolors="#000000", linewidths=2.4, alpha=0.35, **style)
+    )
+    axes.add_collection(PatchCollection(boxes, edgecolors=list(colours), linewidths=1.2, **style))
+    for obj, colour in zip(objects, colours):
+        if obj.points is not None:
+            axes.plot(*obj.points.T, ".", color=colour, markersize=3)
+        if labels and len(objects) <= MOST_LABELS:
+            x, y = max(obj.box[0], 0), max(obj.box[1], 0)
+            box = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"}
+            text: dict[str, Any] = {"va": "top", "color": "black", "clip_on": True}
+            axes.text(x, y, obj.label, fontsize=_LABEL_SIZE, bbox={**box, "alpha": 0.85}, **text)
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+
+
+def _rgb(colour: str) -> np.ndarray:
+    return np.array(to_rgb(colour), dtype=np.float32)

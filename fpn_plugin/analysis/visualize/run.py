@@ -1,46 +1,65 @@
-"""What `tools/visualize.py` does: a picture per image, one of the graph, one page with all."""
+"""What `tools/visualize.py` does: a picture per image and one of the graph, a table of which level
+finds objects of which size, one page with all; or pictures of an evaluation's results."""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
+import torch
+from detectron2.structures import Boxes, pairwise_iou
 from PIL import Image
 
-from fpn_plugin.analysis.draw import draw_graph
-from fpn_plugin.analysis.fusion_weights import fusion_weights
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.report.page import html_figure, html_page, html_table, paragraph
-from fpn_plugin.analysis.report.table import Table
+from fpn_plugin.analysis.report.tables import Table
 from fpn_plugin.analysis.visualize.detector import Detector, load_detector, read_config
+from fpn_plugin.analysis.visualize.draw import draw_graph
+from fpn_plugin.analysis.visualize.fusion_weights import fusion_weights
 from fpn_plugin.analysis.visualize.images import (
+    Record,
     class_names,
     dataset_records,
     find_images,
+    inspect_image,
     records_of,
 )
-from fpn_plugin.analysis.visualize.look import Record, look
-from fpn_plugin.analysis.visualize.picture import Shown, choose, draw_image, save_png
-from fpn_plugin.analysis.visualize.rows import rows_of
-from fpn_plugin.analysis.visualize.sizes import sizes_table
+from fpn_plugin.analysis.visualize.maps import map_rows
+from fpn_plugin.analysis.visualize.objects import ImageObject
+from fpn_plugin.analysis.visualize.picture import (
+    Level,
+    Selection,
+    draw_image,
+    octave,
+    select_objects,
+)
+from fpn_plugin.analysis.visualize.results import draw_results
+from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.engine.setup import load_config
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 
 GRAPH, PAGE, SIZES = "graph.png", "index.html", "sizes.md"
+MISSED = -1  # the level of a true object that no detection matches
+_IOU = 0.5
+_DPI = 130
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to look at.
+    """What to draw.
 
     Attributes:
-        config_file: of the model.
-        output: a folder; it is made if it does not exist.
-        weights: its checkpoint; "" for `MODEL.WEIGHTS`.
+        config_file: of the model; with `results` only needed for `DATASETS.OWN`.
+        output: a folder; it is created if it does not exist.
+        weights: a checkpoint; "" for `MODEL.WEIGHTS`.
         inputs: images, folders, patterns; or none, and a dataset.
         dataset: a registered dataset's name.
-        num: of its images, at most.
+        results: a file of an evaluation's detections on `dataset`, to draw in place of a model's.
+        num: of the dataset's images, at most.
         score: detections below it are not shown.
         html: whether to write the page too.
         pictures: whether to draw at all, or only to count which level finds which sizes.
@@ -53,6 +72,7 @@ class Settings:
     weights: str = ""
     inputs: Sequence[str] = ()
     dataset: str = ""
+    results: str = ""
     num: int = 4
     score: float = 0.5
     html: bool = False
@@ -63,15 +83,20 @@ class Settings:
 
 def visualize(settings: Settings, bar: Bar) -> list[Path]:
     """Write the pictures, the table of sizes and levels where the truth is known, and the page if
-    it is asked for.
+    it is asked for; with `results` only the pictures of these.
 
     Returns:
         the files.
 
     Raises:
-        FileExistsError: if one of them is there already, unless `overwrite`.
-        ValueError: (FileNotFoundError, KeyError) for a bad argument, naming it.
+        FileExistsError: if one of them is there already, unless `overwrite`; pictures of results
+            are replaced.
+        FileNotFoundError: if the config, the weights, the results or an input does not exist.
+        KeyError: for an unknown dataset or config key.
+        ValueError: for another bad argument, naming it.
     """
+    if settings.results:
+        return _draw_results(settings)
     if not 0 <= settings.score <= 1:
         raise ValueError(f"--score: {settings.score} is not from 0 to 1")
     cfg = read_config(settings.config_file, settings.weights, settings.opts)
@@ -80,30 +105,43 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         records = dataset_records(settings.dataset, settings.num)
     else:
         records = records_of(find_images(settings.inputs), datasets)
-    pictures = dict(zip(_names(records), records))
+    pictures = dict(zip(_names(records), records)) if settings.pictures else {}
     others = [*([GRAPH] if settings.pictures else []), SIZES, *([PAGE] if settings.html else [])]
-    _check_output(settings, [*(pictures if settings.pictures else ()), *others])
+    _check_output(settings, [*pictures, *others])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg)
-    shown = _draw_images(detector, pictures, class_names(datasets), settings, bar)
+    selections = _draw_images(
+        detector, records, list(pictures), class_names(datasets), settings, bar
+    )
     names = [Path(record["file_name"]).name for record in records]
-    drawn = {settings.output / file: name for file, name in zip(pictures, names)}
-    drawn = drawn if settings.pictures else {}
+    titles = {settings.output / file: name for file, name in zip(pictures, names)}
     backbone = detector.model.backbone
     if settings.pictures and isinstance(backbone, GraphExecutor):
-        drawn[settings.output / GRAPH] = "the pyramid"
+        titles[settings.output / GRAPH] = "the pyramid"
         draw_graph(backbone, settings.output / GRAPH, weights=fusion_weights(backbone))
-    tables = [_table(names, shown)]
-    written = list(drawn)
-    sizes = sizes_table(shown)
+    written = list(titles)
+    tables = [_objects_table(names, selections)]
+    sizes = sizes_table(selections)
     if sizes is not None:
         tables.append(sizes)
         written.append(settings.output / SIZES)
         written[-1].write_text(f"{sizes.text('github')}\n\n{sizes.note}\n", encoding="utf-8")
     if settings.html:
         written.append(settings.output / PAGE)
-        written[-1].write_text(_page(cfg.MODEL.WEIGHTS, drawn, tables, settings), encoding="utf-8")
+        page = _page(cfg.MODEL.WEIGHTS, titles, tables, settings)
+        written[-1].write_text(page, encoding="utf-8")
     return written
+
+
+def _draw_results(settings: Settings) -> list[Path]:
+    """The ground truth beside the detections of an evaluation; no model is built."""
+    if settings.config_file:
+        # the weights need not be there any more
+        opts = [*settings.opts, "MODEL.WEIGHTS", ""]
+        register_own(load_config(argparse.Namespace(config_file=settings.config_file, opts=opts)))
+    return draw_results(
+        settings.results, settings.dataset, settings.output, settings.num, settings.score
+    )
 
 
 def _names(records: Sequence[Record]) -> list[str]:
@@ -128,22 +166,25 @@ def _check_output(settings: Settings, names: Sequence[str]) -> None:
 
 def _draw_images(
     detector: Detector,
-    pictures: Mapping[str, Record],
+    records: Sequence[Record],
+    files: Sequence[str],
     names: Sequence[str],
     settings: Settings,
     bar: Bar,
-) -> list[Shown]:
-    found = []
-    bar.begin("Images", len(pictures))
-    for number, (name, record) in enumerate(pictures.items(), 1):
-        seen = look(detector.model, detector.mapper, record)
-        found.append(choose(seen, names, settings.score))
-        if settings.pictures:
-            rows = rows_of(detector.model.backbone, seen.maps)
-            save_png(draw_image(seen, found[-1], rows, settings.score), settings.output / name)
-        bar.step(number)
+) -> list[Selection]:
+    """Draw the images into files; without `files` only find their objects."""
+    selections = []
+    bar.begin("Images", len(records))
+    for number, record in enumerate(records):
+        image = inspect_image(detector.model, detector.mapper, record)
+        selections.append(select_objects(image, names, settings.score))
+        if files:
+            rows = map_rows(detector.model.backbone, image.maps)
+            figure = draw_image(image, selections[-1], rows, settings.score)
+            figure.savefig(settings.output / files[number], dpi=_DPI)
+        bar.step(number + 1)
     bar.end()
-    return found
+    return selections
 
 
 def _page(
@@ -160,12 +201,71 @@ def _page(
     return html_page("What the detector sees", parts)
 
 
-def _table(names: Sequence[str], shown: Sequence[Shown]) -> Table:
-    levels = sorted({level for item in shown for level in item.levels if level is not None})
+def _objects_table(names: Sequence[str], selections: Sequence[Selection]) -> Table:
+    """A row per image: how many true objects and detections it has, and from which levels."""
+    found = {level for selection in selections for level in selection.levels}
+    levels = sorted(level for level in found if level is not None)
     header = ["image", "ground truth", "found", *(f"level {level}" for level in levels)]
     rows = []
-    for name, item in zip(names, shown):
-        truth = "?" if item.truth is None else str(len(item.truth))
-        counts = [str(list(item.levels).count(level)) for level in levels]
-        rows.append([name, truth, str(len(item.found)), *counts])
+    for name, selection in zip(names, selections):
+        truth = "?" if selection.truth is None else str(len(selection.truth))
+        counts = [str(list(selection.levels).count(level)) for level in levels]
+        rows.append([name, truth, str(len(selection.detections)), *counts])
     return Table("Objects", header, rows, "By the level that each detection was made from.")
+
+
+def sizes_table(selections: Sequence[Selection]) -> Table | None:
+    """Which level finds objects of which size, over many images.
+
+    A row per octave of sizes of the true objects (the square root of the box's area, in pixels of
+    the image): how many there are, and how many were found from each level; None if the truth is
+    known for no image.
+    """
+    known = [selection for selection in selections if selection.truth is not None]
+    if not known:
+        return None
+    counts: Counter[tuple[int, Level]] = Counter()
+    for selection in known:
+        for obj, level in zip(selection.truth or (), matched_levels(selection)):
+            counts[octave(obj.size), level] += 1
+    levels = sorted(
+        {level for _, level in counts if level != MISSED}, key=lambda level: (level is None, level)
+    )
+    rows = []
+    for place in sorted({place for place, _ in counts}):
+        total = sum(number for (other, _), number in counts.items() if other == place)
+        cells = [str(counts[place, level]) for level in (*levels, MISSED)]
+        rows.append([f"{2**place} to {2**(place + 1)} px", str(total), *cells])
+    names = ["level unknown" if level is None else f"level {level}" for level in levels]
+    note = (
+        f"True objects of {len(known)} images by the square root of their box's area, and the"
+        f" level that the detection came from that found them (IoU ≥ {_IOU}, the same class)."
+    )
+    return Table("Sizes and levels", ["size", "objects", *names, "missed"], rows, note)
+
+
+def matched_levels(selection: Selection) -> list[Level]:
+    """The level of the detection that matches each true object of an image, or MISSED.
+
+    Detections choose in the order of their scores, as in COCO's evaluation: each takes the object
+    of its class that it overlaps most, by an IoU of 0.5 or more, among those that are still free.
+    """
+    truth, detections = selection.truth or (), selection.detections
+    levels: list[Level] = [MISSED] * len(truth)
+    free = set(range(len(truth)))
+    overlaps = pairwise_iou(_boxes(detections), _boxes(truth))  # (detections, objects)
+    for i in sorted(range(len(detections)), key=lambda i: -detections[i].score):
+        candidates = [
+            j
+            for j in free
+            if overlaps[i, j] >= _IOU and truth[j].category == detections[i].category
+        ]
+        if candidates:
+            best = max(candidates, key=lambda j: float(overlaps[i, j]))
+            free.remove(best)
+            levels[best] = selection.levels[i]
+    return levels
+
+
+def _boxes(objects: Sequence[ImageObject]) -> Boxes:
+    return Boxes(torch.tensor([obj.box for obj in objects], dtype=torch.float32).reshape(-1, 4))

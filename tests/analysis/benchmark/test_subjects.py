@@ -20,7 +20,7 @@ from fpn_plugin.analysis.benchmark.memory import peak_bytes
 from fpn_plugin.analysis.benchmark.neck import image_tensor, maps_below, neck_of
 from fpn_plugin.analysis.benchmark.prepare import prepare
 from fpn_plugin.analysis.benchmark.subjects import given_maps, neck_subject, train_subject
-from fpn_plugin.analysis.complexity import measure
+from fpn_plugin.analysis.visualize.complexity import measure
 
 INPUTS = Inputs((128, 192), 2)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
@@ -14,27 +13,20 @@ from detectron2.structures import Boxes, Instances
 from helpers import randomize, zoo_config
 from torch import Tensor, nn
 
-from fpn_plugin.analysis.visualize.levels import FIELD, pooled_levels, recorded_levels
-from fpn_plugin.config import heads
+from fpn_plugin.config.heads import resolve_heads
+from fpn_plugin.analysis.visualize.levels import FIELD, pooled_levels, record_levels
 from fpn_plugin.engine.pooling import gather_poolers
 
 RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 SMALL: tuple[Any, ...] = (
     *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-    *(
-        "MODEL.FPN.OUT_CHANNELS",
-        32,
-        "MODEL.ROI_BOX_HEAD.FC_DIM",
-        16,
-        "MODEL.RETINANET.NUM_CONVS",
-        1,
-    ),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CLASSES", 3),
-    *("MODEL.FCOS.NUM_CLASSES", 3, "MODEL.FCOS.NUM_CONVS", 1, "MODEL.PIXEL_STD", [58.0] * 3),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
-    *("MODEL.FCOS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", 40),
-    *("MODEL.FCOS.TOPK_CANDIDATES_TEST", 40, "MODEL.BACKBONE.FREEZE_AT", 0),
-    *("MODEL.RESNETS.NORM", "BN", "MODEL.RPN.POST_NMS_TOPK_TEST", 30),
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.PIXEL_STD", [58.0] * 3),
+    *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 30),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.RETINANET.NUM_CONVS", 1),
+    *("MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+    *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 40, "MODEL.FCOS.TOPK_CANDIDATES_TEST", 40),
+    *("MODEL.FCOS.NUM_CLASSES", 3, "MODEL.FCOS.NUM_CONVS", 1, "MODEL.FCOS.SCORE_THRESH_TEST", 0.0),
 )
 CASCADE = (
     *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
@@ -57,17 +49,13 @@ SIDES = {20: 2, 80: 2, 111: 2, 113: 3, 200: 3, 223: 3, 225: 4, 300: 4, 447: 4, 4
 
 def make(name: str) -> Any:
     path, overrides = MODELS[name]
-    model = build_model(small_config(path, *overrides)).eval()
+    cfg = zoo_config(path, *SMALL, *overrides)
+    resolve_heads(cfg)
+    model = build_model(cfg).eval()
     for module in model.modules():  # so that boxes move and scores differ
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.05)
     return model
-
-
-def small_config(path: str, *overrides: Any) -> CfgNode:
-    cfg = zoo_config(path, *SMALL, *overrides)
-    heads.resolve_heads(cfg)
-    return cfg
 
 
 def image(side: int = 160) -> dict[str, Tensor]:
@@ -80,22 +68,21 @@ def detect(model: Any, *images: dict[str, Tensor]) -> list[Instances]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_watching_changes_nothing_and_leaves_nothing(name: str) -> None:
+def test_recording_changes_nothing_and_leaves_nothing(name: str) -> None:
     model, picture = make(name), image()
     before = [set(vars(module)) for module in model.modules()]
     plain = detect(model, picture)[0]
-    with recorded_levels(model):
-        watched = detect(model, picture)[0]
+    with record_levels(model):
+        recorded = detect(model, picture)[0]
     after = detect(model, picture)[0]
-    assert len(plain) > 3 and watched.has(FIELD) and not after.has(FIELD)
-    assert torch.equal(plain.pred_boxes.tensor, watched.pred_boxes.tensor)
-    assert torch.equal(plain.scores, watched.scores)
+    assert len(plain) > 3 and recorded.has(FIELD) and not after.has(FIELD)
+    assert torch.equal(plain.pred_boxes.tensor, recorded.pred_boxes.tensor)
+    assert torch.equal(plain.scores, recorded.scores)
     assert before == [set(vars(module)) for module in model.modules()]
-    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
-    assert not any(item for pair in hooks for item in pair)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     strides = {shape.stride for shape in model.backbone.output_shape().values()}
-    assert {2 ** int(level) for level in watched.get(FIELD)} <= strides
-    assert name != "c4" or set(watched.get(FIELD).tolist()) == {4}
+    assert {2 ** int(level) for level in recorded.get(FIELD)} <= strides
+    assert name != "c4" or set(recorded.get(FIELD).tolist()) == {4}
 
 
 class Proposals(nn.Module):
@@ -106,11 +93,11 @@ class Proposals(nn.Module):
         self.boxes = boxes
 
     def forward(self, images: Any, features: Any, targets: Any) -> tuple[list[Instances], dict]:
-        found = []
+        proposals = []
         for size, boxes in zip(images.image_sizes, self.boxes):
-            found.append(Instances(size, proposal_boxes=Boxes(boxes.clone())))
-            found[-1].objectness_logits = torch.zeros(len(boxes))
-        return found, {}
+            proposals.append(Instances(size, proposal_boxes=Boxes(boxes.clone())))
+            proposals[-1].objectness_logits = torch.zeros(len(boxes))
+        return proposals, {}
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -126,11 +113,11 @@ def test_two_stage_levels_by_hand(fast: bool) -> None:
     model.roi_heads.box_predictor.test_nms_thresh = 1.0
     if fast:
         gather_poolers(model)
-    with recorded_levels(model):
+    with record_levels(model):
         results = detect(model, image(576), image(576))
     assert len(results[0]) > len(sides)
-    for found, given in zip(results, (first, first.flip(0)[:4])):
-        for box, level in zip(found.pred_boxes.tensor, found.get(FIELD)):
+    for detections, given in zip(results, (first, first.flip(0)[:4])):
+        for box, level in zip(detections.pred_boxes.tensor, detections.get(FIELD)):
             assert (given - box).abs().sum(dim=1).min() < 1e-2
             side = sides[int((first - box).abs().sum(dim=1).argmin())]
             assert int(level) == SIDES[side]
@@ -147,11 +134,11 @@ def test_a_cascades_level_is_its_last_stages() -> None:
         nn.init.zeros_(predictor.bbox_pred.weight)
         weights = torch.tensor(predictor.box2box_transform.weights)
         predictor.bbox_pred.bias.data = grow * weights * (stage < 2)
-    with recorded_levels(model):
-        found = detect(model, image(576))[0]
+    with record_levels(model):
+        detections = detect(model, image(576))[0]
     # 30 -> 120 and 80 -> 300 (at the image's border); the proposals themselves are of level 2
-    sides = found.pred_boxes.area().sqrt().round().long().tolist()
-    assert set(zip(sides, found.get(FIELD).tolist())) == {(120, 3), (300, 4)}
+    sides = detections.pred_boxes.area().sqrt().round().long().tolist()
+    assert set(zip(sides, detections.get(FIELD).tolist())) == {(120, 3), (300, 4)}
 
 
 @pytest.mark.parametrize("name", ["retinanet", "fcos"])
@@ -169,9 +156,9 @@ def test_dense_levels_by_silencing_all_others(name: str) -> None:
             return (silenced, *rest)
 
         model.head.forward = only
-        with recorded_levels(model):
-            found = detect(model, picture)[0]
-        sure = found[found.scores > 1e-6]
+        with record_levels(model):
+            detections = detect(model, picture)[0]
+        sure = detections[detections.scores > 1e-6]
         assert len(sure) and set(sure.get(FIELD).tolist()) == {int(feature[1:])}
 
 
@@ -190,15 +177,15 @@ def test_boxes_that_are_not_finite() -> None:
         return scores
 
     predictor.predict_probs = broken
-    with recorded_levels(model):
-        found = detect(model, image(576))[0]
-    sizes = found.pred_boxes.area().sqrt().round().long().tolist()
-    assert set(zip(sizes, found.get(FIELD).tolist())) == {(20, 2), (240, 4)}
+    with record_levels(model):
+        detections = detect(model, image(576))[0]
+    sizes = detections.pred_boxes.area().sqrt().round().long().tolist()
+    assert set(zip(sizes, detections.get(FIELD).tolist())) == {(20, 2), (240, 4)}
     assert predictor.predict_probs is broken
 
 
 def test_other_models_have_no_levels() -> None:
-    with recorded_levels(nn.Linear(2, 2)):
+    with record_levels(nn.Linear(2, 2)):
         pass
     pooler = ROIPooler(7, (1 / 8, 1 / 16), 0, "ROIAlignV2")
     assert pooled_levels(pooler, Boxes(torch.zeros(0, 4))).tolist() == []

@@ -12,8 +12,7 @@ from detectron2.modeling import FPN, Backbone
 from helpers import randomize
 from torch import Tensor
 
-from fpn_plugin.analysis.visualize.maps import recorded_maps, strength
-from fpn_plugin.analysis.visualize.rows import rows_of
+from fpn_plugin.analysis.visualize.maps import map_rows, record_maps, strength
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
@@ -60,46 +59,43 @@ def reference(backbone: GraphExecutor, x: Tensor) -> dict[str, Mapping[str, Tens
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*TOPOLOGIES.names(), *STACKS])
 def test_every_map_is_what_the_graph_says(name: str) -> None:
-    backbone, x = backbone_of(name), torch.rand(1, 3, 64, 96)
+    backbone, x = backbone_of(name), torch.rand(2, 3, 64, 96)
     plain = backbone(x)
-    with recorded_maps(backbone) as maps:
-        watched = backbone(x)
-    assert all(torch.equal(plain[key], watched[key]) for key in plain)
+    with record_maps(backbone) as maps:
+        recorded = backbone(x)
+    assert all(torch.equal(plain[key], recorded[key]) for key in plain)
     expected = reference(backbone, x)
+    for stage in ("before", "fused", "nodes"):
+        for node, strengths in getattr(maps, stage).items():
+            reached = strength(expected[stage][node])
+            torch.testing.assert_close(strengths, reached, rtol=1e-4, atol=1e-5)
     assert maps.fused.keys() == expected["fused"].keys()
     assert maps.before.keys() == expected["before"].keys()
-    for kind in ("before", "fused", "nodes"):
-        for node, found in getattr(maps, kind).items():
-            torch.testing.assert_close(found, strength(expected[kind][node]), rtol=1e-4, atol=1e-5)
-    assert {item for step in backbone.steps if (item := step.node.name) not in maps.nodes} <= {
-        step.node.name for step in backbone.steps if not [*step.parts()]
-    }
+    built = {step.node.name for step in backbone.steps if [*step.parts()]}
+    assert built <= maps.nodes.keys()
     assert list(maps.outputs) == list(plain) and list(maps.inputs) == list(backbone.graph.inputs)
-    for key, value in plain.items():
-        assert torch.equal(maps.outputs[key], value.square().mean(dim=1).sqrt())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", [*TOPOLOGIES.names(), *STACKS])
-def test_rows_stay_few_and_name_their_maps(name: str) -> None:
-    backbone = backbone_of(name)
-    with recorded_maps(backbone) as maps:
-        backbone(torch.rand(2, 3, 64, 96))
-    rows = rows_of(backbone, maps, image=1)
+    assert all(torch.equal(maps.outputs[key], strength(plain[key])) for key in plain)
+    # rows are few, and name their maps
+    rows = map_rows(backbone, maps, image=1)
     assert rows[0].title == "bottom-up map" and rows[-1].title == "output, after the block"
     assert len(rows) <= 6 and all(row.cells for row in rows)
     for row in rows:
         for level, cell in row.cells.items():
             assert cell.strength.shape == (-(-64 // 2**level), -(-96 // 2**level))
-    assert [cell.name.partition(":")[0] for cell in rows[-1].cells.values()] == list(maps.outputs)
+    outputs = rows[-1].cells
+    assert [cell.name.partition(":")[0] for cell in outputs.values()] == list(maps.outputs)
+    assert all(
+        torch.equal(cell.strength, maps.outputs[cell.name.partition(":")[0]][1])
+        for cell in outputs.values()
+    )
 
 
 @torch.no_grad()
 def test_rows_of_fpn() -> None:
     backbone = backbone_of("fpn")
-    with recorded_maps(backbone) as maps:
+    with record_maps(backbone) as maps:
         backbone(torch.rand(1, 3, 64, 96))
-    before, after = rows_of(backbone, maps)[1:3]
+    before, after = map_rows(backbone, maps)[1:3]
     assert {level: cell.name for level, cell in before.cells.items()} == {
         level: f"fpn_lateral{level}" for level in (2, 3, 4, 5)
     }
@@ -113,16 +109,16 @@ def test_rows_of_fpn() -> None:
 @torch.no_grad()
 def test_rows_of_many_fusions() -> None:
     backbone = backbone_of("nas_fpn x 7")
-    with recorded_maps(backbone) as maps:
+    with record_maps(backbone) as maps:
         backbone(torch.rand(1, 3, 64, 96))
-    titles = [row.title for row in rows_of(backbone, maps)]
+    titles = [row.title for row in map_rows(backbone, maps)]
     assert titles[2:4] == ["after 1st fusion", "after last fusion"]
-    before = rows_of(backbone, maps)[1].cells
+    before = map_rows(backbone, maps)[1].cells
     assert [cell.name for cell in before.values()] == [
         *(f"nas_fpn_lateral{level}" for level in (2, 3, 4, 5)),
         "nas_fpn_in6",
     ]
-    last = rows_of(backbone, maps)[3].cells[3]
+    last = map_rows(backbone, maps)[3].cells[3]
     assert "fusion 21" in last.name and last.name.startswith("r7_")
 
 
@@ -135,9 +131,9 @@ def test_strength() -> None:
 def test_detectron2s_backbones() -> None:
     bottom_up: Any = toy_backbone().bottom_up
     fpn = FPN(bottom_up, ["res2", "res3", "res4", "res5"], 8)
-    with recorded_maps(fpn) as maps:
+    with record_maps(fpn) as maps:
         fpn(torch.rand(1, 3, 64, 96))
-    rows = rows_of(fpn, maps)
+    rows = map_rows(fpn, maps)
     assert [row.title for row in rows] == ["bottom-up map", "output"]
     assert [list(row.cells) for row in rows] == [[2, 3, 4, 5], [2, 3, 4, 5]]
 
@@ -151,19 +147,19 @@ class OneMap(Backbone):
 
 
 def test_one_map() -> None:
-    with recorded_maps(backbone := OneMap()) as maps:
+    with record_maps(backbone := OneMap()) as maps:
         backbone(torch.rand(1, 3, 64, 96))
-    (row,) = rows_of(backbone, maps)
+    (row,) = map_rows(backbone, maps)
     assert row.title == "output" and list(row.cells) == [4]
 
 
 @torch.no_grad()
-def test_a_compiled_pyramid_is_watched_too() -> None:
+def test_a_compiled_pyramid_is_recorded_too() -> None:
     backbone = backbone_of("fpn")
     backbone.compile_graph(backend="eager")
     x = torch.rand(1, 3, 64, 96)
     plain = backbone(x)
-    with recorded_maps(backbone) as maps:
+    with record_maps(backbone) as maps:
         backbone(x)
     assert set(maps.fused) == {"fpn_merge2", "fpn_merge3", "fpn_merge4"}
     assert all(torch.equal(maps.outputs[key], strength(plain[key])) for key in plain)

@@ -15,17 +15,31 @@ import pytest
 import scene_data
 import torch
 from browser import inspect
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.analysis.visualize.images import dataset_records, find_images, records_of
+from fpn_plugin.analysis.visualize.images import (
+    dataset_records,
+    find_images,
+    inspect_image,
+    records_of,
+)
 from fpn_plugin.analysis.visualize.levels import FIELD
-from fpn_plugin.analysis.visualize.look import look
-from fpn_plugin.analysis.visualize.run import GRAPH, PAGE, SIZES, Settings, visualize
+from fpn_plugin.analysis.visualize.objects import ImageObject
+from fpn_plugin.analysis.visualize.picture import Selection
+from fpn_plugin.analysis.visualize.run import (
+    GRAPH,
+    MISSED,
+    PAGE,
+    SIZES,
+    Settings,
+    matched_levels,
+    sizes_table,
+    visualize,
+)
 
 TOOL = Path(__file__).parents[3] / "tools" / "visualize.py"
 CONFIG = """
@@ -97,7 +111,7 @@ def test_records_of_a_dataset(folder: Path) -> None:
         dataset_records("no_such", 1)
 
 
-def test_a_look_leaves_the_model_and_the_random_numbers_alone(folder: Path) -> None:
+def test_inspecting_leaves_the_model_and_the_random_numbers_alone(folder: Path) -> None:
     detector = load_detector(
         read_config(str(folder / "config.yaml"), str(folder / "model.pth"), [])
     )
@@ -107,24 +121,34 @@ def test_a_look_leaves_the_model_and_the_random_numbers_alone(folder: Path) -> N
     values = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()
     record = dataset_records("heads_val", 1)[0]
-    seen = look(model, detector.mapper, record)
+    seen = inspect_image(model, detector.mapper, record)
     assert torch.equal(random, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
     height, width = seen.pixels.shape[:2]
     assert (height, width) == (80, 96) and seen.size == (120, 144)
-    assert seen.found.image_size == (80, 96) and seen.found.has(FIELD)
-    assert seen.found.pred_masks.shape[1:] == (80, 96) and seen.truth == record["annotations"]
-    assert seen.levels() == seen.found.get(FIELD).tolist()
+    assert seen.detections.image_size == (80, 96) and seen.detections.has(FIELD)
+    assert (
+        seen.detections.pred_masks.shape[1:] == (80, 96)
+        and seen.annotations == record["annotations"]
+    )
+    assert seen.levels() == seen.detections.get(FIELD).tolist()
 
 
-def test_pictures_and_page(folder: Path, tmp_path: Path) -> None:
-    output, out = tmp_path / "new" / "folder", io.StringIO()
-    made = settings(folder, output, inputs=[str(folder / "val*.png")], html=True)
-    written = visualize(made, Bar(stream=out))
+@pytest.fixture(scope="module")
+def pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    """The files of a call with a page, and what the bar said."""
+    output, out = tmp_path_factory.mktemp("pictures") / "new" / "folder", io.StringIO()
+    asked = settings(folder, output, inputs=[str(folder / "val*.png")], html=True)
+    return visualize(asked, Bar(stream=out)), out.getvalue()
+
+
+def test_pictures_and_page(folder: Path, pictures: tuple[list[Path], str]) -> None:
+    written, said = pictures
+    output = written[0].parent
     assert [path.name for path in written] == ["1_val0.png", "2_val1.png", GRAPH, SIZES, PAGE]
     assert set(output.iterdir()) == set(written)
-    assert out.getvalue().splitlines() == [f"Loading {folder / 'model.pth'}", "Images …"]
+    assert said.splitlines() == [f"Loading {folder / 'model.pth'}", "Images …"]
     for path in written[:3]:
         with Image.open(path) as picture:
             assert picture.format == "PNG" and picture.width > 800
@@ -132,15 +156,22 @@ def test_pictures_and_page(folder: Path, tmp_path: Path) -> None:
     assert page.count("<img") == 3 and page.count("data:image/jpeg") == 2
     assert not re.search(r"(src|href)=\"(?!data:)", page) and len(page) < 5e6
     assert "<td>val0.png</td>" in page and "level 2" in page
-    classes = MetadataCatalog.get("heads_val").thing_classes
-    assert classes and "no.jpg" not in page
+
+
+def test_files_of_an_earlier_call(folder: Path, pictures: tuple[list[Path], str]) -> None:
+    output, out = pictures[0][0].parent, io.StringIO()
+    again = settings(folder, output, inputs=[str(folder / "val*.png")], html=True)
     with pytest.raises(FileExistsError, match="1_val0.png, 2_val1.png, graph.png, ….*--overwrite"):
-        visualize(made, Bar(quiet=True))
-    # a call whose files are others does not mind
-    quiet = io.StringIO()
-    changed = settings(folder, output, inputs=[str(folder / "other")], overwrite=True)
-    assert visualize(changed, Bar(True, quiet))[0].name == "1_strange.png"
-    assert quiet.getvalue() == ""
+        visualize(again, Bar(quiet=True))
+    inputs = [str(folder / "other")]
+    changed = settings(folder, output, inputs=inputs, pictures=False, overwrite=True)
+    assert visualize(changed, Bar(True, out)) == [] and out.getvalue() == ""
+
+
+def test_the_page_in_a_browser(pictures: tuple[list[Path], str]) -> None:
+    inspection = inspect(pictures[0][-1], 390)
+    assert inspection.needed <= 390 and not inspection.complaints
+    assert len(inspection.images) == 3 and min(inspection.images) > 800
 
 
 def test_sizes_only(folder: Path, tmp_path: Path) -> None:
@@ -149,14 +180,6 @@ def test_sizes_only(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [SIZES]
     text = (tmp_path / SIZES).read_text()
     assert text.startswith("| size") and "True objects of 2 images" in text
-
-
-def test_the_page_in_a_browser(folder: Path, tmp_path: Path) -> None:
-    *_, page = visualize(settings(folder, tmp_path, html=True), Bar(quiet=True))
-    for width in (1200, 390):
-        found = inspect(page, width)
-        assert found.needed <= width and not found.complaints
-        assert len(found.images) == 2 and min(found.images) > 800
 
 
 def test_the_tool_and_a_backbone_without_a_graph(
@@ -185,3 +208,44 @@ def test_mistakes(changes: Any, error: Any, text: str, folder: Path, tmp_path: P
     values = {**vars(settings(folder, tmp_path)), **changes}
     with pytest.raises(error, match=text):
         visualize(Settings(**values), Bar(quiet=True))
+
+
+def an_object(x: float, side: float, category: int = 0, score: float = 1.0) -> ImageObject:
+    return ImageObject((x, 0.0, x + side, side), category=category, score=score)
+
+
+SMALL, OTHER, LARGE = an_object(0, 20), an_object(40, 20), an_object(100, 100)
+FOUND = [
+    an_object(101, 100, score=0.9),  # LARGE, from level 4
+    an_object(1, 20, score=0.5),  # SMALL, from level 2
+    an_object(0, 20, score=0.4),  # SMALL again: it has been found
+    an_object(40, 20, category=1, score=0.8),  # another class than OTHER
+    an_object(48, 20, score=0.7),  # its IoU with OTHER is 12 / 28
+]
+SELECTION = Selection(FOUND, [4, 2, 3, 2, 2], [SMALL, OTHER, LARGE])
+
+
+def test_each_object_is_found_once_by_the_best_of_its_class() -> None:
+    assert matched_levels(SELECTION) == [2, MISSED, 4]
+    assert matched_levels(Selection([], [], [SMALL])) == [MISSED]
+    assert matched_levels(Selection(FOUND, [None] * 5, [LARGE])) == [None]
+
+
+def test_the_table_counts_by_the_size_of_the_true_object() -> None:
+    table = sizes_table([SELECTION, Selection(FOUND, [4] * 5, None), Selection([], [], [LARGE])])
+    assert table is not None and "2 images" in table.note
+    assert list(table.header) == ["size", "objects", "level 2", "level 4", "missed"]
+    assert [list(row) for row in table.rows] == [
+        ["16 to 32 px", "2", "1", "0", "1"],
+        ["64 to 128 px", "2", "0", "1", "1"],
+    ]
+
+
+def test_levels_that_nobody_knows_come_last() -> None:
+    table = sizes_table([SELECTION, Selection(FOUND[:1], [None], [LARGE])])
+    assert table is not None
+    assert list(table.header)[2:] == ["level 2", "level 4", "level unknown", "missed"]
+
+
+def test_without_a_known_truth_there_is_no_table() -> None:
+    assert sizes_table([Selection(FOUND, [4] * 5, None)]) is None

@@ -13,10 +13,9 @@ import torch
 from backbones import bifpn, toy_backbone
 from PIL import Image
 
-from fpn_plugin.analysis.captions import kind_of, learned_weights, line_widths
-from fpn_plugin.analysis.draw import check_extension, draw_graph
-from fpn_plugin.analysis.fusion_weights import FusionWeights, fusion_weights
-from fpn_plugin.analysis.layout import lay_out, output_mark, ports
+from fpn_plugin.analysis.visualize.draw import box_kind, check_extension, draw_graph
+from fpn_plugin.analysis.visualize.fusion_weights import fusion_weights
+from fpn_plugin.analysis.visualize.layout import lay_out, output_mark, ports
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import Graph, parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
@@ -28,7 +27,7 @@ INPUTS = {"res3": 3, "res4": 4, "res5": 5}
 def all_to_all() -> Graph:
     inputs = {"res2": 2, **INPUTS}
     nodes = [{"name": f"lat{n}", "level": n, "inputs": [f"res{n}"]} for n in inputs.values()]
-    laterals = [item["name"] for item in nodes]
+    laterals = [node["name"] for node in nodes]
     nodes += [{"name": f"all{n}", "level": n, "inputs": laterals} for n in inputs.values()]
     nodes += [
         {"name": f"out{n}", "level": n, "inputs": [f"all{n}", f"res{n}", "res2"]} for n in (3, 4, 5)
@@ -54,35 +53,29 @@ def pyramid_of(name: str) -> Pyramid:
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_cells(graph: Graph) -> None:
+def test_boxes_and_routes(graph: Graph) -> None:
+    """Boxes have a cell of their own; routes cross no box, and share tracks with their source's."""
     layout = lay_out(graph)
-    assert len(set(layout.cells.values())) == len(layout.cells), "two boxes in one cell"
-    for name in graph.inputs:
-        assert layout.cells[name][0] == 0
-    for item in graph.nodes:
-        column, row = layout.cells[item.name]
-        assert layout.levels[row] == item.level
-        assert all(layout.cells[edge.source][0] < column for edge in item.inputs)
-    marks = {layout.cells[output_mark(name)][0] for name in graph.outputs}
-    assert marks == {layout.columns - 1}
+    cells = layout.cells
+    assert len(set(cells.values())) == len(cells), "two boxes in one cell"
+    assert all(cells[name][0] == 0 for name in graph.inputs)
+    for node in graph.nodes:
+        column, row = cells[node.name]
+        assert layout.levels[row] == node.level
+        assert all(cells[edge.source][0] < column for edge in node.inputs)
+    assert {cells[output_mark(name)][0] for name in graph.outputs} == {layout.columns - 1}
 
-
-@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_routes_cross_no_box_and_share_no_track(graph: Graph) -> None:
-    layout = lay_out(graph)
-    edges = [(edge.source, item.name) for item in graph.nodes for edge in item.inputs]
+    edges = [(edge.source, node.name) for node in graph.nodes for edge in node.inputs]
     edges += [(name, output_mark(name)) for name in graph.outputs]
-    assert sorted((r.source, r.target) for r in layout.routes) == sorted(edges)
+    assert sorted((route.source, route.target) for route in layout.routes) == sorted(edges)
     users: dict[Any, str] = {}
     for route in layout.routes:
-        first, last = layout.cells[route.source][0] + 1, layout.cells[route.target][0]
-        assert (route.track is None) == (first == last)
-        if route.track is None:
-            continue
-        for column in range(first, last):
+        crossed = range(cells[route.source][0] + 1, cells[route.target][0])
+        assert (route.track is None) == (len(crossed) == 0)
+        for column in crossed if route.track else ():
             assert users.setdefault((route.track, column), route.source) == route.source
             if route.track.lane is None:
-                assert (column, route.track.row) not in layout.cells.values()
+                assert (column, route.track.row) not in cells.values()
 
 
 def test_columns_are_longest_paths() -> None:
@@ -120,8 +113,8 @@ def test_kinds() -> None:
         "top_block.p6": "extra level",
         output_mark("fpn_output2"): "",
     }
-    assert {name: kind_of(pyramid, name) for name in expected} == expected
-    assert kind_of(pyramid_of("bifpn x 1"), "c1_p6") == "output node"
+    assert {name: box_kind(pyramid, name) for name in expected} == expected
+    assert box_kind(pyramid_of("bifpn x 1"), "c1_p6") == "output node"
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -132,9 +125,6 @@ def test_svg_has_every_name(name: str, tmp_path: Path) -> None:
     texts = {item.text for item in ElementTree.parse(path).iter() if item.tag.endswith("}text")}
     names = [*pyramid.graph.inputs, *(item.name for item in pyramid.graph.nodes)]
     assert texts.issuperset([*names, *pyramid.graph.output_names(), "a title"])
-    again = tmp_path / "again.svg"
-    draw_graph(pyramid, again, title="a title")
-    assert again.read_bytes() == path.read_bytes()
 
 
 def test_svg_says_what_happens_on_the_way(tmp_path: Path) -> None:
@@ -146,8 +136,8 @@ def test_svg_says_what_happens_on_the_way(tmp_path: Path) -> None:
 
 
 def line_widths_of(path: Path) -> set[float]:
-    found = re.findall(r"stroke-width: ([0-9.]+)", path.read_text())
-    return {round(float(width), 2) for width in found}
+    widths = re.findall(r"stroke-width: ([0-9.]+)", path.read_text())
+    return {round(float(width), 2) for width in widths}
 
 
 def test_learned_weights_are_on_the_arrows(tmp_path: Path) -> None:
@@ -164,22 +154,11 @@ def test_learned_weights_are_on_the_arrows(tmp_path: Path) -> None:
     assert not {2.38, 3.0} & line_widths_of(tmp_path / "plain.svg")
 
 
-def test_weights_per_channel_are_told_by_their_mean() -> None:
-    each = torch.tensor([[0.2, 0.4], [0.8, 0.6]])
-    learned = learned_weights(
-        {
-            "a": FusionWeights("channel_fast", ("x", "y"), each, ""),
-            "b": FusionWeights("sum", ("x", "y"), None, "nothing is learned"),
-        }
-    )
-    assert learned == {("a", 0): pytest.approx(0.3), ("a", 1): pytest.approx(0.7)}
-    assert line_widths({}) == {} and line_widths({("a", 0): 0.0}) == {("a", 0): 0.5}
-
-
 def test_nothing_learned_draws_as_before(tmp_path: Path) -> None:
     backbone = toy_backbone()
     draw_graph(backbone, tmp_path / "a.svg", weights=fusion_weights(backbone))
     draw_graph(backbone, tmp_path / "b.svg")
+    # and the same graph always gives the same bytes
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
@@ -194,18 +173,14 @@ def test_png_grows_with_the_graph(tmp_path: Path) -> None:
     assert widths == sorted(widths) and widths[0] < widths[-1] / 4
 
 
-def test_folders_are_made(tmp_path: Path) -> None:
-    draw_graph(pyramid_of("one node"), tmp_path / "new" / "deep" / "graph.svg")
-    assert (tmp_path / "new" / "deep" / "graph.svg").is_file()
-
-
 @pytest.mark.parametrize("path", ["graph.pdf", "graph"])
 def test_unknown_extension(path: str) -> None:
     with pytest.raises(ValueError, match=rf"'{path}': cannot draw .* choose from \.png, \.svg"):
         check_extension(path)
 
 
-def test_drawing_leaves_the_users_settings_alone(tmp_path: Path) -> None:
+def test_folders_are_made_and_the_users_settings_stay(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    draw_graph(pyramid_of("fpn"), tmp_path / "graph.svg")
+    draw_graph(pyramid_of("one node"), tmp_path / "new" / "deep" / "graph.svg")
+    assert (tmp_path / "new" / "deep" / "graph.svg").is_file()
     assert dict(matplotlib.rcParams) == before

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpn_plugin.analysis.table import aligned, operator_text
+from fpn_plugin.analysis.visualize.complexity import aligned, operator_text
 from fpn_plugin.bottom_up.weights import load_weights
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 
@@ -24,13 +24,19 @@ class FusionWeights:
         inputs: the names of the maps, in the node's order.
         weights: what the maps are multiplied by, `(n,)` or `(n, C)`; None if that is not one set of
             numbers.
-        note: why there are no weights; "" where there are.
+        note: why there are no weights, or "".
     """
 
     fusion: str
     inputs: tuple[str, ...]
     weights: Tensor | None
     note: str
+
+    def means(self) -> list[float]:
+        """One weight per input, the mean over the channels; empty if there are no weights."""
+        if self.weights is None:
+            return []
+        return self.weights.reshape(len(self.inputs), -1).mean(dim=1).tolist()
 
 
 def load_backbone(executor: GraphExecutor, path: str) -> None:
@@ -54,7 +60,7 @@ def load_backbone(executor: GraphExecutor, path: str) -> None:
 @torch.no_grad()
 def fusion_weights(executor: GraphExecutor) -> dict[str, FusionWeights]:
     """The fusion of each node that has one, by the node's name, in the order in which they run."""
-    found = {}
+    fusions = {}
     for step in executor.steps:
         if step.fuse is None:
             continue
@@ -64,24 +70,24 @@ def fusion_weights(executor: GraphExecutor) -> dict[str, FusionWeights]:
             weights, note = normalized().detach().float().cpu(), ""
         elif getattr(module, "input_dependent", False):
             weights, note = None, "depends on the input"
-        elif any(True for _ in module.parameters()):
+        elif next(module.parameters(), None) is not None:
             weights, note = None, "a convolution of all inputs"
         else:
             weights, note = None, "nothing is learned"
         inputs = tuple(edge.source for edge in step.edges)
         text = operator_text(step.fuse.operator)
-        found[step.node.name] = FusionWeights(text, inputs, weights, note)
-    return found
+        fusions[step.node.name] = FusionWeights(text, inputs, weights, note)
+    return fusions
 
 
 def fusion_table(executor: GraphExecutor) -> str:
-    """One line per input of each node: its weight, or mean ± standard deviation over the
+    """One line per input of each node: its weight, or the mean ± standard deviation over the
     channels."""
     rows = [HEADER]
-    for node, item in fusion_weights(executor).items():
-        for i, name in enumerate(item.inputs):
-            text = item.note if item.weights is None else _weight_text(item.weights[i])
-            rows.append((node if i == 0 else "", item.fusion if i == 0 else "", name, text))
+    for node, fusion in fusion_weights(executor).items():
+        for i, name in enumerate(fusion.inputs):
+            text = fusion.note if fusion.weights is None else _weight_text(fusion.weights[i])
+            rows.append((node if i == 0 else "", fusion.fusion if i == 0 else "", name, text))
     return aligned(rows) if len(rows) > 1 else "no node of the pyramid fuses maps"
 
 

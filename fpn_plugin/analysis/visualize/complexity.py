@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a backbone, node by node.
+"""Parameters and multiply-accumulates of a backbone, node by node, and the table that shows them.
 
 fvcore counts, and it counts one multiplication with its addition as one operation ("GFLOPs" in the
 papers of Detectron2 and RegNet). Convolutions, matrix products, normalisations and interpolations
@@ -17,9 +17,20 @@ from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import Tensor, nn
 
 from fpn_plugin.modeling.backbone import PyramidBackbone
+from fpn_plugin.pyramid.graph import Operator
+from fpn_plugin.pyramid.resolve import ResolvedEdge
 
 # parts of the names of operators that are worth a warning where fvcore cannot count them
 _HEAVY = ("conv", "mm", "matmul", "einsum", "linear", "attention", "PythonOp")
+HEADER = (
+    *("node", "level", "stride", "inputs", "fusion", "block"),
+    *("channels", "map", "parameters", "GFLOPs"),
+)
+_RIGHT = {"level", "stride", "channels", "parameters", "GFLOPs"}
+_NOTE = (
+    "GFLOPs: 10^9 multiply-accumulates for one image of {} x {} pixels, counted by fvcore\n"
+    "(a multiplication with its addition is one; additions, activations, poolings are not counted)"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,9 @@ class Cost:
 
     parameters: int
     flops: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.parameters + other.parameters, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
@@ -58,16 +72,14 @@ class Complexity:
     @property
     def pyramid(self) -> Cost:
         """All nodes together."""
-        costs = self.nodes.values()
-        return Cost(sum(cost.parameters for cost in costs), sum(cost.flops for cost in costs))
+        return sum(self.nodes.values(), Cost(0, 0))
 
 
 def count_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> int:
-    """Of a module, or of those of its submodules that `paths` names; a shared one counts once."""
-    found = {
-        id(weight): weight for path in paths for weight in module.get_submodule(path).parameters()
-    }
-    return sum(weight.numel() for weight in found.values())
+    """Of a module, or of the submodules that `paths` names; shared parameters count once."""
+    submodules = map(module.get_submodule, paths)
+    parameters = {parameter for submodule in submodules for parameter in submodule.parameters()}
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @dataclass(frozen=True)
@@ -166,24 +178,121 @@ def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Com
         )
     bottom_up = Cost(count_parameters(backbone, ["bottom_up"]), flops["bottom_up"])
     shapes = {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
-    heavy = {
-        name: n
-        for name, n in analysis.unsupported_ops().items()
+    uncounted = {
+        name: count
+        for name, count in analysis.unsupported_ops().items()
         if any(word in name for word in _HEAVY)
     }
-    return Complexity((height, width), nodes, bottom_up, shapes, heavy)
-
-
-def pyramid_flops(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> dict[str, float]:
-    """Multiply-accumulates of each node for one image of `size` (height, width in pixels).
-
-    Raises:
-        ValueError: if `size` is not two positive whole numbers.
-    """
-    return {name: cost.flops for name, cost in measure(backbone, size).nodes.items()}
+    return Complexity((height, width), nodes, bottom_up, shapes, uncounted)
 
 
 def _image_channels(network: nn.Module) -> int:
     """Of the first convolution of the network underneath."""
     convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convs), 3)
+
+
+def operator_text(operator: Operator) -> str:
+    """An operator with its arguments, texts among them in quotes."""
+    args = ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in operator.args)
+    return f"{operator.name}({args})" if args else operator.name
+
+
+def edge_text(edge: ResolvedEdge) -> str:
+    """An input and all that happens to it on its way to the node.
+
+    For example `fpn_merge5 ↑nearest×2`, `res5 →conv1x1 ↓maxpool×4`.
+    """
+    texts = [edge.source]
+    for part in edge.parts():
+        arrow = {"up": "↑", "down": "↓"}.get(part.kind, "→")
+        factor = f"×{2 ** part.amount}" if part.kind in ("up", "down") else ""
+        texts.append(f"{arrow}{operator_text(part.operator)}{factor}")
+    return " ".join(texts)
+
+
+def node_table(backbone: PyramidBackbone, complexity: Complexity) -> str:
+    """One row per node, in the order in which they run, with one line per input."""
+    maps = {node: name for name, node in backbone.graph.output_names().items()}
+    rows: list[Sequence[str]] = [HEADER]
+    for step in backbone.steps:
+        name, level = step.node.name, step.node.level
+        first, *others = (edge_text(edge) for edge in step.edges)
+        operators = [
+            operator_text(part.operator) if part else "-" for part in (step.fuse, step.block)
+        ]
+        cost = complexity.nodes[name]
+        counts = [
+            f"{cost.parameters:,}" if cost.parameters else "-",
+            f"{cost.flops / 1e9:.3f}" if cost.flops else "-",
+        ]
+        channels = str(backbone.defaults.channels)
+        output = maps.get(name, "-")
+        rows.append([name, str(level), str(2**level), first, *operators, channels, output, *counts])
+        rows.extend(["", "", "", text, *[""] * 6] for text in others)
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, with numbers to the right; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = [name in _RIGHT for name in rows[0]]
+    lines = []
+    for row in rows:
+        cells = (x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def settings_text(backbone: PyramidBackbone, names: Mapping[str, str]) -> str:
+    """The settings that a backbone was resolved with, one a line.
+
+    Args:
+        names: what the backbone does not know of itself ("topology": "fpn", ...): they come first.
+    """
+    shapes, defaults = backbone.bottom_up.output_shape(), backbone.defaults
+    maps = [
+        f"{name} ({shapes[name].channels} ch, stride {shapes[name].stride})"
+        for name in backbone.graph.inputs
+    ]
+    settings = {
+        **names,
+        "in features": ", ".join(maps),
+        "channels": str(defaults.channels),
+        "norm": defaults.norm or "none",
+        "activation": defaults.activation or "none",
+        "fuse": operator_text(defaults.fuse),
+        "upsample": operator_text(defaults.upsample),
+        "downsample": operator_text(defaults.downsample),
+        "size divisibility": f"{backbone.size_divisibility} pixels",
+    }
+    width = max(map(len, settings))
+    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in settings.items())
+
+
+def totals_text(complexity: Complexity, readers: Mapping[str, Sequence[str]]) -> str:
+    """What it costs in all, the maps that it gives, and who reads them.
+
+    Args:
+        readers: the maps that each config key of the heads names.
+    """
+    pyramid, below = complexity.pyramid, complexity.bottom_up
+    lines = [
+        f"{name.ljust(9)}  {cost.parameters:>12,} parameters  {cost.flops / 1e9:>9.3f} GFLOPs"
+        for name, cost in (
+            ("pyramid", pyramid),
+            ("bottom-up", below),
+            ("backbone", pyramid + below),
+        )
+    ]
+    lines.append(_NOTE.format(*complexity.size))
+    lines += [
+        f"fvcore cannot count {name}, which runs {n} times"
+        for name, n in complexity.uncounted.items()
+    ]
+    lines += ["", "maps (C x H x W) and the keys that read them"]
+    for name, shape in complexity.shapes.items():
+        keys = [key for key, features in readers.items() if name in features]
+        size = " x ".join(map(str, shape))
+        lines.append(f"{name.ljust(4)}  {size.ljust(18)}  {', '.join(keys) or 'nothing reads it'}")
+    return "\n".join(lines)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import CHANNELS, small_pyramid
-from test_analysis_tools import CONFIG, run
 from torch import nn
 
-from fpn_plugin.analysis.fusion_weights import fusion_table, fusion_weights, load_backbone
+from fpn_plugin.analysis.visualize.fusion_weights import fusion_table, fusion_weights, load_backbone
 from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Graph, node, op
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 
+TOOL = Path(__file__).parents[3] / "tools" / "show_pyramid.py"
+CONFIG = """
+MODEL:
+  META_ARCHITECTURE: GeneralizedRCNN
+  BACKBONE: {NAME: build_pyramid_backbone}
+  BOTTOM_UP: {WEIGHTS: there-is-no-such-file.pth}
+  RESNETS: {OUT_FEATURES: [res2, res3, res4, res5]}
+  FPN: {IN_FEATURES: [res2, res3, res4, res5], EXTRA_LEVELS: maxpool}
+  ANCHOR_GENERATOR: {SIZES: [[32], [64], [128], [256], [512]]}
+  RPN: {IN_FEATURES: [p2, p3, p4, p5, p6]}
+  ROI_HEADS: {NAME: StandardROIHeads, IN_FEATURES: [p2, p3, p4, p5]}
+"""
 NOTES = {
     **dict.fromkeys(("sum", "avg", "max", "product"), "nothing is learned"),
     "concat": "a convolution of all inputs",
@@ -35,12 +48,13 @@ def test_every_fusion_is_listed_with_its_weights() -> None:
     pyramid.get_submodule("channel_softmax_fuse").weights.data = torch.tensor(
         [[0.0, 0.0], [0.0, 50.0]]
     )
-    found = fusion_weights(pyramid)
-    assert list(found) == [*FUSIONS.names(), "last"]
-    assert {name: item.note for name, item in found.items() if item.note} == NOTES
-    assert all((item.weights is None) is bool(item.note) for item in found.values())
-    assert found["weighted"].weights.tolist() == [2.0, -0.5]  # type: ignore[union-attr]
-    assert found["last"].inputs == tuple(FUSIONS.names())
+    fusions = fusion_weights(pyramid)
+    assert list(fusions) == [*FUSIONS.names(), "last"]
+    assert {name: fusion.note for name, fusion in fusions.items() if fusion.note} == NOTES
+    assert all((fusion.weights is None) is bool(fusion.note) for fusion in fusions.values())
+    assert fusions["weighted"].means() == [2.0, -0.5] and fusions["sum"].means() == []
+    assert fusions["channel_softmax"].means() == pytest.approx([0.25, 0.75])
+    assert fusions["last"].inputs == tuple(FUSIONS.names())
     rows = [" ".join(line.split()) for line in fusion_table(pyramid).splitlines()]
     assert rows[0] == "node fusion input weight"
     at = rows.index("weighted weighted res4 2.0000")
@@ -89,14 +103,27 @@ def test_a_missing_checkpoint_is_named() -> None:
         load_backbone(small_pyramid(), "none.pth")
 
 
-def test_show_pyramid_prints_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+def test_show_pyramid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
-    state = {
-        f"backbone.fpn_merge{level}_fuse.weights": torch.tensor([1.0, 3.0]) for level in (2, 3, 4)
-    }
+    weights = torch.tensor([1.0, 3.0])
+    state = {f"backbone.fpn_merge{level}_fuse.weights": weights for level in (2, 3, 4)}
     torch.save({"model": state, "optimizer": {"state": {}}, "iteration": 7}, tmp_path / "m.pth")
-    args = ["--config-file", tmp_path / "config.yaml", "--size", 64, 64]
+    drawn = tmp_path / "fpn.svg"
+    args = ["--config-file", tmp_path / "config.yaml", "--size", 100, 128, "--draw", drawn]
     args += ["--weights", tmp_path / "m.pth", "MODEL.FPN.FUSE_TYPE", "fast_normalized"]
-    lines = [" ".join(line.split()) for line in run("show_pyramid.py", *args).splitlines()]
+    monkeypatch.setattr(sys, "argv", ["show_pyramid.py", *map(str, args)])
+    runpy.run_path(str(TOOL), run_name="tool")["main"]()
+    out = capsys.readouterr().out
+    assert "3,344,390 parameters" in out  # 3,344,384 and two weights of each fusion
+    assert "128 x 128 pixels" in out and "build_resnet_backbone" in out
+    for name in ("fpn_lateral2", "fpn_merge4", "fpn_output5", "top_block.p6"):
+        assert name in out and f">{name}<" in drawn.read_text()
+    maps = {line[:2]: line for line in out.splitlines() if line[:1] == "p" and line[1:2].isdigit()}
+    assert list(maps) == ["p2", "p3", "p4", "p5", "p6"]
+    assert maps["p2"].endswith("MODEL.RPN.IN_FEATURES, MODEL.ROI_HEADS.IN_FEATURES")
+    assert maps["p6"].endswith(" MODEL.RPN.IN_FEATURES")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
     at = lines.index("fpn_merge2 fast_normalized fpn_lateral2 0.2500")
-    assert lines[at + 1] == "fpn_merge3 0.7500"
+    assert lines[at + 1] == "fpn_merge3 0.7500" and ">0.75<" in drawn.read_text()
