@@ -6,7 +6,7 @@ import pytest
 from comparing import Study, detect, training, write_run, write_truth
 
 from fpn_plugin.analysis.compare import costs
-from fpn_plugin.analysis.compare.compare import compare
+from fpn_plugin.analysis.compare.comparison import compare
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,7 @@ def test_equal_runs_differ_by_exactly_nothing(tmp_path: Path) -> None:
     aps = ap_of_draws(matches, draws, lambda number: None)
     found = difference(0.0, aps, aps.copy())
     assert (found.value, found.low, found.high, found.better) == (0, 0, 0, 0.5)
-    assert not found.told
+    assert not found.significant
     assert aps.std() > 0
 
 
@@ -138,7 +138,7 @@ def test_a_run_that_is_better_in_every_image_is_better_in_every_draw(tmp_path: P
     )
     found = difference(1.0, good, bad)
     assert found.better == 1.0
-    assert found.told and found.low > 0
+    assert found.significant and found.low > 0
     turned = difference(-1.0, bad, good)
     assert turned.better == 0
     assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
@@ -148,7 +148,7 @@ def test_draws_without_objects_say_nothing() -> None:
     found = difference(1.0, np.array([math.nan, 3.0]), np.array([math.nan, 2.0]))
     assert (found.low, found.high, found.better) == (1.0, 1.0, 1.0)
     nothing = difference(1.0, np.array([math.nan]), np.array([math.nan]))
-    assert math.isnan(nothing.low) and not nothing.told
+    assert math.isnan(nothing.low) and not nothing.significant
 
 
 def test_draws_are_of_as_many_images_and_the_same_every_time() -> None:

@@ -14,13 +14,12 @@ from folders import load_tool
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.analysis.compare.compare import compare
-from fpn_plugin.analysis.compare.costs import counts
-from fpn_plugin.analysis.compare.groups import group_runs
-from fpn_plugin.analysis.compare.runs import read_runs
+from fpn_plugin.analysis.compare.comparison import compare
+from fpn_plugin.analysis.compare.costs import count_costs
+from fpn_plugin.analysis.compare.runs import group_runs, read_runs
 
 FILES = ["compare.html", "compare.json", "compare.md", "configs.csv", "runs.csv"]
-PICTURES = ["cost", "difference_bbox", "difference_segm", "loss", "sizes_bbox", "sizes_segm"]
+PICTURES = ["cost", "difference_bbox", "difference_segm", "sizes_bbox", "sizes_segm"]
 
 
 def report_on(folders: list[str], to: Path, **options: Any) -> dict[str, Any]:
@@ -59,10 +58,10 @@ def test_seeds_are_grouped_with_mean_and_spread(study: Study) -> None:
     assert study.content["differences"] == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
 
 
-def test_the_better_config_is_told(study: Study) -> None:
+def test_the_better_config_is_significant(study: Study) -> None:
     for task in ("bbox", "segm"):
         pair = study.content["pairs"][task]["pafpn"]["fpn"]
-        assert pair["better"] == 1 and pair["told"]
+        assert pair["better"] == 1 and pair["significant"]
         assert pair["low"] < pair["value"] < pair["high"]
     text = study.content["summary"]
     assert text.startswith("Of 2 configs, pafpn has the highest box AP, ")
@@ -105,8 +104,8 @@ def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) ->
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a run whose boxes are off by `error`; its comparison has no pictures and no counts."""
-    monkeypatch.setattr("fpn_plugin.analysis.compare.write.draw_all", lambda report: {})
-    monkeypatch.setattr("fpn_plugin.analysis.compare.compare.counts", lambda group: {})
+    monkeypatch.setattr("fpn_plugin.analysis.compare.report.draw_all", lambda report: {})
+    monkeypatch.setattr("fpn_plugin.analysis.compare.comparison.count_costs", lambda group: {})
     truth = tmp_path / "truth.json"
     content = write_truth(truth)
 
@@ -122,7 +121,7 @@ def test_equal_runs_cannot_be_told_apart(make: Any, tmp_path: Path, capsys: Any)
     compare(folders, str(tmp_path / "report"), resamples=20)
     text = capsys.readouterr().out
     assert "+0.00 … +0.00" in text and "50.0%" in text and "equal" in text
-    assert "no difference from pafpn can be told, +0.0 (+0.0 … +0.0)" in text
+    assert "the difference to pafpn is inconclusive, +0.0 (+0.0 … +0.0)" in text
     assert "One seed each" in text
 
 
@@ -136,7 +135,7 @@ def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
     folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
     report = report_on(folders, tmp_path / "report", baseline=folders[1])
     assert report["baseline"] == "pafpn"
-    assert "no difference" not in report["summary"]
+    assert "inconclusive" not in report["summary"]
     assert "Box AP against pafpn" in (tmp_path / "report" / "compare.md").read_text()
 
 
@@ -153,7 +152,7 @@ def test_without_detections_the_ap_is_that_of_metrics_json(make: Any, tmp_path: 
     assert report["groups"][0]["metrics"]["bbox/AP"]["mean"] == 12.0
     assert "a: no detections are there; its AP is metrics.json's." in report["notes"]
     assert report["pairs"] == {}
-    assert "whether that is chance cannot be told" in report["summary"]
+    assert "of unknown significance" in report["summary"]
 
 
 def test_without_the_truth_there_is_no_bootstrap(make: Any, tmp_path: Path) -> None:
@@ -222,7 +221,7 @@ def test_bad_options_are_refused(make: Any, tmp_path: Path, options: Any, text: 
 def test_a_model_that_cannot_be_built_is_told_and_compared_all_the_same(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.compare.compare.counts", counts)
+    monkeypatch.setattr("fpn_plugin.analysis.compare.comparison.count_costs", count_costs)
     folder = make("a")
     config = Path(folder, "config.yaml")
     config.write_text(config.read_text() + "\nMY_OWN_KEY: 3\n")
@@ -250,7 +249,7 @@ def test_latencies_are_those_of_the_contestants_with_the_same_model(
     report = report_on(folders, tmp_path / "report", benchmark=str(path))
     assert [group.get("seconds") for group in report["groups"]] == [0.25, None]
     assert report["latency"] == "neck of an image of 480 × 640"
-    assert any("no contestant has the model of pafpn" in note for note in report["notes"])
+    assert any("did not measure the model of pafpn" in note for note in report["notes"])
     assert any("three is left out" in note for note in report["notes"])
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no report.json of tools/benchmark.py"):
@@ -318,7 +317,7 @@ def test_a_single_level_is_counted(make: Any, tmp_path: Path) -> None:
         "MODEL__ROI_HEADS__IN_FEATURES": ["res4"],
         "MODEL__ANCHOR_GENERATOR__SIZES": [[32, 64]],
     }
-    found = counts(group_runs(read_runs([make("a", **single)]))[0])
+    found = count_costs(group_runs(read_runs([make("a", **single)]))[0])
     assert found["parameters"] > 1e6 and found["gflops"] > 0
 
 

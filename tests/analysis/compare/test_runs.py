@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 from comparing import write_run
 
-from fpn_plugin.analysis.compare.groups import (
+from fpn_plugin.analysis.compare.runs import (
+    Group,
     config_differences,
+    count_seeds,
     find_group,
     group_runs,
-    seeds,
+    read_runs,
 )
-from fpn_plugin.analysis.compare.runs import read_runs
 
 AP = {"iteration": 40, "bbox/AP": 30.0, "bbox/APs": float("nan")}
+
+
+def differences(groups: list[Group]) -> dict[str, list[Any]]:
+    return config_differences([group.runs for group in groups])
 
 
 @pytest.fixture
@@ -34,8 +39,7 @@ def test_a_run_is_read(make: Any) -> None:
     with open(Path(folder, "metrics.json"), "a") as file:
         file.write('{"iteration": 49, "total_lo')  # a run that is at work
     run = read_runs([folder])[0]
-    assert (run.name, run.seed, run.iteration, run.planned) == ("a", 7, 40, 40)
-    assert run.losses == {9: 2.0}
+    assert (run.name, run.seed, run.iteration, run.max_iterations) == ("a", 7, 40, 40)
     assert run.curves == {"bbox": {20: 3.0, 40: 30.0}}
     assert run.metrics["bbox/AP"] == 30.0
     assert run.results is None and run.is_evaluated
@@ -81,7 +85,7 @@ def test_seeds_and_the_place_where_it_runs_make_no_other_config(make: Any) -> No
     groups = group_runs(read_runs(folders))
     assert [group.name for group in groups] == ["a"]
     assert [run.seed for run in groups[0].runs] == [0, 1]
-    assert config_differences(groups) == {}
+    assert differences(groups) == {}
 
 
 def test_groups_are_called_by_what_differs_where_that_is_short(make: Any) -> None:
@@ -96,7 +100,7 @@ def test_groups_are_called_by_what_differs_where_that_is_short(make: Any) -> Non
         ["a/seed-0", "seed-1"],
         ["b/seed-0"],
     ]
-    assert config_differences(groups) == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
+    assert differences(groups) == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
 
 
 def test_a_value_that_says_little_alone_gets_its_key(make: Any) -> None:
@@ -114,7 +118,7 @@ def test_groups_are_called_by_their_folders_where_much_differs(make: Any) -> Non
 def test_weights_that_a_training_started_from_make_another_config(make: Any) -> None:
     folders = [make("a"), make("b", MODEL__WEIGHTS="some/r18.pth")]
     groups = group_runs(read_runs(folders))
-    assert list(config_differences(groups)) == ["MODEL.WEIGHTS"]
+    assert list(differences(groups)) == ["MODEL.WEIGHTS"]
     assert [group.name for group in groups] == ["WEIGHTS none", "r18.pth"]
 
 
@@ -125,7 +129,7 @@ def test_an_evaluation_has_its_runs_start_and_may_lie_alone(make: Any) -> None:
     runs = read_runs([run, again, folded])
     assert [one.name for one in runs] == ["a", "a/eval-1", "a/eval-2"]
     groups = group_runs(runs)
-    assert list(config_differences(groups)) == ["TEST.FOLD_NORMS"]
+    assert list(differences(groups)) == ["TEST.FOLD_NORMS"]
     assert [len(group.runs) for group in groups] == [2, 1]
     assert runs[1].seed == 3
 
@@ -175,4 +179,4 @@ def test_two_names_of_a_study_for_one_config(make: Any) -> None:
 
 def test_seeds_that_were_not_set_are_not_the_same(make: Any) -> None:
     runs = read_runs([make(name, SEED=seed) for name, seed in zip("abcd", (-1, -1, 3, 3))])
-    assert seeds(runs) == {3: 2}
+    assert count_seeds(runs) == {3: 2}

@@ -19,20 +19,25 @@ from matrix import ROOT, start, write_config, write_study
 from tiny import write_dataset
 
 from fpn_plugin.analysis.compare import costs
-from fpn_plugin.analysis.study.execute import lock, train
-from fpn_plugin.analysis.study.record import read_record
-from fpn_plugin.analysis.study.runs import (
-    BROKEN_OFF,
+from fpn_plugin.analysis.compare.runs import read_record
+from fpn_plugin.analysis.progress import TrainingProgress
+from fpn_plugin.analysis.study.config import Study, read_study
+from fpn_plugin.analysis.study.execute import (
+    compare_runs,
+    lock,
+    run_study,
+    status_text,
+    train,
+)
+from fpn_plugin.analysis.study.plan import (
     DONE,
+    INTERRUPTED,
     OTHER,
     PENDING,
-    Run,
+    PlannedRun,
     check_folders,
-    plan,
+    plan_runs,
 )
-from fpn_plugin.analysis.study.show import Display
-from fpn_plugin.analysis.study.study import compare_runs, run_study, status_text
-from fpn_plugin.analysis.study.study_file import Study, read_study
 
 SCRIPT = ROOT / "tools" / "train_net.py"
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
@@ -64,7 +69,7 @@ def worked_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("sys.argv", words)
         # what would outlive this: a handler of signals, and the loggers' levels
         patch.setattr(tool.signal, "signal", lambda *args: None)
-        patch.setattr(tool, "hush", lambda: None)
+        patch.setattr(tool.execute, "quiet_loggers", lambda: None)
         assert tool.main() == 0, err.getvalue()
     page = folder / "out" / "report" / "compare.html"
     assert out.getvalue().splitlines()[-1] == f"The report is in {page}"
@@ -72,9 +77,9 @@ def worked_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_of(folder: Path, *opts: str) -> tuple[Study, list[Run]]:
+def study_of(folder: Path, *opts: str) -> tuple[Study, list[PlannedRun]]:
     study = read_study(folder / "study.yaml", opts or ["SOLVER.MAX_ITER", "3"])
-    return study, plan(study)
+    return study, plan_runs(study)
 
 
 @pytest.fixture
@@ -106,22 +111,21 @@ def test_a_study_trains_evaluates_records_and_compares(worked_off: Path) -> None
 
 
 def test_what_is_done_is_skipped(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    monkeypatch.setattr("fpn_plugin.analysis.study.execute.train", never)
     study, runs = study_of(copied)
     assert [run.state() for run in runs] == [DONE, DONE]
-    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
+    outcome = run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
     assert (outcome.done, outcome.failures) == (runs, {})
 
 
 def test_what_is_done_is_compared(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    monkeypatch.setattr("fpn_plugin.analysis.study.execute.train", never)
     shutil.rmtree(copied / "out" / "report")
     study, runs = study_of(copied)
-    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
-    compare_runs(study, outcome, quiet=True)
-    assert outcome.report is not None and outcome.report.is_file()
-    assert outcome.report.parent == study.output / "report"
-    content = json.loads((outcome.report.parent / "compare.json").read_text())
+    outcome = run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
+    page = compare_runs(study, outcome.done, quiet=True)
+    assert page.is_file() and page.parent == study.output / "report"
+    content = json.loads((page.parent / "compare.json").read_text())
     # as the study calls them
     assert [group["name"] for group in content["groups"]] == list(RUNS)
     assert content["baseline"] == "a"
@@ -130,12 +134,12 @@ def test_what_is_done_is_compared(copied: Path, monkeypatch: pytest.MonkeyPatch)
 def test_another_config_is_refused_before_anything_starts(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    monkeypatch.setattr("fpn_plugin.analysis.study.execute.train", never)
     study, runs = study_of(copied, "SOLVER.MAX_ITER", "5", "MODEL.DEVICE", "cpu")
     shutil.rmtree(runs[0].folder)
     assert [run.state() for run in runs] == [PENDING, OTHER]
     with pytest.raises(ValueError, match="avg/seed-0: SOLVER.MAX_ITER 3 -> 5\nNothing was started"):
-        run_study(study, runs, SCRIPT, Display(quiet=True))
+        run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
     told = status_text(runs, SCRIPT).splitlines()
     assert told[0] == "a seed 0: to do" and "--config-file" in told[1]
     assert told[2:] == ["avg seed 0: another config's", "  SOLVER.MAX_ITER 3 -> 5"]
@@ -147,9 +151,9 @@ def test_what_was_broken_off_goes_on(copied: Path) -> None:
     metrics = run.folder / "metrics.json"
     kept = [line for line in metrics.read_text().splitlines() if "bbox/AP" not in line]
     metrics.write_text("".join(f"{line}\n" for line in kept) + '{"half')
-    assert run.state() == BROKEN_OFF  # killed in its last evaluation
+    assert run.state() == INTERRUPTED  # killed in its last evaluation
     assert "a seed 0: broken off at" in status_text(runs, SCRIPT)
-    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
+    outcome = run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
     assert outcome.done == runs
     first, second = read_record(run.folder)["sessions"]
     assert "--resume" in second["command"] and "--resume" not in first["command"]
@@ -165,7 +169,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(
     script.write_text("print('last words'); raise SystemExit(3)")
     study, runs = study_of(copied)
     shutil.rmtree(runs[0].folder)
-    outcome = run_study(study, runs, script, Display(quiet=True))
+    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
     assert outcome.done == runs[1:]
     assert list(outcome.failures) == ["a seed 0"]
     assert "exit code 3" in outcome.failures["a seed 0"]
@@ -180,7 +184,7 @@ def test_a_run_that_ends_without_results_is_a_failure(copied: Path, tmp_path: Pa
     script.write_text("")
     study, runs = study_of(copied)
     shutil.rmtree(runs[1].folder)
-    outcome = run_study(study, runs, script, Display(quiet=True))
+    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
     assert "without a final checkpoint" in outcome.failures["avg seed 0"]
 
 
@@ -188,23 +192,24 @@ def test_two_studies_do_not_share_a_folder(copied: Path) -> None:
     study, runs = study_of(copied)
     with lock(study.output):
         with pytest.raises(ValueError, match="another study, or a run that a killed one left"):
-            run_study(study, runs, SCRIPT, Display(quiet=True))
+            run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
 
 
 def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path: Path) -> None:
+    study, runs = study_of(copied)
+    metrics = runs[0].folder / "metrics.json"
     script, pids = tmp_path / "train.py", tmp_path / "pids"
     script.write_text(
         "import os, subprocess, time\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
-        "print('started', flush=True)\n"
+        f"open({str(metrics)!r}, 'w').write('{{\"iteration\": 1, \"total_loss\": 1}}\\n')\n"
         "time.sleep(60)\n"
     )
 
-    def interrupt(line: str) -> None:
+    def interrupt(values: object) -> None:
         raise KeyboardInterrupt
 
-    study, runs = study_of(copied)
     with lock(study.output) as held, pytest.raises(KeyboardInterrupt):
         train(runs[0], script, interrupt, held)
     assert read_record(runs[0].folder)["sessions"][-1]["ended"] == "interrupted"
