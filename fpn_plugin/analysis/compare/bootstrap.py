@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -43,17 +43,14 @@ class Difference:
         low: the lower end of the 95% interval.
         high: its upper end.
         better: the share of draws in which the first is better; a tie counts half.
+        significant: whether the interval excludes zero.
     """
 
     value: float
     low: float
     high: float
     better: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+    significant: bool
 
 
 def matches_of(evaluation: Any) -> list[Matches]:
@@ -129,17 +126,6 @@ def draw_images(images: int, draws: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(images, [1 / images] * images, size=draws)
 
 
-def ap_of_draws(
-    categories: Sequence[Matches], draws: np.ndarray, step: Callable[[int], None]
-) -> np.ndarray:
-    """`(N,)` AP in percent of one run on each draw; `step` gets the number of draws done."""
-    values = np.empty(len(draws))
-    for i, weights in enumerate(draws, 1):
-        values[i - 1] = average_precision(categories, weights)
-        step(i)
-    return values
-
-
 def difference(value: float, ours: np.ndarray, theirs: np.ndarray) -> Difference:
     """The difference of two configs from their APs on the same draws, `(N,)` each.
 
@@ -149,8 +135,8 @@ def difference(value: float, ours: np.ndarray, theirs: np.ndarray) -> Difference
     differences = ours - theirs
     differences = differences[~np.isnan(differences)]  # draws without any object
     if not len(differences):
-        return Difference(value, math.nan, math.nan, math.nan)
+        return Difference(value, math.nan, math.nan, math.nan, False)
     tail = (100 - _CONFIDENCE) / 2
     low, high = np.percentile(differences, [tail, 100 - tail])
     better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
-    return Difference(value, float(low), float(high), better)
+    return Difference(value, float(low), float(high), better, bool(low > 0 or high < 0))

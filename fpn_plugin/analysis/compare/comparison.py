@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import numpy as np
+from pycocotools.coco import COCO
 
 from fpn_plugin.analysis.benchmark.write import check_folder
 from fpn_plugin.analysis.compare.costs import (
@@ -34,14 +35,13 @@ from fpn_plugin.analysis.compare.runs import (
 )
 from fpn_plugin.analysis.compare.scores import (
     Scores,
-    Truth,
     compare_pairs,
     load_truth,
     score_runs,
 )
 from fpn_plugin.analysis.compare.tables import summarise
 from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.engine.size_bins import check_edges
+from fpn_plugin.engine.size_bins import bin_names, check_edges, count_objects
 
 SCHEMA = 2  # 1: "told" for "significant", and losses among the curves
 _FEW_IMAGES = 30  # below it a bootstrap's percentiles are unreliable
@@ -108,15 +108,17 @@ def _build_report(
     report.update({"baseline": first.name, "resamples": resamples})
     truth = load_truth(evaluated[0])
     scores: Scores = {}
-    if isinstance(truth, Truth):
-        report.update({"images": len(truth.images), "objects": truth.objects(edges)})
+    if isinstance(truth, COCO):
+        images = truth.getImgIds()
+        objects = dict(zip(bin_names(edges), count_objects(truth, images, edges)))
+        report.update({"images": len(images), "objects": objects})
         scores = score_runs(evaluated, truth, edges, report["notes"], bar)
     else:
         report["notes"].append(f"No bootstrap, and AP from metrics.json alone: {truth}.")
     _add_metrics(report, groups, scores)
     if not report["tasks"]:
         raise ValueError(f"none of the runs has an AP: {', '.join(run.name for run in evaluated)}")
-    if isinstance(truth, Truth):
+    if isinstance(truth, COCO):
         report["pairs"] = compare_pairs(groups, scores, report, bar)
     if report["pairs"] and report["images"] < _FEW_IMAGES:
         report["notes"].append(

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -117,7 +118,7 @@ def _title(report: Mapping[str, Any]) -> str:
 def _on_losses(report: Mapping[str, Any]) -> str:
     """Where to see the losses, which TensorBoard shows better than a page could."""
     folders = [os.path.abspath(run["folder"]) for run in report["runs"]]
-    return f"Losses while training: tensorboard --logdir {os.path.commonpath(folders)}"
+    return f"Losses while training: tensorboard --logdir {shlex.quote(os.path.commonpath(folders))}"
 
 
 def _cards(report: Mapping[str, Any]) -> str:

@@ -17,14 +17,14 @@ from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.analysis.compare.bootstrap import (
     Matches,
-    ap_of_draws,
+    average_precision,
     difference,
     draw_images,
     matches_of,
 )
 from fpn_plugin.analysis.compare.runs import Group, Run
 from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.engine.size_bins import ap_of, area_ranges, bin_names, count_objects
+from fpn_plugin.engine.size_bins import ap_of, area_ranges, bin_names
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}
@@ -49,22 +49,7 @@ Scores = Mapping[str, Mapping[str, Score]]
 """By run and task."""
 
 
-@dataclass(frozen=True)
-class Truth:
-    """A test set's annotations."""
-
-    coco: Any
-
-    @property
-    def images(self) -> list[Any]:
-        return sorted(self.coco.getImgIds())
-
-    def objects(self, edges: Sequence[float]) -> dict[str, int]:
-        """How many objects each size bin has."""
-        return dict(zip(bin_names(edges), count_objects(self.coco, self.images, edges)))
-
-
-def load_truth(run: Run) -> Truth | str:
+def load_truth(run: Run) -> COCO | str:
     """The annotations of a run's test set, or the reason why there are none."""
     path = run.truth
     if not path:
@@ -78,11 +63,11 @@ def load_truth(run: Run) -> Truth | str:
         return f"the annotations of {run.dataset!r} are not here ({path or 'no file is named'})"
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(path)
-    return Truth(coco) if "annotations" in coco.dataset else f"{path} has no annotations"
+    return coco if "annotations" in coco.dataset else f"{path} has no annotations"
 
 
 def score_runs(
-    runs: Sequence[Run], truth: Truth, edges: Sequence[float], notes: list[str], bar: Bar
+    runs: Sequence[Run], truth: COCO, edges: Sequence[float], notes: list[str], bar: Bar
 ) -> Scores:
     """Evaluate each run whose detections exist.
 
@@ -140,7 +125,7 @@ def compare_pairs(
         values = {name: metrics[name][f"{task}/AP"]["mean"] for name in scored}
         pairs[task] = {
             first: {
-                second: _pair(values[first] - values[second], aps[first], aps[second])
+                second: asdict(difference(values[first] - values[second], aps[first], aps[second]))
                 for second in aps
                 if second != first
             }
@@ -149,11 +134,11 @@ def compare_pairs(
     return pairs
 
 
-def _score(path: Path, truth: Truth, edges: Sequence[float]) -> dict[str, Score]:
+def _score(path: Path, truth: COCO, edges: Sequence[float]) -> dict[str, Score]:
     """Evaluate the detections of a file, by task; {} if it holds none."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        strangers = {result["image_id"] for result in results} - set(truth.images)
+        strangers = {result["image_id"] for result in results} - set(truth.getImgIds())
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{str(path)!r} is no list of COCO results: {error!r}") from error
     if strangers:
@@ -167,14 +152,14 @@ def _score(path: Path, truth: Truth, edges: Sequence[float]) -> dict[str, Score]
 
 
 def _evaluate(
-    results: Sequence[dict[str, Any]], truth: Truth, task: str, edges: Sequence[float]
+    results: Sequence[dict[str, Any]], truth: COCO, task: str, edges: Sequence[float]
 ) -> Score:
     results = copy.deepcopy(list(results))  # pycocotools adds to them
     if task == "segm":
         for result in results:  # else the area would be the box's, as in Detectron2's evaluator
             result.pop("bbox", None)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth.coco, truth.coco.loadRes(results), task)
+        evaluation = COCOeval(truth, truth.loadRes(results), task)
         evaluation.params.maxDets = [_MAX_DETECTIONS]
         evaluation.params.areaRng = [*_AREAS.values(), *area_ranges(edges)]
         evaluation.params.areaRngLbl = [*_AREAS, *bin_names(edges)]
@@ -184,7 +169,7 @@ def _evaluate(
     values = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
     values += [precision[..., i] for i in (1, 2, 3)]
     metrics = {name: ap_of(value) for name, value in zip(METRICS, values, strict=True)}
-    categories = truth.coco.loadCats(evaluation.params.catIds)
+    categories = truth.loadCats(evaluation.params.catIds)
     if len(categories) > 1:
         for i, category in enumerate(categories):
             metrics[f"AP-{category['name']}"] = ap_of(precision[:, :, i, 0])
@@ -201,18 +186,11 @@ def _mean_ap_of_draws(
     bar.begin(f"bootstrap, {task}", len(draws) * sum(map(len, groups.values())))
     means = {}
     for name, scores in groups.items():
-        aps = []
-        for score in scores:
-
-            def step(number: int, start: int = done) -> None:
-                bar.step(start + number)
-
-            aps.append(ap_of_draws(score.matches, draws, step))
-            done += len(draws)
-        means[name] = np.mean(aps, axis=0)
+        aps = np.empty((len(scores), len(draws)))
+        for i, score in enumerate(scores):
+            for j, weights in enumerate(draws):
+                aps[i, j] = average_precision(score.matches, weights)
+                done += 1
+                bar.step(done)
+        means[name] = aps.mean(axis=0)
     return means
-
-
-def _pair(value: float, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    result = difference(value, ours, theirs)
-    return {**asdict(result), "significant": result.significant}

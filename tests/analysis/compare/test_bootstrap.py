@@ -15,7 +15,6 @@ from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.analysis.compare.bootstrap import (
     Matches,
-    ap_of_draws,
     average_precision,
     difference,
     draw_images,
@@ -62,6 +61,10 @@ def repeated(
     return made, found
 
 
+def ap_of_draws(matches: list[Matches], draws: np.ndarray) -> np.ndarray:
+    return np.array([average_precision(matches, weights) for weights in draws])
+
+
 @pytest.mark.parametrize("weights", [[1] * 6, [0, 3, 1, 0, 2, 0], [6, 0, 0, 0, 0, 0]])
 def test_it_equals_pycocotools_on_a_set_with_the_images_repeated(
     tmp_path: Path, weights: list[int]
@@ -100,7 +103,7 @@ def test_a_tiny_example_worked_out_by_hand() -> None:
         assert average_precision(all_found, np.array(weights)) == pytest.approx(both)
         assert average_precision(first_found, np.array(weights)) == pytest.approx(one)
     draws = np.array(list(wanted))
-    ours, theirs = (ap_of_draws(of, draws, lambda number: None) for of in (all_found, first_found))
+    ours, theirs = ap_of_draws(all_found, draws), ap_of_draws(first_found, draws)
     found = difference(100 - half, ours, theirs)
     # differences of 0, 100 - half and 100: better in two draws, equal in one
     assert found.better == pytest.approx(2.5 / 3)
@@ -122,7 +125,7 @@ def test_equal_runs_differ_by_exactly_nothing(tmp_path: Path) -> None:
     truth = write_truth(tmp_path / "truth.json")
     matches = matches_of(evaluated(truth, detect(truth, 0.3)))
     draws = draw_images(6, 50)
-    aps = ap_of_draws(matches, draws, lambda number: None)
+    aps = ap_of_draws(matches, draws)
     found = difference(0.0, aps, aps.copy())
     assert (found.value, found.low, found.high, found.better) == (0, 0, 0, 0.5)
     assert not found.significant
@@ -133,7 +136,7 @@ def test_a_run_that_is_better_in_every_image_is_better_in_every_draw(tmp_path: P
     truth = write_truth(tmp_path / "truth.json")
     draws = draw_images(6, 50)
     good, bad = (
-        ap_of_draws(matches_of(evaluated(truth, detect(truth, error))), draws, lambda number: None)
+        ap_of_draws(matches_of(evaluated(truth, detect(truth, error))), draws)
         for error in (0.0, 0.5)
     )
     found = difference(1.0, good, bad)

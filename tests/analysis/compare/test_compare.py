@@ -116,7 +116,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_equal_runs_cannot_be_told_apart(make: Any, tmp_path: Path, capsys: Any) -> None:
+def test_equal_runs_are_inconclusive(make: Any, tmp_path: Path, capsys: Any) -> None:
     folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
     compare(folders, str(tmp_path / "report"), resamples=20)
     text = capsys.readouterr().out
@@ -137,9 +137,11 @@ def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
     assert report["baseline"] == "pafpn"
     assert "inconclusive" not in report["summary"]
     assert "Box AP against pafpn" in (tmp_path / "report" / "compare.md").read_text()
+    assert any(note.startswith("6 test images are few") for note in report["notes"])
+    assert not any("same seed" in note for note in report["notes"])
 
 
-def test_what_metrics_json_has_otherwise_is_told(make: Any, tmp_path: Path) -> None:
+def test_metrics_json_with_other_results_is_noted(make: Any, tmp_path: Path) -> None:
     report = report_on([make("a", 0.3, *training(0, 99.0))], tmp_path / "report")
     assert any("bbox AP is 99.00 in metrics.json, but" in note for note in report["notes"])
     assert any("iteration 20 of 40" in note for note in report["notes"])
@@ -218,7 +220,7 @@ def test_bad_options_are_refused(make: Any, tmp_path: Path, options: Any, text: 
     assert not (tmp_path / "report").exists()
 
 
-def test_a_model_that_cannot_be_built_is_told_and_compared_all_the_same(
+def test_a_model_that_cannot_be_built_is_compared_without_costs(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fpn_plugin.analysis.compare.comparison.count_costs", count_costs)
@@ -230,7 +232,7 @@ def test_a_model_that_cannot_be_built_is_told_and_compared_all_the_same(
     assert "parameters" not in report["groups"][0]
 
 
-def test_latencies_are_those_of_the_contestants_with_the_same_model(
+def test_latencies_are_those_of_the_models_that_the_benchmark_measured(
     make: Any, tmp_path: Path
 ) -> None:
     fpn, pafpn = folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
@@ -277,10 +279,15 @@ def test_a_mean_does_not_leave_out_a_seed_that_detected_nothing(make: Any, tmp_p
 
 
 def test_seeds_that_were_not_set_are_several(make: Any, tmp_path: Path) -> None:
-    folders = [make(name, error, SEED=-1) for name, error in (("a", 0.3), ("b", 0.1))]
-    report = report_on(folders, tmp_path / "report")
+    seeds = {"a": -1, "b": -1, "c": 3, "d": 3}
+    folders = [make(name, 0.1 + 0.1 * (name == "b"), SEED=seed) for name, seed in seeds.items()]
+    report = report_on(folders[:2], tmp_path / "report")
     assert "Seeds of one config spread by up to ±" in report["summary"]
     assert not any("same seed" in note for note in report["notes"])
+    report = report_on(folders, tmp_path / "other")
+    assert [note for note in report["notes"] if "same seed" in note] == [
+        "a: 2 runs have the same seed, 3."
+    ]
 
 
 def test_many_configs_have_a_row_for_each_value(make: Any, tmp_path: Path) -> None:
@@ -302,12 +309,6 @@ def test_many_configs_have_a_row_for_each_value(make: Any, tmp_path: Path) -> No
     assert rows[3] == ["", "fpn", "REPEATS 1 + fpn"]
     start = lines.index("## Box AP: how often the row is better than the column")
     assert [cell.strip() for cell in lines[start + 2].split("|")[1:-1]][1:] == list("123456")
-
-
-def test_few_images_are_told(make: Any, tmp_path: Path) -> None:
-    folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
-    notes = report_on(folders, tmp_path / "report")["notes"]
-    assert any(note.startswith("6 test images are few") for note in notes)
 
 
 def test_a_single_level_is_counted(make: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from comparing import write_run
 from fpn_plugin.analysis.compare.runs import (
     Group,
     config_differences,
-    count_seeds,
     find_group,
     group_runs,
     read_runs,
@@ -41,7 +41,7 @@ def test_a_run_is_read(make: Any) -> None:
     run = read_runs([folder])[0]
     assert (run.name, run.seed, run.iteration, run.max_iterations) == ("a", 7, 40, 40)
     assert run.curves == {"bbox": {20: 3.0, 40: 30.0}}
-    assert run.metrics["bbox/AP"] == 30.0
+    assert run.metrics["bbox/AP"] == 30.0 and math.isnan(run.metrics["bbox/APs"])
     assert run.results is None and run.is_evaluated
 
 
@@ -151,32 +151,15 @@ def test_a_group_is_found_by_name_or_folder(make: Any) -> None:
         find_group("bifpn", groups)
 
 
-def test_json_with_nan_is_read(make: Any) -> None:
-    run = read_runs([make("a")])[0]
-    assert json.dumps(run.metrics["bbox/APs"]) == "NaN"
-
-
-def entry(folder: str, name: str) -> None:
-    Path(folder, "study.json").write_text(json.dumps({"name": name}))
-
-
 def test_groups_are_called_as_their_study_calls_them(make: Any) -> None:
+    def names(*configs: str) -> list[str]:
+        for folder, name in zip(folders, configs):
+            Path(folder, "study.json").write_text(json.dumps({"name": name}))
+        return [group.name for group in group_runs(read_runs(folders))]
+
     folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
-    entry(folders[0], "mine")
-    assert [group.name for group in group_runs(read_runs(folders))] == ["fpn", "pafpn"]
-    entry(folders[1], "other")
-    assert [group.name for group in group_runs(read_runs(folders))] == ["mine", "other"]
-    entry(folders[1], "mine")  # two studies with one name for two configs
-    assert [group.name for group in group_runs(read_runs(folders))] == ["fpn", "pafpn"]
-
-
-def test_two_names_of_a_study_for_one_config(make: Any) -> None:
-    folders = [make("a"), make("b")]
-    for folder, name in zip(folders, ("mine", "same"), strict=True):
-        entry(folder, name)
-    assert [group.name for group in group_runs(read_runs(folders))] == ["mine + same"]
-
-
-def test_seeds_that_were_not_set_are_not_the_same(make: Any) -> None:
-    runs = read_runs([make(name, SEED=seed) for name, seed in zip("abcd", (-1, -1, 3, 3))])
-    assert count_seeds(runs) == {3: 2}
+    assert names("mine") == ["fpn", "pafpn"]
+    assert names("mine", "other") == ["mine", "other"]
+    assert names("mine", "mine") == ["fpn", "pafpn"]  # two studies with one name for two configs
+    folders = [make("c"), make("d")]
+    assert names("mine", "same") == ["mine + same"]  # two names for one config
