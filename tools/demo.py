@@ -59,7 +59,7 @@ def train(name: str, config: Path, flags: list[str], output: Path, opts: list[st
         if re.search(r"\b(WARNING|ERROR)\b", line):
             progress.say(line)
 
-    with tempfile.NamedTemporaryFile() as log:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log.txt"), "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             follow(process, Path(log.name), output / METRICS, progress.update, warn)

@@ -1,16 +1,16 @@
-"""The command lines: one real process each, as a user runs them."""
+"""The command lines of show_pyramid.py and draw_detections.py, as a user gives them."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
+from folders import load_tool
+from helpers import own_datasets
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -27,12 +27,17 @@ MODEL:
 """
 
 
-def run(tool: str, *args: object) -> str:
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, args)]
-    env = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Runs a tool and returns what it prints."""
+
+    def run(tool: str, *args: object) -> str:
+        monkeypatch.setattr("sys.argv", [tool, *map(str, args)])
+        load_tool(Path(tool).stem).main()
+        return capsys.readouterr().out
+
+    with own_datasets():
+        yield run
 
 
 TOOLS = [
@@ -48,7 +53,7 @@ def test_threads_are_told_to_sleep_before_torch_is_imported(path: Path) -> None:
     assert before[1] and re.findall(r"^(?:import|from) (\w+)", before[0], re.MULTILINE) == ["os"]
 
 
-def test_show_pyramid(tmp_path: Path) -> None:
+def test_show_pyramid(run: Any, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
     drawn = tmp_path / "fpn.svg"
@@ -65,7 +70,7 @@ def test_show_pyramid(tmp_path: Path) -> None:
     assert maps["p6"].endswith(" MODEL.RPN.IN_FEATURES")
 
 
-def test_draw_detections_of_own_data(tmp_path: Path) -> None:
+def test_draw_detections_of_own_data(run: Any, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     box = {"bbox": [5, 5, 20, 20], "category_id": 1, "image_id": 1}
     data = {

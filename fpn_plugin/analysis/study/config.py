@@ -104,7 +104,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
     if not path.is_file():
         raise FileNotFoundError(f"there is no study file {str(path)!r}")
     content = _load(path)
-    values = _checked(path, content)
+    values = _with_defaults(path, content)
     for key in ("output", "runs"):
         if not values[key]:
             raise StudyError(f"{path}: {key} is missing or empty")
@@ -152,8 +152,8 @@ def _load(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The content with defaults, every value of its key's type."""
+def _with_defaults(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the defaults of missing keys, every value of its key's type."""
     schema = OmegaConf.structured(_StudyFile)
     for key, value in content.items():
         if key not in _WANTED:
@@ -162,11 +162,12 @@ def _checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             schema[key] = value
         except OmegaConfBaseException as error:
             raise _error(path, key, value) from error
+    values: Any = OmegaConf.to_container(schema)
+    for key, value in content.items():
         # OmegaConf converts what it can ('no' and 1 to booleans, 3 to text): here it is a mistake
-        converted = OmegaConf.to_container(schema)[key]
-        if type(converted) is not type(value) or converted != value:
+        if type(values[key]) is not type(value) or values[key] != value:
             raise _error(path, key, value)
-    return OmegaConf.to_container(schema)
+    return values
 
 
 def _error(path: Path, key: str, value: object, wanted: str = "") -> StudyError:

@@ -113,6 +113,7 @@ def test_a_study_trains_evaluates_records_and_compares(finished: Path) -> None:
     said = (finished / "said.txt").read_text()
     assert "2 runs in" in said and ", 0 of them done" in said
     assert "run 1 of 2, a seed 0: done in" in said and "run 2 of 2, avg seed 0: done in" in said
+    assert "run 1 of 2, a seed 0: iteration 3 of 3, loss " in said
     for name in RUNS:
         folder = finished / "out" / name / "seed-0"
         assert [file.name for file in folder.glob("*.pth")] == ["model_final.pth"]
