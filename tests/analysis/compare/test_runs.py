@@ -103,23 +103,25 @@ def test_groups_are_called_by_what_differs_where_that_is_short(make: Any) -> Non
     assert differences(groups) == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
 
 
-def test_a_value_that_says_little_alone_gets_its_key(make: Any) -> None:
-    folders = [make("a"), make("b", MODEL__FPN__REPEATS=2, MODEL__FPN__NORM="GN")]
-    names = [group.name for group in group_runs(read_runs(folders))]
-    assert names == ["NORM none + REPEATS 1", "GN + REPEATS 2"]
-
-
-def test_groups_are_called_by_their_folders_where_much_differs(make: Any) -> None:
-    much = {"MODEL__FPN__REPEATS": 2, "SOLVER__BASE_LR": 0.5, "MODEL__RPN__NMS_THRESH": 0.6}
-    folders = [make("x.1/seed-0"), make("x.2/seed-0", **much)]
-    assert [group.name for group in group_runs(read_runs(folders))] == ["x.1", "x.2"]
-
-
-def test_weights_that_a_training_started_from_make_another_config(make: Any) -> None:
-    folders = [make("a"), make("b", MODEL__WEIGHTS="some/r18.pth")]
-    groups = group_runs(read_runs(folders))
-    assert list(differences(groups)) == ["MODEL.WEIGHTS"]
-    assert [group.name for group in groups] == ["WEIGHTS none", "r18.pth"]
+@pytest.mark.parametrize(
+    "overrides, names",
+    [
+        (
+            {"MODEL__FPN__REPEATS": 2, "MODEL__FPN__NORM": "GN"},
+            ["NORM none + REPEATS 1", "GN + REPEATS 2"],
+        ),
+        ({"MODEL__WEIGHTS": "some/r18.pth"}, ["WEIGHTS none", "r18.pth"]),
+        # much differs: by their folders
+        (
+            {"MODEL__FPN__REPEATS": 2, "SOLVER__BASE_LR": 0.5, "MODEL__RPN__NMS_THRESH": 0.6},
+            ["x.1", "x.2"],
+        ),
+    ],
+)
+def test_names_of_groups(make: Any, overrides: dict[str, Any], names: list[str]) -> None:
+    groups = group_runs(read_runs([make("x.1/seed-0"), make("x.2/seed-0", **overrides)]))
+    assert [group.name for group in groups] == names
+    assert list(differences(groups)) == sorted(key.replace("__", ".") for key in overrides)
 
 
 def test_an_evaluation_has_its_runs_start_and_may_lie_alone(make: Any) -> None:

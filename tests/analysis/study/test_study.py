@@ -7,16 +7,17 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Iterator
 
 import pytest
+import yaml
 from folders import load_tool
 from helpers import own_datasets
-from matrix import ROOT, start, write_config, write_study
-from tiny import write_dataset
+from tiny import tiny_config, write_dataset
 
 from fpn_plugin.analysis.compare import costs
 from fpn_plugin.analysis.compare.runs import read_record
@@ -39,7 +40,8 @@ from fpn_plugin.analysis.study.plan import (
     plan_runs,
 )
 
-SCRIPT = ROOT / "tools" / "train_net.py"
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
+SCRIPT = TOOLS / "train_net.py"
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
 # trains `a`; of the other run it makes a copy with its own config, which is faster
 TRAIN_ONE = f"""
@@ -54,6 +56,23 @@ else:
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace(" NMS_THRESH: 0.7", " NMS_THRESH: 0.6"))
 """
+
+
+def write_config(folder: Path) -> None:
+    """The tiny detector on its dataset, which needs no registration: it is one's own data."""
+    data = write_dataset(folder, images=4)
+    own = {"DATASETS__OWN__" + key: str(data) for key in ("TRAIN_JSON", "VAL_JSON")}
+    own |= {"DATASETS__OWN__" + key: str(data.parent) for key in ("TRAIN_IMAGES", "VAL_IMAGES")}
+    cfg = tiny_config(folder, DATASETS__TRAIN=(), TEST__EVAL_PERIOD=0, SEED=-1, **own)
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.DETECTIONS_PER_IMAGE = 2, 5
+    (folder / "tiny.yaml").write_text(cfg.dump())
+
+
+def write_study(folder: Path) -> Path:
+    path, output = folder / "study.yaml", str(folder / "out")
+    content = {"output": output, "base": "tiny.yaml", "runs": RUNS, "baseline": "a"}
+    path.write_text(yaml.safe_dump({**content, "keep_checkpoints": False}))
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +93,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that is done, with the report of its comparison."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "train_one.py").write_text(TRAIN_ONE)
-    write_config(folder, write_dataset(folder, images=4))
-    path = write_study(folder, runs=RUNS, baseline="a", keep_checkpoints=False)
+    write_config(folder)
+    path = write_study(folder)
     out, err, tool = io.StringIO(), io.StringIO(), load_tool("study")
     words = ["study.py", str(path), "SOLVER.MAX_ITER", "3", "--only", "a,avg"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -101,7 +120,7 @@ def study_of(folder: Path, *opts: str) -> tuple[Study, list[PlannedRun]]:
 def copied(finished: Path, tmp_path: Path) -> Path:
     """The study that is done, in a folder of this test's own."""
     copy = shutil.copytree(finished, tmp_path / "copy")
-    write_study(copy, runs=RUNS, baseline="a", keep_checkpoints=False)
+    write_study(copy)
     return copy
 
 
@@ -113,7 +132,7 @@ def test_a_study_trains_evaluates_records_and_compares(finished: Path) -> None:
     said = (finished / "said.txt").read_text()
     assert "2 runs in" in said and ", 0 of them done" in said
     assert "run 1 of 2, a seed 0: done in" in said and "run 2 of 2, avg seed 0: done in" in said
-    assert "run 1 of 2, a seed 0: iteration 3 of 3, loss " in said
+    assert "run 1 of 2, a seed 0: iteration 2 of 3, loss " in said  # with a checkpoint
     for name in RUNS:
         folder = finished / "out" / name / "seed-0"
         assert [file.name for file in folder.glob("*.pth")] == ["model_final.pth"]
@@ -239,9 +258,11 @@ def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path:
 
 
 def test_sigterm_ends_the_tool(finished: Path, tmp_path: Path) -> None:
-    process = start(
-        *(finished / "study.yaml", "--only", "a", "--output", str(tmp_path / "other")),
-        *("--seeds", "5", "SOLVER.MAX_ITER", "100000"),
+    output = ["--output", str(tmp_path / "other"), "--only", "a", "--seeds", "5"]
+    command = [sys.executable, str(TOOLS / "study.py"), str(finished / "study.yaml"), *output]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [*command, "SOLVER.MAX_ITER", "100000"], stdout=pipe, stderr=pipe, text=True
     )
     record = tmp_path / "other" / "a" / "seed-5" / "study.json"
     for _ in range(1200):  # on a busy machine its imports take long
