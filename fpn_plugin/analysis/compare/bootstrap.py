@@ -94,8 +94,8 @@ def average_precision(categories: Sequence[Matches], weights: np.ndarray) -> flo
     """AP in percent on a set that repeats each image by its weight; nan without objects.
 
     It equals pycocotools' AP of such a set. There the copies of a detection follow one another in
-    the ranking, and only the last copy can reach a recall with the best precision, so that a weighted
-    cumulative sum stands for all copies.
+    the ranking, and only the last copy can reach a recall with the best precision, so that a
+    weighted cumulative sum stands for all copies.
 
     Args:
         weights: `(I,)` whole numbers.

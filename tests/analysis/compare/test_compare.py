@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparing import Study, detect, training, write_run, write_truth
+from comparing import Study, detect, evaluation, write_run, write_truth
 from folders import load_tool
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -90,6 +90,8 @@ def test_all_files_are_there_and_say_the_same(study: Study) -> None:
     assert best in text and study.content["summary"] in text
     page = (study.report / "compare.html").read_text()
     assert page.count("<svg") == len(PICTURES) and "<script" not in page
+    where = Path(study.folders[0]).parents[1]
+    assert f"tensorboard --logdir {where}" in page and f"tensorboard --logdir {where}" in text
 
 
 def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) -> None:
@@ -142,14 +144,13 @@ def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_metrics_json_with_other_results_is_noted(make: Any, tmp_path: Path) -> None:
-    report = report_on([make("a", 0.3, *training(0, 99.0))], tmp_path / "report")
+    report = report_on([make("a", 0.3, evaluation(99.0))], tmp_path / "report")
     assert any("bbox AP is 99.00 in metrics.json, but" in note for note in report["notes"])
     assert any("iteration 20 of 40" in note for note in report["notes"])
 
 
 def test_without_detections_the_ap_is_that_of_metrics_json(make: Any, tmp_path: Path) -> None:
-    lines = training(0, 12.0)
-    folders = [make("a", None, *lines), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
+    folders = [make("a", None, evaluation(12.0)), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
     report = report_on(folders, tmp_path / "report")
     assert report["groups"][0]["metrics"]["bbox/AP"]["mean"] == 12.0
     assert "a: no detections are there; its AP is metrics.json's." in report["notes"]
@@ -158,7 +159,7 @@ def test_without_detections_the_ap_is_that_of_metrics_json(make: Any, tmp_path: 
 
 
 def test_without_the_truth_there_is_no_bootstrap(make: Any, tmp_path: Path) -> None:
-    folders = [make("a", 0.3, *training(0, 12.0))]
+    folders = [make("a", 0.3, evaluation(12.0))]
     (tmp_path / "truth.json").unlink()
     report = report_on(folders, tmp_path / "report")
     assert report["groups"][0]["metrics"]["bbox/AP"]["mean"] == 12.0
@@ -177,7 +178,7 @@ def test_detections_of_other_data_are_refused(make: Any, tmp_path: Path) -> None
 
 
 def test_a_run_that_detected_nothing(make: Any, tmp_path: Path) -> None:
-    folders = [make("a"), make("b", None, *training(0, math.nan), MODEL__FPN__TOPOLOGY="pafpn")]
+    folders = [make("a"), make("b", None, evaluation(math.nan), MODEL__FPN__TOPOLOGY="pafpn")]
     Path(folders[1], "inference", "coco_instances_results.json").write_text("[]")
     report = report_on(folders, tmp_path / "report")
     assert any(note == "b detected nothing at all." for note in report["notes"])
@@ -272,7 +273,7 @@ def test_the_tool(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_a_mean_does_not_leave_out_a_seed_that_detected_nothing(make: Any, tmp_path: Path) -> None:
-    folders = [make("a", SEED=0), make("b", None, *training(0, math.nan), SEED=1)]
+    folders = [make("a", SEED=0), make("b", None, evaluation(math.nan), SEED=1)]
     report = report_on(folders, tmp_path / "report")
     assert report["groups"][0]["metrics"]["bbox/AP"] == {"mean": None, "spread": None}
     assert report["summary"].startswith("No box AP is known.")
