@@ -15,15 +15,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import re  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
-import tempfile  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from fpn_plugin.analysis.pictures import draw_dataset  # noqa: E402
-from fpn_plugin.analysis.progress import TrainingProgress, ap_table, follow  # noqa: E402
+from fpn_plugin.analysis.progress import ap_table, show_training  # noqa: E402
 from fpn_plugin.data.scenes import prepare_scenes  # noqa: E402
 from fpn_plugin.data.trees import prepare_trees  # noqa: E402
 from fpn_plugin.data.weights import prepare_weights  # noqa: E402
@@ -52,19 +49,7 @@ def train(name: str, config: Path, flags: list[str], output: Path, opts: list[st
     command += ["--config-file", str(config), *flags]
     command += ["OUTPUT_DIR", str(output), *opts]
     cfg = load_config(argparse.Namespace(config_file=str(config), opts=opts))
-    progress = TrainingProgress(stream=sys.stdout, interval=0)
-    progress.begin(name, cfg.SOLVER.MAX_ITER)
-
-    def warn(line: str) -> None:
-        if re.search(r"\b(WARNING|ERROR)\b", line):
-            progress.say(line)
-
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log.txt"), "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            follow(process, Path(log.name), output / METRICS, progress.update, warn)
-        finally:
-            progress.end()
+    show_training(command, name, cfg.SOLVER.MAX_ITER, output / METRICS)
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Mapping, TextIO
+from typing import Any, Callable, Mapping, Sequence, TextIO
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -120,6 +122,31 @@ def follow(
         raise RuntimeError(
             f"the run ended with exit code {process.returncode}:\n" + "\n".join(tail)
         )
+
+
+def show_training(command: Sequence[str], title: str, total: int, metrics: Path) -> None:
+    """Run a training in a process, and show its progress and its warnings on standard output.
+
+    Args:
+        total: iterations of the training.
+        metrics: metrics.json of the run.
+
+    Raises:
+        RuntimeError: with the end of its output, if the run fails.
+    """
+    progress = TrainingProgress(stream=sys.stdout, interval=0)
+
+    def warn(line: str) -> None:
+        if re.search(r"\b(WARNING|ERROR)\b", line):
+            progress.say(line)
+
+    progress.begin(title, total)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log.txt"), "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            follow(process, Path(log.name), metrics, progress.update, warn)
+        finally:
+            progress.end()
 
 
 class _NewLines:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fpn_plugin.analysis.progress import TrainingProgress, ap_table, follow
+from fpn_plugin.analysis.progress import TrainingProgress, ap_table, follow, show_training
 
 STEP = {"iteration": 19, "total_loss": 1.43345, "eta_seconds": 64.2}
 
@@ -99,9 +99,18 @@ def test_follow_gives_new_metrics_and_output(tmp_path: Path, mode: str) -> None:
     assert lines == ["beware"]
 
 
-def test_a_failed_run_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+def test_a_training_is_shown_with_its_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "metrics.json"
+    code = f"open({str(metrics)!r}, 'w').write({json.dumps(STEP)!r} + chr(10)); print('chatter');"
+    warning = "print('[1 d2]: WARNING beware');"
+    show_training([sys.executable, "-c", code + warning], "trees", 40, metrics)
+    step = "trees: iteration 20 of 40, loss 1.433, ETA 0:01:04"
+    assert sorted(capsys.readouterr().out.splitlines()) == ["[1 d2]: WARNING beware", step]
     with pytest.raises(RuntimeError, match="exit code 3(.|\n)*last words"):
-        follow_code("print('last words'); raise SystemExit(3)", tmp_path)
+        code = "print('last words'); raise SystemExit(3)"
+        show_training([sys.executable, "-c", code], "trees", 40, metrics)
 
 
 def test_ap_table() -> None:
