@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare training runs: AP of boxes and masks, costs, curves, and whether one config is better.
+"""Compare training runs: AP of boxes and masks, costs, and which differences are significant.
 
 compare_runs.py RUN_DIR … --report DIR [--baseline NAME|RUN_DIR] [--size-bins 8,16,32,64,128,256]
 compare_runs.py RUN_DIR … --report DIR --benchmark output/bench/report.json    with latencies
@@ -20,7 +20,7 @@ for text in ("`torch.jit.script`", "pkg_resources"):  # deprecated; said at each
 import argparse  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.analysis.compare.compare import compare  # noqa: E402
+from fpn_plugin.analysis.compare.comparison import compare  # noqa: E402
 
 
 def _edges(text: str) -> list[float]:

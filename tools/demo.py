@@ -15,14 +15,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from fpn_plugin.analysis.progress import follow, summary  # noqa: E402
 from fpn_plugin.analysis.visualize.results import draw_results  # noqa: E402
-from fpn_plugin.engine.run_folder import claim_demo_dir  # noqa: E402
+from fpn_plugin.analysis.progress import ap_table, show_training  # noqa: E402
+from fpn_plugin.engine.run_folder import METRICS, claim_demo_dir  # noqa: E402
+from fpn_plugin.engine.setup import load_config  # noqa: E402
 from fpn_plugin.paths import dataset_root  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,12 +46,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def train(config: Path, flags: list[str], output: Path, opts: list[str]) -> None:
-    """Run train_net.py and show its progress."""
+def train(name: str, config: Path, flags: list[str], output: Path, opts: list[str]) -> None:
+    """Run train_net.py, and show its progress and warnings."""
     command = [sys.executable, str(ROOT / "tools" / "train_net.py")]
     command += ["--config-file", str(config), *flags]
     command += ["OUTPUT_DIR", str(output), *opts]
-    follow(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    cfg = load_config(argparse.Namespace(config_file=str(config), opts=opts))
+    show_training(command, name, cfg.SOLVER.MAX_ITER, output / METRICS)
 
 
 def main() -> None:
@@ -64,11 +65,11 @@ def main() -> None:
     prepare_trees(root) if args.demo == "trees" else prepare_scenes(root)
     config = ROOT / "configs" / "quickstart" / f"{CONFIGS[args.demo]}.yaml"
     print(f"Training {config.relative_to(ROOT)}", *flags, flush=True)
-    train(config, flags, args.output, args.opts)
+    train(args.demo, config, flags, args.output, args.opts)
     results = args.output / "inference" / "coco_instances_results.json"
     pictures = draw_results(results, f"{args.demo}_val", args.output / "pictures")
-    metrics = (args.output / "metrics.json").read_text().splitlines()
-    print(summary(json.loads(metrics[-1])))
+    metrics = (args.output / METRICS).read_text().splitlines()
+    print(ap_table(json.loads(metrics[-1])))
     print("Pictures:", *pictures, sep="\n  ")
     print(f"Done in {time.time() - start:.0f} s", flush=True)
 

@@ -27,11 +27,10 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.analysis.study.runs import plan  # noqa: E402
-from fpn_plugin.analysis.study.show import Display  # noqa: E402
-from fpn_plugin.analysis.study.study import status_text  # noqa: E402
-from fpn_plugin.analysis.study.study import compare_runs, hush, run_study  # noqa: E402
-from fpn_plugin.analysis.study.study_file import Study, read_study, seed_list  # noqa: E402
+from fpn_plugin.analysis.progress import TrainingProgress  # noqa: E402
+from fpn_plugin.analysis.study import execute  # noqa: E402
+from fpn_plugin.analysis.study.config import Study, parse_seeds, read_study  # noqa: E402
+from fpn_plugin.analysis.study.plan import plan_runs  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent / "train_net.py"
 
@@ -41,9 +40,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml")
-    add("--output", type=Path, metavar="DIR", help="in the place of the study's")
+    add("--output", type=Path, metavar="DIR", help="instead of the study's")
     add("--only", default="", metavar="NAME,…", help="these runs of the study")
-    add("--seeds", default="", metavar="N,…", help="in the place of the study's")
+    add("--seeds", default="", metavar="N,…", help="instead of the study's")
     add("--dry-run", action="store_true", help="print what is done and what would be run")
     add("--quiet", action="store_true", help="no progress")
     add("opts", nargs="*", metavar="KEY VALUE", help="overrides of every run")
@@ -53,27 +52,26 @@ def parse_args() -> argparse.Namespace:
 
 def study_of(args: argparse.Namespace) -> Study:
     study = read_study(args.study, args.opts)
-    changes = {"output": args.output, "seeds": seed_list("--seeds", args.seeds)}
+    changes = {"output": args.output, "seeds": parse_seeds("--seeds", args.seeds)}
     return dataclasses.replace(study, **{key: value for key, value in changes.items() if value})
 
 
 def main() -> int:
     args = parse_args()
-    hush()
+    execute.quiet_loggers()
     study = study_of(args)
-    runs = plan(study, [name for name in args.only.split(",") if name])
-    display = Display(args.quiet)
+    runs = plan_runs(study, [name for name in args.only.split(",") if name])
+    progress = TrainingProgress(args.quiet)
     if args.dry_run:
-        print(status_text(runs, SCRIPT))
+        print(execute.status_text(runs, SCRIPT))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        outcome = run_study(study, runs, SCRIPT, display)
+        outcome = execute.run_study(study, runs, SCRIPT, progress)
         if outcome.done:
-            compare_runs(study, outcome, args.quiet)
-            print(f"The report is in {outcome.report}")
+            page = execute.compare_runs(study, outcome.done, args.quiet)
+            print(f"The report is in {page}")
     except KeyboardInterrupt:
-        display.end()
         print("Interrupted; run it again to go on", file=sys.stderr)
         return 130
     for name, text in outcome.failures.items():

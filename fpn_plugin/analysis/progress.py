@@ -1,21 +1,23 @@
-"""A training run seen from outside: its progress line, and its results as a table."""
+"""A training run seen from outside: its progress by its metrics.json, and its results."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import subprocess
 import sys
-from collections import deque
-from dataclasses import dataclass
-from typing import Callable, Mapping
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence, TextIO
 
 from tabulate import tabulate
+from tqdm import tqdm
 
-# what Detectron2's CommonMetricPrinter writes every 20 iterations, and its evaluator's progress
-_TIME = r"(?P<eta>(?:\d+ days?, )?[\d:]+)"
-_STEP = re.compile(rf"eta: {_TIME}\s+iter: (?P<iter>\d+)\s.*?total_loss: (?P<loss>\S+)")
-_EVAL = re.compile(rf"Inference done (?P<done>\d+)/(?P<all>\d+).*ETA={_TIME}")
-_WARNING = re.compile(r"\bWARNING\b|\bERROR\b")
+_POLL = 0.5  # seconds between two looks at a run's files
+_TAIL = 30  # lines of a failed run's output in the error
 _METRICS = {
     "AP": "AP",
     "AP50": "AP50",
@@ -26,86 +28,159 @@ _METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
+class TrainingProgress:
+    """Shows iteration, loss and ETA: a tqdm bar on a terminal, plain lines elsewhere.
 
-    Attributes:
-        done: iterations of the training, or images of an evaluation.
-        total: images of the evaluation; 0 while it trains, whose log does not tell.
-        eta: of the training or the evaluation, as the log has it.
-        loss: of the training.
+    Args:
+        quiet: show nothing.
+        stream: standard error by default.
+        interval: seconds between the lines where there is no terminal; 0: a line for each update.
     """
 
-    done: int
-    total: int
-    eta: str
-    loss: str = ""
+    def __init__(
+        self, quiet: bool = False, stream: TextIO | None = None, interval: float = 30.0
+    ) -> None:
+        self._quiet = quiet
+        self._stream = stream or sys.stderr
+        self._interval = interval
+        self._title, self._total = "", 0
+        self._last_line = float("-inf")
+        self._bar: tqdm | None = None
 
-    @property
-    def seconds_left(self) -> float:
-        """`eta` in seconds."""
-        days, _, clock = self.eta.rpartition(", ")
-        parts = [int(part) for part in clock.split(":")]
-        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
-        return seconds + 86400 * int(days.partition(" ")[0] or 0)
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if not self._quiet:
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
+
+    def begin(self, title: str, total: int) -> None:
+        """Show a run of `total` iterations from now on."""
+        self.end()
+        self._title, self._total = title, total
+        if not self._quiet and self._stream.isatty():
+            layout = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(
+                desc=title, total=total, file=self._stream, leave=False, bar_format=layout
+            )
+
+    def update(self, metrics: Mapping[str, Any], note: str = "") -> None:
+        """Show a line of metrics.json with a loss, and a note behind its ETA."""
+        done = int(metrics["iteration"]) + 1
+        text = f"loss {metrics['total_loss']:.4g}"
+        if done >= self._total:
+            text += ", evaluating"
+        elif "eta_seconds" in metrics:
+            text += f", ETA {as_time(metrics['eta_seconds'])}{note}"
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_postfix_str(text)
+        elif time.monotonic() - self._last_line >= self._interval:
+            self._last_line = time.monotonic()
+            self.say(f"{self._title}: iteration {done} of {self._total}, {text}")
+
+    def end(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
-def read_progress(line: str) -> Progress | None:
-    """What a line of Detectron2's log says of the progress, or None."""
-    if step := _STEP.search(line):
-        return Progress(int(step["iter"]) + 1, 0, step["eta"], step["loss"])
-    if done := _EVAL.search(line):
-        return Progress(int(done["done"]), int(done["all"]), done["eta"])
-    return None
+def follow(
+    process: subprocess.Popen[Any],
+    output: Path,
+    metrics: Path,
+    on_metrics: Callable[[Mapping[str, Any]], None],
+    on_output: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Follow a training run until it ends.
 
-
-def progress_text(line: str) -> str | None:
-    """The same as text."""
-    progress = read_progress(line)
-    if progress is None:
-        return None
-    if progress.total:
-        return f"evaluated {progress.done} of {progress.total} images, ETA {progress.eta}"
-    return f"iteration {progress.done}, loss {progress.loss}, ETA {progress.eta}"
-
-
-def watch(process: subprocess.Popen[str], see: Callable[[str], None]) -> None:
-    """Hand the lines of a run to `see` until it ends.
+    Args:
+        output: the file that the process writes its output to.
+        metrics: metrics.json of the run.
+        on_metrics: gets each of its new lines that has a loss.
+        on_output: gets each line of the output.
 
     Raises:
         RuntimeError: with the end of its output, if the run fails.
     """
-    tail: deque[str] = deque(maxlen=30)
-    assert process.stdout is not None, "watch() needs stdout=subprocess.PIPE"
-    for line in process.stdout:
-        tail.append(line)
-        see(line)
-    if process.wait():
-        raise RuntimeError(f"the run ended with exit code {process.returncode}:\n{''.join(tail)}")
+    new_output, new_metrics = _NewLines(output, 0), _NewLines(metrics)
+    running = True
+    while running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL)
+            running = False
+        for line in new_output.read():
+            on_output(line)
+        for line in new_metrics.read():
+            # what a killed run left of its last line may stand before; the objects are flat
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line[max(line.rfind("{"), 0) :])
+                if "iteration" in values and "total_loss" in values:
+                    on_metrics(values)
+    if process.returncode:
+        tail = output.read_text(errors="replace").splitlines()[-_TAIL:]
+        raise RuntimeError(
+            f"the run ended with exit code {process.returncode}:\n" + "\n".join(tail)
+        )
 
 
-def follow(process: subprocess.Popen[str]) -> None:
-    """Show the progress and the warnings of a training run until it ends.
+def show_training(command: Sequence[str], title: str, total: int, metrics: Path) -> None:
+    """Run a training in a process, and show its progress and its warnings on standard output.
 
-    On a terminal the progress stays on one line.
+    Args:
+        total: iterations of the training.
+        metrics: metrics.json of the run.
 
     Raises:
         RuntimeError: with the end of its output, if the run fails.
     """
-    ending = "\r" if sys.stdout.isatty() else "\n"
+    progress = TrainingProgress(stream=sys.stdout, interval=0)
 
-    def see(line: str) -> None:
-        if text := progress_text(line):
-            print(f"  {text:<70}", end=ending, flush=True)
-        elif _WARNING.search(line):
-            print(f"  {line.rstrip()}", flush=True)
+    def warn(line: str) -> None:
+        if re.search(r"\b(WARNING|ERROR)\b", line):
+            progress.say(line)
 
-    watch(process, see)
-    print(f"  {'finished':<70}", flush=True)
+    progress.begin(title, total)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log.txt"), "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            follow(process, Path(log.name), metrics, progress.update, warn)
+        finally:
+            progress.end()
 
 
-def summary(metrics: Mapping[str, float]) -> str:
+class _NewLines:
+    """The lines that are appended to a file, which may not exist yet.
+
+    Args:
+        position: in bytes, where to start; the end by default.
+    """
+
+    def __init__(self, path: Path, position: int | None = None) -> None:
+        self._path = path
+        size = path.stat().st_size if path.is_file() else 0
+        self._position = size if position is None else position
+
+    def read(self) -> list[str]:
+        """The lines since the last call, those that are complete."""
+        if not self._path.is_file():
+            return []
+        with open(self._path, "rb") as file:
+            if file.seek(0, 2) < self._position:  # emptied by a run that replaces another
+                self._position = 0
+            file.seek(self._position)
+            content = file.read()
+        lines, end, _ = content.rpartition(b"\n")
+        self._position += len(lines + end)
+        return lines.decode(errors="replace").splitlines()
+
+
+def as_time(seconds: float) -> str:
+    """h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def ap_table(metrics: Mapping[str, float]) -> str:
     """The AP of the last evaluation as a table, a row for boxes and one for masks if there are any.
 
     Args:

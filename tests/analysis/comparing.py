@@ -118,11 +118,6 @@ def write_run(
     return str(folder)
 
 
-def training(seed: int, ap: float) -> list[dict[str, float]]:
-    """Lines of metrics.json: losses, and the AP of an evaluation halfway."""
-    rng = np.random.default_rng(seed)
-    losses = [
-        {"iteration": at, "total_loss": float(2 - at / 40 + rng.uniform(0, 0.1))}
-        for at in range(9, 40, 10)
-    ]
-    return [*losses[:2], {"iteration": 20, "bbox/AP": ap}, *losses[2:]]
+def evaluation(ap: float) -> dict[str, float]:
+    """The line of metrics.json of an evaluation halfway."""
+    return {"iteration": 20, "bbox/AP": ap}

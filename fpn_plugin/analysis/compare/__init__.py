@@ -1,1 +1,1 @@
-"""Runs beside each other: what they reached, what they differ in, and whether it can be told."""
+"""Compares training runs: their AP with significance, their costs, and how their configs differ."""

@@ -1,4 +1,6 @@
-"""Is one config better than another? AP on images drawn anew, the same ones for all runs.
+"""Paired bootstrap over test images: AP on images drawn with replacement, the same for all runs.
+
+pycocotools matches detections to objects once; the AP of each draw follows from these matches.
 
 Shapes: T IoU thresholds, D detections of a category in all images, I images, N draws.
 """
@@ -7,23 +9,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
-_RECALLS = np.linspace(0.0, 1.0, 101)  # pycocotools' own
-_LEVEL = 95  # percent of the draws that an interval holds
+_RECALLS = np.linspace(0.0, 1.0, 101)  # as in pycocotools
+_CONFIDENCE = 95  # percent of the draws within an interval
 
 
 @dataclass(frozen=True)
 class Matches:
-    """What pycocotools matched in one category, objects of all sizes.
+    """What pycocotools matched in one category, for objects of all sizes.
 
     Attributes:
-        image: `(D,)` the number of each detection's image, in order of falling score.
-        hits: `(T, D)` whether it found an object.
-        misses: `(T, D)` whether it found none; one on a crowd is neither.
-        objects: `(I,)` how many there are to be found in each image.
+        image: `(D,)` the index of each detection's image, in order of falling score.
+        hits: `(T, D)` true positives.
+        misses: `(T, D)` false positives; a detection on a crowd is neither.
+        objects: `(I,)` the objects in each image, crowds left out.
     """
 
     image: np.ndarray
@@ -34,52 +36,54 @@ class Matches:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one config to another, in points of AP.
+    """Difference of one config to another, in points of AP.
 
     Attributes:
         value: on the images as they are.
-        low: the lower end of the interval that holds 95% of the draws.
+        low: the lower end of the 95% interval.
         high: its upper end.
-        better: the share of draws in which it is better; one in which both are equal is half.
+        better: the share of draws in which the first is better; a tie counts half.
+        significant: whether the interval excludes zero.
     """
 
     value: float
     low: float
     high: float
     better: float
-
-    @property
-    def told(self) -> bool:
-        """Whether the images tell a difference: the interval does not hold zero."""
-        return self.low > 0 or self.high < 0
+    significant: bool
 
 
 def matches_of(evaluation: Any) -> list[Matches]:
-    """By category, from a COCOeval that has evaluated; its first area range is taken."""
+    """The matches of each category in an evaluated COCOeval, from its first area range."""
     params = evaluation.params
     images, areas = len(params.imgIds), len(params.areaRng)
-    found = []
-    for k in range(len(params.catIds)):
-        start = k * areas * images
-        found.append(_join(evaluation.evalImgs[start : start + images], len(params.iouThrs)))
-    return found
+    # evalImgs is ordered by category, area range, image
+    starts = range(0, len(params.catIds) * areas * images, areas * images)
+    return [
+        _join_images(evaluation.evalImgs[start : start + images], len(params.iouThrs))
+        for start in starts
+    ]
 
 
-def _join(images: Sequence[dict[str, Any] | None], thresholds: int) -> Matches:
+def _join_images(images: Sequence[dict[str, Any] | None], thresholds: int) -> Matches:
+    """The matches of all images of a category; an image with neither is None."""
     objects = np.array(
-        [0 if one is None else int((np.asarray(one["gtIgnore"]) == 0).sum()) for one in images]
+        [
+            0 if image is None else int((np.asarray(image["gtIgnore"]) == 0).sum())
+            for image in images
+        ]
     )
-    some = [(i, one) for i, one in enumerate(images) if one is not None]
+    present = [(i, image) for i, image in enumerate(images) if image is not None]
     empty: np.ndarray = np.zeros((thresholds, 0), dtype=bool)
-    scores = np.concatenate([np.zeros(0), *(one["dtScores"] for _, one in some)])
-    image = np.concatenate(
-        [np.zeros(0, dtype=int), *(np.full(len(one["dtScores"]), i) for i, one in some)]
+    scores = np.concatenate([np.zeros(0), *(image["dtScores"] for _, image in present)])
+    index = np.concatenate(
+        [np.zeros(0, dtype=int), *(np.full(len(image["dtScores"]), i) for i, image in present)]
     )
-    matched = np.concatenate([empty, *(one["dtMatches"] != 0 for _, one in some)], axis=1)
-    ignored = np.concatenate([empty, *(one["dtIgnore"] != 0 for _, one in some)], axis=1)
-    order = np.argsort(-scores, kind="mergesort")  # as pycocotools, to break ties in its way
+    matched = np.concatenate([empty, *(image["dtMatches"] != 0 for _, image in present)], axis=1)
+    ignored = np.concatenate([empty, *(image["dtIgnore"] != 0 for _, image in present)], axis=1)
+    order = np.argsort(-scores, kind="mergesort")  # stable, to break ties as pycocotools does
     return Matches(
-        image[order],
+        index[order],
         (matched & ~ignored)[:, order],
         (~matched & ~ignored)[:, order],
         objects,
@@ -87,61 +91,52 @@ def _join(images: Sequence[dict[str, Any] | None], thresholds: int) -> Matches:
 
 
 def average_precision(categories: Sequence[Matches], weights: np.ndarray) -> float:
-    """AP in percent where each image is there as often as its weight says; nan without objects.
+    """AP in percent on a set that repeats each image by its weight; nan without objects.
 
-    It is what pycocotools gives for such a set of images. Its copies of a detection follow one
-    another, and only the last of them can be where a recall is reached with the best precision.
+    It equals pycocotools' AP of such a set. There the copies of a detection follow one another in
+    the ranking, and only the last copy can reach a recall with the best precision, so that a
+    weighted cumulative sum stands for all copies.
 
     Args:
         weights: `(I,)` whole numbers.
     """
     values = []
-    for one in categories:
-        total = int((one.objects * weights).sum())
+    for category in categories:
+        total = int((category.objects * weights).sum())
         if not total:
             continue
-        times = weights[one.image]
-        hits = np.cumsum(one.hits * times, axis=1, dtype=float)
-        misses = np.cumsum(one.misses * times, axis=1, dtype=float)
+        copies = weights[category.image]
+        hits = np.cumsum(category.hits * copies, axis=1, dtype=float)
+        misses = np.cumsum(category.misses * copies, axis=1, dtype=float)
         precision = hits / (misses + hits + np.spacing(1))
-        # the best precision at this recall or a higher one
+        # interpolated: the best precision at this recall or a higher one
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        values.append(np.mean([_at_recalls(*row) for row in zip(hits / total, precision)]))
+        values.append(np.mean([_mean_at_recalls(*row) for row in zip(hits / total, precision)]))
     return float(np.mean(values) * 100) if values else math.nan
 
 
-def _at_recalls(recall: np.ndarray, precision: np.ndarray) -> float:
+def _mean_at_recalls(recall: np.ndarray, precision: np.ndarray) -> float:
+    """The mean precision at the 101 recalls; one that is not reached counts as 0."""
     places: Any = np.searchsorted(recall, _RECALLS, side="left")
     return float(precision[places[places < len(recall)]].sum()) / len(_RECALLS)
 
 
 def draw_images(images: int, draws: int, seed: int = 0) -> np.ndarray:
-    """`(N, I)`: how often each image is there in each draw of as many images with replacement."""
+    """`(N, I)`: how often each draw, of as many images with replacement, has each image."""
     return np.random.default_rng(seed).multinomial(images, [1 / images] * images, size=draws)
 
 
-def ap_of_draws(
-    categories: Sequence[Matches], draws: np.ndarray, step: Callable[[int], None]
-) -> np.ndarray:
-    """`(N,)` AP in percent of one run on each draw; `step` gets the number of those done."""
-    values = np.empty(len(draws))
-    for i, weights in enumerate(draws, 1):
-        values[i - 1] = average_precision(categories, weights)
-        step(i)
-    return values
-
-
 def difference(value: float, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Of two configs from their APs on the same draws, `(N,)` each.
+    """The difference of two configs from their APs on the same draws, `(N,)` each.
 
     Args:
         value: the difference on the images as they are.
     """
-    found = ours - theirs
-    found = found[~np.isnan(found)]  # a draw without any object says nothing
-    if not len(found):
-        return Difference(value, math.nan, math.nan, math.nan)
-    rest = (100 - _LEVEL) / 2
-    low, high = np.percentile(found, [rest, 100 - rest])
-    better = float(np.mean(found > 0) + np.mean(found == 0) / 2)
-    return Difference(value, float(low), float(high), better)
+    differences = ours - theirs
+    differences = differences[~np.isnan(differences)]  # draws without any object
+    if not len(differences):
+        return Difference(value, math.nan, math.nan, math.nan, False)
+    tail = (100 - _CONFIDENCE) / 2
+    low, high = np.percentile(differences, [tail, 100 - tail])
+    better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
+    return Difference(value, float(low), float(high), better, bool(low > 0 or high < 0))

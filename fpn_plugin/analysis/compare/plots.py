@@ -1,4 +1,7 @@
-"""A comparison's pictures."""
+"""A comparison's pictures.
+
+Each function takes the report of :mod:`fpn_plugin.analysis.compare.comparison`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpn_plugin.analysis.compare.summary import WHAT
+from fpn_plugin.analysis.compare.tables import TASK_NAMES, mean
 from fpn_plugin.analysis.report.figures import COLOURS, new_figure
 
 # for studies, which have many configs
 _COLOURS = (*COLOURS, "#d45fa8", "#17a2b8", "#8c6d3f", "#9fb02e", "#4f4fd0", "#e4572e")
-_STYLES = ("-", "--", ":", "-.")  # for more configs than colours
+_STYLES, _MARKERS = ("-", "--", ":", "-."), "osD^"  # for more configs than colours
 _WIDTH = 6.2  # inches
 _SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 _COSTS = (
@@ -25,26 +28,24 @@ _COSTS = (
 
 
 def draw_all(report: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
-    """What the report has the numbers for: by file name without suffix, a title and a figure."""
-    found: dict[str, tuple[str, Figure | None]] = {}
+    """All pictures that have content: by file name without suffix, a title and a figure."""
+    pictures: dict[str, tuple[str, Figure | None]] = {}
     for task in report["tasks"]:
-        what = WHAT[task].capitalize()
-        title = f"{what} AP against {report['baseline']}, with 95% intervals over images"
-        found[f"difference_{task}"] = title, _differences(report, task)
-        found[f"sizes_{task}"] = f"{what} AP by size of the object", _sizes(report, task)
-        found[f"ap_{task}"] = f"{what} AP while training", _curves(report, task)
-    found["loss"] = "Total loss while training", _losses(report)
-    found["cost"] = f"{WHAT[report['tasks'][0]].capitalize()} AP against cost", _costs(report)
-    return {name: (title, made) for name, (title, made) in found.items() if made is not None}
+        name = TASK_NAMES[task].capitalize()
+        title = f"{name} AP against {report['baseline']}, with 95% intervals over images"
+        pictures[f"difference_{task}"] = title, _differences(report, task)
+        pictures[f"sizes_{task}"] = f"{name} AP by size of the object", _sizes(report, task)
+        pictures[f"ap_{task}"] = f"{name} AP while training", _curves(report, task)
+    name = TASK_NAMES[report["tasks"][0]].capitalize()
+    pictures["cost"] = f"{name} AP against cost", _costs(report)
+    return {
+        name: (title, figure) for name, (title, figure) in pictures.items() if figure is not None
+    }
 
 
 def colour(number: int) -> str:
-    """Of a config, by its place."""
+    """The colour of a config, by its place."""
     return _COLOURS[number % len(_COLOURS)]
-
-
-def _style(number: int) -> str:
-    return _STYLES[number // len(_COLOURS) % len(_STYLES)]
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
@@ -57,9 +58,9 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 def _differences(report: Mapping[str, Any], task: str) -> Figure | None:
     baseline = report["baseline"]
     pairs = {
-        name: of[baseline]
-        for name, of in report["pairs"].get(task, {}).items()
-        if baseline in of and not math.isnan(of[baseline]["low"])
+        name: others[baseline]
+        for name, others in report["pairs"].get(task, {}).items()
+        if baseline in others and not math.isnan(others[baseline]["low"])
     }
     if not pairs:
         return None
@@ -82,9 +83,7 @@ def _sizes(report: Mapping[str, Any], task: str) -> Figure | None:
     bins = {f"{task}/AP@{name}": f"{name}\n{count}" for name, count in objects.items() if count}
     bins = bins or {f"{task}/{key}": name for key, name in _SIZES.items()}
     groups = report["groups"]
-    heights = np.array(
-        [[group["metrics"].get(key, {}).get("mean", math.nan) for key in bins] for group in groups]
-    )
+    heights = np.array([[mean(group, key) for key in bins] for group in groups])
     if np.isnan(heights).all():
         return None
     figure, axes = _figure(3.4)
@@ -104,42 +103,34 @@ def _sizes(report: Mapping[str, Any], task: str) -> Figure | None:
 
 
 def _curves(report: Mapping[str, Any], task: str) -> Figure | None:
-    curves = {name: of["AP"].get(task, []) for name, of in report["curves"].items()}
-    if all(len(of) < 2 for of in curves.values()):  # a point is no curve
-        return None
-    return _lines(report, curves, f"{WHAT[task]} AP")
-
-
-def _losses(report: Mapping[str, Any]) -> Figure | None:
-    return _lines(report, {name: of["loss"] for name, of in report["curves"].items()}, "loss")
-
-
-def _lines(report: Mapping[str, Any], curves: Mapping[str, Any], label: str) -> Figure | None:
     """A thin line for each run, and a thick one for the mean of a config's runs."""
-    if not any(curves.values()):
+    curves = {name: dict(curve["AP"].get(task, [])) for name, curve in report["curves"].items()}
+    if all(len(curve) < 2 for curve in curves.values()):  # a point is no curve
         return None
     figure, axes = _figure(3.4)
     for i, group in enumerate(report["groups"]):
-        of: list[dict[int, float]] = [dict(curves[name]) for name in group["runs"] if curves[name]]
-        look: dict[str, Any] = {"color": colour(i), "linestyle": _style(i)}
-        if len(of) > 1:
-            for one in of:
-                axes.plot(list(one), list(one.values()), linewidth=0.8, alpha=0.5, **look)
-        common = sorted(set.intersection(*map(set, of))) if of else []
-        means = [float(np.mean([one[at] for one in of])) for at in common]
-        mark = "o" if len(common) < 12 else ""
-        if of:
-            axes.plot(common, means, linewidth=2.2, marker=mark, ms=4, label=group["name"], **look)
+        runs = [curves[name] for name in group["runs"] if curves[name]]
+        if not runs:
+            continue
+        style = _STYLES[i // len(_COLOURS) % len(_STYLES)]
+        look: dict[str, Any] = {"color": colour(i), "linestyle": style}
+        if len(runs) > 1:
+            for curve in runs:
+                axes.plot(list(curve), list(curve.values()), linewidth=0.8, alpha=0.5, **look)
+        common = sorted(set.intersection(*map(set, runs)))
+        means = [float(np.mean([curve[at] for curve in runs])) for at in common]
+        marker = "o" if len(common) < 12 else ""
+        axes.plot(common, means, linewidth=2.2, marker=marker, ms=4, label=group["name"], **look)
     axes.set_xlim(left=0)
     axes.set_xlabel("iteration")
-    axes.set_ylabel(label)
+    axes.set_ylabel(f"{TASK_NAMES[task]} AP")
     axes.grid(axis="y", linewidth=0.6)
     _legend(axes, len(report["groups"]))
     return figure
 
 
 def _costs(report: Mapping[str, Any]) -> Figure | None:
-    """The first task's AP against each cost that is known, side by side."""
+    """The first task's AP against each known cost, side by side."""
     groups = report["groups"]
     key = f"{report['tasks'][0]}/AP"
     known = [cost for cost in _COSTS if sum(group.get(cost[0]) is not None for group in groups) > 1]
@@ -151,10 +142,10 @@ def _costs(report: Mapping[str, Any]) -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
         for i, group in enumerate(groups):
             if group.get(cost) is not None and key in group["metrics"]:
-                found = group["metrics"][key]
-                x, y = group[cost] * scale, found["mean"]
-                axes.errorbar([x], [y], [found["spread"]], color=colour(i), linewidth=1)
-                marker = "osD^"[i // len(_COLOURS) % 4]
+                x, y = group[cost] * scale, mean(group, key)
+                spread = group["metrics"][key]["spread"]
+                axes.errorbar([x], [y], [spread], color=colour(i), linewidth=1)
+                marker = _MARKERS[i // len(_COLOURS) % len(_MARKERS)]
                 axes.plot([x], [y], marker, color=colour(i), ms=8, label=group["name"])
         axes.margins(0.15)
         axes.locator_params(nbins=5)
@@ -162,22 +153,13 @@ def _costs(report: Mapping[str, Any]) -> Figure | None:
         axes.grid(linewidth=0.6)
         if place == 1:
             axes.set_ylabel("AP")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(4, len(groups)),
-        frameon=False,
-        fontsize=9,
-    )
+    _legend(figure.axes[0], len(groups))
     return figure
 
 
 def _legend(axes: Axes, count: int) -> None:
-    """Below the plot, where it hides nothing."""
-    figure = axes.figure
+    """Below the figure, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
+    axes.figure.legend(
         handles, labels, loc="outside lower center", ncols=min(4, count), frameon=False, fontsize=9
     )

@@ -1,1 +1,1 @@
-"""A matrix of training runs, configs by seeds, that is worked off and then compared."""
+"""Trains a matrix of configs and seeds, and compares the runs."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from comparing import Study, detect, training, write_run, write_truth
+from comparing import Study, detect, evaluation, write_run, write_truth
 
 from fpn_plugin.analysis.compare import costs
-from fpn_plugin.analysis.compare.compare import compare
+from fpn_plugin.analysis.compare.comparison import compare
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
             results = detect(content, error, seed, masks=True)
             folders.append(
                 write_run(
-                    *(folder / name / f"seed-{seed}", truth, results, training(seed, 9.0)),
+                    *(folder / name / f"seed-{seed}", truth, results, [evaluation(9.0)]),
                     SEED=seed,
                     MODEL__FPN__TOPOLOGY=name,
                 )

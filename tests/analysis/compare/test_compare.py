@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparing import Study, detect, training, write_run, write_truth
+from comparing import Study, detect, evaluation, write_run, write_truth
 from folders import load_tool
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.analysis.compare.compare import compare
-from fpn_plugin.analysis.compare.costs import counts
-from fpn_plugin.analysis.compare.groups import group_runs
-from fpn_plugin.analysis.compare.runs import read_runs
+from fpn_plugin.analysis.compare.comparison import compare
+from fpn_plugin.analysis.compare.costs import count_costs
+from fpn_plugin.analysis.compare.runs import group_runs, read_runs
 
 FILES = ["compare.html", "compare.json", "compare.md", "configs.csv", "runs.csv"]
-PICTURES = ["cost", "difference_bbox", "difference_segm", "loss", "sizes_bbox", "sizes_segm"]
+PICTURES = ["cost", "difference_bbox", "difference_segm", "sizes_bbox", "sizes_segm"]
 
 
 def report_on(folders: list[str], to: Path, **options: Any) -> dict[str, Any]:
@@ -59,10 +58,10 @@ def test_seeds_are_grouped_with_mean_and_spread(study: Study) -> None:
     assert study.content["differences"] == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
 
 
-def test_the_better_config_is_told(study: Study) -> None:
+def test_the_better_config_is_significant(study: Study) -> None:
     for task in ("bbox", "segm"):
         pair = study.content["pairs"][task]["pafpn"]["fpn"]
-        assert pair["better"] == 1 and pair["told"]
+        assert pair["better"] == 1 and pair["significant"]
         assert pair["low"] < pair["value"] < pair["high"]
     text = study.content["summary"]
     assert text.startswith("Of 2 configs, pafpn has the highest box AP, ")
@@ -91,6 +90,8 @@ def test_all_files_are_there_and_say_the_same(study: Study) -> None:
     assert best in text and study.content["summary"] in text
     page = (study.report / "compare.html").read_text()
     assert page.count("<svg") == len(PICTURES) and "<script" not in page
+    where = Path(study.folders[0]).parents[1]
+    assert f"tensorboard --logdir {where}" in page and f"tensorboard --logdir {where}" in text
 
 
 def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) -> None:
@@ -105,8 +106,8 @@ def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) ->
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a run whose boxes are off by `error`; its comparison has no pictures and no counts."""
-    monkeypatch.setattr("fpn_plugin.analysis.compare.write.draw_all", lambda report: {})
-    monkeypatch.setattr("fpn_plugin.analysis.compare.compare.counts", lambda group: {})
+    monkeypatch.setattr("fpn_plugin.analysis.compare.report.draw_all", lambda report: {})
+    monkeypatch.setattr("fpn_plugin.analysis.compare.comparison.count_costs", lambda group: {})
     truth = tmp_path / "truth.json"
     content = write_truth(truth)
 
@@ -117,12 +118,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_equal_runs_cannot_be_told_apart(make: Any, tmp_path: Path, capsys: Any) -> None:
+def test_equal_runs_are_inconclusive(make: Any, tmp_path: Path, capsys: Any) -> None:
     folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
     compare(folders, str(tmp_path / "report"), resamples=20)
     text = capsys.readouterr().out
     assert "+0.00 … +0.00" in text and "50.0%" in text and "equal" in text
-    assert "no difference from pafpn can be told, +0.0 (+0.0 … +0.0)" in text
+    assert "the difference to pafpn is inconclusive, +0.0 (+0.0 … +0.0)" in text
     assert "One seed each" in text
 
 
@@ -136,28 +137,29 @@ def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
     folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
     report = report_on(folders, tmp_path / "report", baseline=folders[1])
     assert report["baseline"] == "pafpn"
-    assert "no difference" not in report["summary"]
+    assert "inconclusive" not in report["summary"]
     assert "Box AP against pafpn" in (tmp_path / "report" / "compare.md").read_text()
+    assert any(note.startswith("6 test images are few") for note in report["notes"])
+    assert not any("same seed" in note for note in report["notes"])
 
 
-def test_what_metrics_json_has_otherwise_is_told(make: Any, tmp_path: Path) -> None:
-    report = report_on([make("a", 0.3, *training(0, 99.0))], tmp_path / "report")
+def test_metrics_json_with_other_results_is_noted(make: Any, tmp_path: Path) -> None:
+    report = report_on([make("a", 0.3, evaluation(99.0))], tmp_path / "report")
     assert any("bbox AP is 99.00 in metrics.json, but" in note for note in report["notes"])
     assert any("iteration 20 of 40" in note for note in report["notes"])
 
 
 def test_without_detections_the_ap_is_that_of_metrics_json(make: Any, tmp_path: Path) -> None:
-    lines = training(0, 12.0)
-    folders = [make("a", None, *lines), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
+    folders = [make("a", None, evaluation(12.0)), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
     report = report_on(folders, tmp_path / "report")
     assert report["groups"][0]["metrics"]["bbox/AP"]["mean"] == 12.0
     assert "a: no detections are there; its AP is metrics.json's." in report["notes"]
     assert report["pairs"] == {}
-    assert "whether that is chance cannot be told" in report["summary"]
+    assert "of unknown significance" in report["summary"]
 
 
 def test_without_the_truth_there_is_no_bootstrap(make: Any, tmp_path: Path) -> None:
-    folders = [make("a", 0.3, *training(0, 12.0))]
+    folders = [make("a", 0.3, evaluation(12.0))]
     (tmp_path / "truth.json").unlink()
     report = report_on(folders, tmp_path / "report")
     assert report["groups"][0]["metrics"]["bbox/AP"]["mean"] == 12.0
@@ -176,7 +178,7 @@ def test_detections_of_other_data_are_refused(make: Any, tmp_path: Path) -> None
 
 
 def test_a_run_that_detected_nothing(make: Any, tmp_path: Path) -> None:
-    folders = [make("a"), make("b", None, *training(0, math.nan), MODEL__FPN__TOPOLOGY="pafpn")]
+    folders = [make("a"), make("b", None, evaluation(math.nan), MODEL__FPN__TOPOLOGY="pafpn")]
     Path(folders[1], "inference", "coco_instances_results.json").write_text("[]")
     report = report_on(folders, tmp_path / "report")
     assert any(note == "b detected nothing at all." for note in report["notes"])
@@ -219,10 +221,10 @@ def test_bad_options_are_refused(make: Any, tmp_path: Path, options: Any, text: 
     assert not (tmp_path / "report").exists()
 
 
-def test_a_model_that_cannot_be_built_is_told_and_compared_all_the_same(
+def test_a_model_that_cannot_be_built_is_compared_without_costs(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.compare.compare.counts", counts)
+    monkeypatch.setattr("fpn_plugin.analysis.compare.comparison.count_costs", count_costs)
     folder = make("a")
     config = Path(folder, "config.yaml")
     config.write_text(config.read_text() + "\nMY_OWN_KEY: 3\n")
@@ -231,7 +233,7 @@ def test_a_model_that_cannot_be_built_is_told_and_compared_all_the_same(
     assert "parameters" not in report["groups"][0]
 
 
-def test_latencies_are_those_of_the_contestants_with_the_same_model(
+def test_latencies_are_those_of_the_models_that_the_benchmark_measured(
     make: Any, tmp_path: Path
 ) -> None:
     fpn, pafpn = folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
@@ -250,7 +252,7 @@ def test_latencies_are_those_of_the_contestants_with_the_same_model(
     report = report_on(folders, tmp_path / "report", benchmark=str(path))
     assert [group.get("seconds") for group in report["groups"]] == [0.25, None]
     assert report["latency"] == "neck of an image of 480 × 640"
-    assert any("no contestant has the model of pafpn" in note for note in report["notes"])
+    assert any("did not measure the model of pafpn" in note for note in report["notes"])
     assert any("three is left out" in note for note in report["notes"])
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no report.json of tools/benchmark.py"):
@@ -271,17 +273,22 @@ def test_the_tool(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_a_mean_does_not_leave_out_a_seed_that_detected_nothing(make: Any, tmp_path: Path) -> None:
-    folders = [make("a", SEED=0), make("b", None, *training(0, math.nan), SEED=1)]
+    folders = [make("a", SEED=0), make("b", None, evaluation(math.nan), SEED=1)]
     report = report_on(folders, tmp_path / "report")
     assert report["groups"][0]["metrics"]["bbox/AP"] == {"mean": None, "spread": None}
     assert report["summary"].startswith("No box AP is known.")
 
 
 def test_seeds_that_were_not_set_are_several(make: Any, tmp_path: Path) -> None:
-    folders = [make(name, error, SEED=-1) for name, error in (("a", 0.3), ("b", 0.1))]
-    report = report_on(folders, tmp_path / "report")
+    seeds = {"a": -1, "b": -1, "c": 3, "d": 3}
+    folders = [make(name, 0.1 + 0.1 * (name == "b"), SEED=seed) for name, seed in seeds.items()]
+    report = report_on(folders[:2], tmp_path / "report")
     assert "Seeds of one config spread by up to ±" in report["summary"]
     assert not any("same seed" in note for note in report["notes"])
+    report = report_on(folders, tmp_path / "other")
+    assert [note for note in report["notes"] if "same seed" in note] == [
+        "a: 2 runs have the same seed, 3."
+    ]
 
 
 def test_many_configs_have_a_row_for_each_value(make: Any, tmp_path: Path) -> None:
@@ -305,12 +312,6 @@ def test_many_configs_have_a_row_for_each_value(make: Any, tmp_path: Path) -> No
     assert [cell.strip() for cell in lines[start + 2].split("|")[1:-1]][1:] == list("123456")
 
 
-def test_few_images_are_told(make: Any, tmp_path: Path) -> None:
-    folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
-    notes = report_on(folders, tmp_path / "report")["notes"]
-    assert any(note.startswith("6 test images are few") for note in notes)
-
-
 def test_a_single_level_is_counted(make: Any, tmp_path: Path) -> None:
     single = {
         "MODEL__BACKBONE__NAME": "build_bottom_up_backbone",
@@ -318,7 +319,7 @@ def test_a_single_level_is_counted(make: Any, tmp_path: Path) -> None:
         "MODEL__ROI_HEADS__IN_FEATURES": ["res4"],
         "MODEL__ANCHOR_GENERATOR__SIZES": [[32, 64]],
     }
-    found = counts(group_runs(read_runs([make("a", **single)]))[0])
+    found = count_costs(group_runs(read_runs([make("a", **single)]))[0])
     assert found["parameters"] > 1e6 and found["gflops"] > 0
 
 

@@ -38,7 +38,7 @@ def test_the_page_fits_and_asks_for_nothing(study: Study, width: int) -> None:
     found = inspect(study.report / "compare.html", width)
     assert found.complaints == []
     assert found.needed <= found.width == width
-    assert len(found.drawings) == 6
+    assert len(found.drawings) == 5
     assert all(200 < drawing <= width for drawing in found.drawings)
     assert found.height > 2000
 

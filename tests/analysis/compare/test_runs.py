@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comparing import write_run
 
-from fpn_plugin.analysis.compare.groups import (
+from fpn_plugin.analysis.compare.runs import (
+    Group,
     config_differences,
     find_group,
     group_runs,
-    seeds,
+    read_runs,
 )
-from fpn_plugin.analysis.compare.runs import read_runs
 
 AP = {"iteration": 40, "bbox/AP": 30.0, "bbox/APs": float("nan")}
+
+
+def differences(groups: list[Group]) -> dict[str, list[Any]]:
+    return config_differences([group.runs for group in groups])
 
 
 @pytest.fixture
@@ -34,10 +39,9 @@ def test_a_run_is_read(make: Any) -> None:
     with open(Path(folder, "metrics.json"), "a") as file:
         file.write('{"iteration": 49, "total_lo')  # a run that is at work
     run = read_runs([folder])[0]
-    assert (run.name, run.seed, run.iteration, run.planned) == ("a", 7, 40, 40)
-    assert run.losses == {9: 2.0}
+    assert (run.name, run.seed, run.iteration, run.max_iterations) == ("a", 7, 40, 40)
     assert run.curves == {"bbox": {20: 3.0, 40: 30.0}}
-    assert run.metrics["bbox/AP"] == 30.0
+    assert run.metrics["bbox/AP"] == 30.0 and math.isnan(run.metrics["bbox/APs"])
     assert run.results is None and run.is_evaluated
 
 
@@ -81,7 +85,7 @@ def test_seeds_and_the_place_where_it_runs_make_no_other_config(make: Any) -> No
     groups = group_runs(read_runs(folders))
     assert [group.name for group in groups] == ["a"]
     assert [run.seed for run in groups[0].runs] == [0, 1]
-    assert config_differences(groups) == {}
+    assert differences(groups) == {}
 
 
 def test_groups_are_called_by_what_differs_where_that_is_short(make: Any) -> None:
@@ -96,26 +100,28 @@ def test_groups_are_called_by_what_differs_where_that_is_short(make: Any) -> Non
         ["a/seed-0", "seed-1"],
         ["b/seed-0"],
     ]
-    assert config_differences(groups) == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
+    assert differences(groups) == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
 
 
-def test_a_value_that_says_little_alone_gets_its_key(make: Any) -> None:
-    folders = [make("a"), make("b", MODEL__FPN__REPEATS=2, MODEL__FPN__NORM="GN")]
-    names = [group.name for group in group_runs(read_runs(folders))]
-    assert names == ["NORM none + REPEATS 1", "GN + REPEATS 2"]
-
-
-def test_groups_are_called_by_their_folders_where_much_differs(make: Any) -> None:
-    much = {"MODEL__FPN__REPEATS": 2, "SOLVER__BASE_LR": 0.5, "MODEL__RPN__NMS_THRESH": 0.6}
-    folders = [make("x.1/seed-0"), make("x.2/seed-0", **much)]
-    assert [group.name for group in group_runs(read_runs(folders))] == ["x.1", "x.2"]
-
-
-def test_weights_that_a_training_started_from_make_another_config(make: Any) -> None:
-    folders = [make("a"), make("b", MODEL__WEIGHTS="some/r18.pth")]
-    groups = group_runs(read_runs(folders))
-    assert list(config_differences(groups)) == ["MODEL.WEIGHTS"]
-    assert [group.name for group in groups] == ["WEIGHTS none", "r18.pth"]
+@pytest.mark.parametrize(
+    "overrides, names",
+    [
+        (
+            {"MODEL__FPN__REPEATS": 2, "MODEL__FPN__NORM": "GN"},
+            ["NORM none + REPEATS 1", "GN + REPEATS 2"],
+        ),
+        ({"MODEL__WEIGHTS": "some/r18.pth"}, ["WEIGHTS none", "r18.pth"]),
+        # much differs: by their folders
+        (
+            {"MODEL__FPN__REPEATS": 2, "SOLVER__BASE_LR": 0.5, "MODEL__RPN__NMS_THRESH": 0.6},
+            ["x.1", "x.2"],
+        ),
+    ],
+)
+def test_names_of_groups(make: Any, overrides: dict[str, Any], names: list[str]) -> None:
+    groups = group_runs(read_runs([make("x.1/seed-0"), make("x.2/seed-0", **overrides)]))
+    assert [group.name for group in groups] == names
+    assert list(differences(groups)) == sorted(key.replace("__", ".") for key in overrides)
 
 
 def test_an_evaluation_has_its_runs_start_and_may_lie_alone(make: Any) -> None:
@@ -125,7 +131,7 @@ def test_an_evaluation_has_its_runs_start_and_may_lie_alone(make: Any) -> None:
     runs = read_runs([run, again, folded])
     assert [one.name for one in runs] == ["a", "a/eval-1", "a/eval-2"]
     groups = group_runs(runs)
-    assert list(config_differences(groups)) == ["TEST.FOLD_NORMS"]
+    assert list(differences(groups)) == ["TEST.FOLD_NORMS"]
     assert [len(group.runs) for group in groups] == [2, 1]
     assert runs[1].seed == 3
 
@@ -147,32 +153,15 @@ def test_a_group_is_found_by_name_or_folder(make: Any) -> None:
         find_group("bifpn", groups)
 
 
-def test_json_with_nan_is_read(make: Any) -> None:
-    run = read_runs([make("a")])[0]
-    assert json.dumps(run.metrics["bbox/APs"]) == "NaN"
-
-
-def entry(folder: str, name: str) -> None:
-    Path(folder, "study.json").write_text(json.dumps({"name": name}))
-
-
 def test_groups_are_called_as_their_study_calls_them(make: Any) -> None:
+    def names(*configs: str) -> list[str]:
+        for folder, name in zip(folders, configs):
+            Path(folder, "study.json").write_text(json.dumps({"name": name}))
+        return [group.name for group in group_runs(read_runs(folders))]
+
     folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
-    entry(folders[0], "mine")
-    assert [group.name for group in group_runs(read_runs(folders))] == ["fpn", "pafpn"]
-    entry(folders[1], "other")
-    assert [group.name for group in group_runs(read_runs(folders))] == ["mine", "other"]
-    entry(folders[1], "mine")  # two studies with one name for two configs
-    assert [group.name for group in group_runs(read_runs(folders))] == ["fpn", "pafpn"]
-
-
-def test_two_names_of_a_study_for_one_config(make: Any) -> None:
-    folders = [make("a"), make("b")]
-    for folder, name in zip(folders, ("mine", "same"), strict=True):
-        entry(folder, name)
-    assert [group.name for group in group_runs(read_runs(folders))] == ["mine + same"]
-
-
-def test_seeds_that_were_not_set_are_not_the_same(make: Any) -> None:
-    runs = read_runs([make(name, SEED=seed) for name, seed in zip("abcd", (-1, -1, 3, 3))])
-    assert seeds(runs) == {3: 2}
+    assert names("mine") == ["fpn", "pafpn"]
+    assert names("mine", "other") == ["mine", "other"]
+    assert names("mine", "mine") == ["fpn", "pafpn"]  # two studies with one name for two configs
+    folders = [make("c"), make("d")]
+    assert names("mine", "same") == ["mine + same"]  # two names for one config

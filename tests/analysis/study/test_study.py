@@ -7,35 +7,72 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Iterator
 
 import pytest
+import yaml
 from folders import load_tool
 from helpers import own_datasets
-from matrix import ROOT, start, write_config, write_study
-from tiny import write_dataset
+from tiny import tiny_config, write_dataset
 
 from fpn_plugin.analysis.compare import costs
-from fpn_plugin.analysis.study.execute import lock, train
-from fpn_plugin.analysis.study.record import read_record
-from fpn_plugin.analysis.study.runs import (
-    BROKEN_OFF,
+from fpn_plugin.analysis.compare.runs import read_record
+from fpn_plugin.analysis.progress import TrainingProgress
+from fpn_plugin.analysis.study.config import Study, read_study
+from fpn_plugin.analysis.study.execute import (
+    compare_runs,
+    lock,
+    run_study,
+    status_text,
+    train,
+)
+from fpn_plugin.analysis.study.plan import (
     DONE,
+    INTERRUPTED,
     OTHER,
     PENDING,
-    Run,
+    PlannedRun,
     check_folders,
-    plan,
+    plan_runs,
 )
-from fpn_plugin.analysis.study.show import Display
-from fpn_plugin.analysis.study.study import compare_runs, run_study, status_text
-from fpn_plugin.analysis.study.study_file import Study, read_study
 
-SCRIPT = ROOT / "tools" / "train_net.py"
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
+SCRIPT = TOOLS / "train_net.py"
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
+# trains `a`; of the other run it makes a copy with its own config, which is faster
+TRAIN_ONE = f"""
+import runpy, shutil, sys
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("OUTPUT_DIR") + 1])
+if folder.parent.name == "a":
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+else:
+    ignored = shutil.ignore_patterns("study.json")
+    shutil.copytree(folder.parents[1] / "a" / "seed-0", folder, ignore=ignored, dirs_exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(" NMS_THRESH: 0.7", " NMS_THRESH: 0.6"))
+"""
+
+
+def write_config(folder: Path) -> None:
+    """The tiny detector on its dataset, which needs no registration: it is one's own data."""
+    data = write_dataset(folder, images=4)
+    own = {"DATASETS__OWN__" + key: str(data) for key in ("TRAIN_JSON", "VAL_JSON")}
+    own |= {"DATASETS__OWN__" + key: str(data.parent) for key in ("TRAIN_IMAGES", "VAL_IMAGES")}
+    cfg = tiny_config(folder, DATASETS__TRAIN=(), TEST__EVAL_PERIOD=0, SEED=-1, **own)
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.DETECTIONS_PER_IMAGE = 2, 5
+    (folder / "tiny.yaml").write_text(cfg.dump())
+
+
+def write_study(folder: Path) -> Path:
+    path, output = folder / "study.yaml", str(folder / "out")
+    content = {"output": output, "base": "tiny.yaml", "runs": RUNS, "baseline": "a"}
+    path.write_text(yaml.safe_dump({**content, "keep_checkpoints": False}))
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +89,21 @@ def _registry() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def worked_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that is done, with the report of its comparison; trained once."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that is done, with the report of its comparison."""
     folder = tmp_path_factory.mktemp("study")
-    write_config(folder, write_dataset(folder, images=4))
-    path = write_study(folder, runs=RUNS, baseline="a", keep_checkpoints=False)
+    (folder / "train_one.py").write_text(TRAIN_ONE)
+    write_config(folder)
+    path = write_study(folder)
     out, err, tool = io.StringIO(), io.StringIO(), load_tool("study")
     words = ["study.py", str(path), "SOLVER.MAX_ITER", "3", "--only", "a,avg"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(costs, "SIZE", (64, 64))
         patch.setattr("sys.argv", words)
+        patch.setattr(tool, "SCRIPT", folder / "train_one.py")
         # what would outlive this: a handler of signals, and the loggers' levels
         patch.setattr(tool.signal, "signal", lambda *args: None)
-        patch.setattr(tool, "hush", lambda: None)
+        patch.setattr(tool.execute, "quiet_loggers", lambda: None)
         assert tool.main() == 0, err.getvalue()
     page = folder / "out" / "report" / "compare.html"
     assert out.getvalue().splitlines()[-1] == f"The report is in {page}"
@@ -72,16 +111,16 @@ def worked_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_of(folder: Path, *opts: str) -> tuple[Study, list[Run]]:
+def study_of(folder: Path, *opts: str) -> tuple[Study, list[PlannedRun]]:
     study = read_study(folder / "study.yaml", opts or ["SOLVER.MAX_ITER", "3"])
-    return study, plan(study)
+    return study, plan_runs(study)
 
 
 @pytest.fixture
-def copied(worked_off: Path, tmp_path: Path) -> Path:
+def copied(finished: Path, tmp_path: Path) -> Path:
     """The study that is done, in a folder of this test's own."""
-    copy = shutil.copytree(worked_off, tmp_path / "copy")
-    write_study(copy, runs=RUNS, baseline="a", keep_checkpoints=False)
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    write_study(copy)
     return copy
 
 
@@ -89,12 +128,13 @@ def never(*args: object) -> None:
     raise AssertionError("a run was started")
 
 
-def test_a_study_trains_evaluates_records_and_compares(worked_off: Path) -> None:
-    said = (worked_off / "said.txt").read_text()
+def test_a_study_trains_evaluates_records_and_compares(finished: Path) -> None:
+    said = (finished / "said.txt").read_text()
     assert "2 runs in" in said and ", 0 of them done" in said
     assert "run 1 of 2, a seed 0: done in" in said and "run 2 of 2, avg seed 0: done in" in said
+    assert "run 1 of 2, a seed 0: iteration 2 of 3, loss " in said  # with a checkpoint
     for name in RUNS:
-        folder = worked_off / "out" / name / "seed-0"
+        folder = finished / "out" / name / "seed-0"
         assert [file.name for file in folder.glob("*.pth")] == ["model_final.pth"]
         record = read_record(folder)
         (session,) = record["sessions"]
@@ -102,60 +142,58 @@ def test_a_study_trains_evaluates_records_and_compares(worked_off: Path) -> None
         assert record["seconds"] == session["seconds"] > 0
         assert {"versions", "commit", "cpu"} <= set(session["machine"])
         assert ["SOLVER.MAX_ITER", "3"] == record["overrides"][-2:]
-    assert (worked_off / "out" / "report" / "compare.html").is_file()
-
-
-def test_what_is_done_is_skipped(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
-    study, runs = study_of(copied)
-    assert [run.state() for run in runs] == [DONE, DONE]
-    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
-    assert (outcome.done, outcome.failures) == (runs, {})
-
-
-def test_what_is_done_is_compared(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
-    shutil.rmtree(copied / "out" / "report")
-    study, runs = study_of(copied)
-    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
-    compare_runs(study, outcome, quiet=True)
-    assert outcome.report is not None and outcome.report.is_file()
-    assert outcome.report.parent == study.output / "report"
-    content = json.loads((outcome.report.parent / "compare.json").read_text())
+    content = json.loads((finished / "out" / "report" / "compare.json").read_text())
     # as the study calls them
     assert [group["name"] for group in content["groups"]] == list(RUNS)
     assert content["baseline"] == "a"
 
 
+def test_what_is_done_is_skipped_and_compared_again(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpn_plugin.analysis.study.execute.train", never)
+    monkeypatch.setattr("fpn_plugin.analysis.compare.report.draw_all", lambda report: {})
+    monkeypatch.setattr("fpn_plugin.analysis.compare.comparison.count_costs", lambda group: {})
+    study, runs = study_of(copied)
+    assert [run.state() for run in runs] == [DONE, DONE]
+    outcome = run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
+    assert (outcome.done, outcome.failures) == (runs, {})
+    assert list((study.output / "report").glob("*.png"))
+    assert compare_runs(study, outcome.done, quiet=True) == study.output / "report" / "compare.html"
+    assert not list((study.output / "report").glob("*.png"))
+
+
 def test_another_config_is_refused_before_anything_starts(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpn_plugin.analysis.study.study.train", never)
+    monkeypatch.setattr("fpn_plugin.analysis.study.execute.train", never)
     study, runs = study_of(copied, "SOLVER.MAX_ITER", "5", "MODEL.DEVICE", "cpu")
     shutil.rmtree(runs[0].folder)
     assert [run.state() for run in runs] == [PENDING, OTHER]
     with pytest.raises(ValueError, match="avg/seed-0: SOLVER.MAX_ITER 3 -> 5\nNothing was started"):
-        run_study(study, runs, SCRIPT, Display(quiet=True))
-    told = status_text(runs, SCRIPT).splitlines()
-    assert told[0] == "a seed 0: to do" and "--config-file" in told[1]
-    assert told[2:] == ["avg seed 0: another config's", "  SOLVER.MAX_ITER 3 -> 5"]
+        run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
+    status = status_text(runs, SCRIPT).splitlines()
+    assert status[0] == "a seed 0: to do" and "--config-file" in status[1]
+    assert status[2:] == ["avg seed 0: another config's", "  SOLVER.MAX_ITER 3 -> 5"]
 
 
-def test_what_was_broken_off_goes_on(copied: Path) -> None:
+def test_an_interrupted_run_is_resumed(copied: Path, tmp_path: Path) -> None:
     study, runs = study_of(copied)
-    run = runs[0]
-    metrics = run.folder / "metrics.json"
+    metrics = runs[0].folder / "metrics.json"
     kept = [line for line in metrics.read_text().splitlines() if "bbox/AP" not in line]
     metrics.write_text("".join(f"{line}\n" for line in kept) + '{"half')
-    assert run.state() == BROKEN_OFF  # killed in its last evaluation
-    assert "a seed 0: broken off at" in status_text(runs, SCRIPT)
-    outcome = run_study(study, runs, SCRIPT, Display(quiet=True))
-    assert outcome.done == runs
-    first, second = read_record(run.folder)["sessions"]
-    assert "--resume" in second["command"] and "--resume" not in first["command"]
-    assert read_record(run.folder)["seconds"] == pytest.approx(
-        first["seconds"] + second["seconds"], abs=0.11
+    assert runs[0].state() == INTERRUPTED  # killed in its last evaluation
+    assert "a seed 0: broken off at 3 of 3" in status_text(runs, SCRIPT)
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"open({str(metrics)!r}, 'a').write('{{\"iteration\": 2, \"bbox/AP\": 1}}\\n')"
     )
+    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
+    assert outcome.done == runs
+    record = read_record(runs[0].folder)
+    first, second = record["sessions"]
+    assert "--resume" in second["command"] and "--resume" not in first["command"]
+    assert record["seconds"] == pytest.approx(first["seconds"] + second["seconds"], abs=0.11)
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(
@@ -165,7 +203,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(
     script.write_text("print('last words'); raise SystemExit(3)")
     study, runs = study_of(copied)
     shutil.rmtree(runs[0].folder)
-    outcome = run_study(study, runs, script, Display(quiet=True))
+    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
     assert outcome.done == runs[1:]
     assert list(outcome.failures) == ["a seed 0"]
     assert "exit code 3" in outcome.failures["a seed 0"]
@@ -180,7 +218,7 @@ def test_a_run_that_ends_without_results_is_a_failure(copied: Path, tmp_path: Pa
     script.write_text("")
     study, runs = study_of(copied)
     shutil.rmtree(runs[1].folder)
-    outcome = run_study(study, runs, script, Display(quiet=True))
+    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
     assert "without a final checkpoint" in outcome.failures["avg seed 0"]
 
 
@@ -188,23 +226,24 @@ def test_two_studies_do_not_share_a_folder(copied: Path) -> None:
     study, runs = study_of(copied)
     with lock(study.output):
         with pytest.raises(ValueError, match="another study, or a run that a killed one left"):
-            run_study(study, runs, SCRIPT, Display(quiet=True))
+            run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
 
 
 def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path: Path) -> None:
+    study, runs = study_of(copied)
+    metrics = runs[0].folder / "metrics.json"
     script, pids = tmp_path / "train.py", tmp_path / "pids"
     script.write_text(
         "import os, subprocess, time\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
-        "print('started', flush=True)\n"
+        f"open({str(metrics)!r}, 'w').write('{{\"iteration\": 1, \"total_loss\": 1}}\\n')\n"
         "time.sleep(60)\n"
     )
 
-    def interrupt(line: str) -> None:
+    def interrupt(values: object) -> None:
         raise KeyboardInterrupt
 
-    study, runs = study_of(copied)
     with lock(study.output) as held, pytest.raises(KeyboardInterrupt):
         train(runs[0], script, interrupt, held)
     assert read_record(runs[0].folder)["sessions"][-1]["ended"] == "interrupted"
@@ -218,13 +257,15 @@ def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path:
             raise AssertionError(f"process {pid} still runs")
 
 
-def test_sigterm_ends_the_tool(worked_off: Path, tmp_path: Path) -> None:
-    process = start(
-        *(worked_off / "study.yaml", "--only", "a", "--output", str(tmp_path / "other")),
-        *("--seeds", "5", "SOLVER.MAX_ITER", "100000"),
+def test_sigterm_ends_the_tool(finished: Path, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "other"), "--only", "a", "--seeds", "5"]
+    command = [sys.executable, str(TOOLS / "study.py"), str(finished / "study.yaml"), *output]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [*command, "SOLVER.MAX_ITER", "100000"], stdout=pipe, stderr=pipe, text=True
     )
     record = tmp_path / "other" / "a" / "seed-5" / "study.json"
-    for _ in range(300):
+    for _ in range(1200):  # on a busy machine its imports take long
         if record.is_file() or process.poll() is not None:
             break
         time.sleep(0.1)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fpn_plugin.analysis.study.runs import plan
-from fpn_plugin.analysis.study.study_file import read_study
+from fpn_plugin.analysis.study.config import read_study
+from fpn_plugin.analysis.study.plan import plan_runs
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 NAMES = {"c4", "c5", "channel_mapper", "fpn", "fpn-avg", "fpn-concat", "fpn-fast_normalized"}
@@ -36,12 +36,12 @@ def test_overrides_of_the_command_line_come_last_and_those_of_all_runs_first(
     shared = {"SEED": 1, "VIS_PERIOD": 5}
     path = write(tmp_path, runs=runs, overrides=shared, seeds=[4, 2], size_bins=[8, 16.5])
     study = read_study(path, ["VIS_PERIOD", "7"])
-    a, b, c = study.entries
+    a, b, c = study.configs
     assert (study.seeds, study.size_bins, study.baseline) == ((4, 2), (8, 16.5), "")
     assert study.keep_checkpoints
-    assert (a.name, a.config) == ("a", (tmp_path / "base.yaml").resolve())
+    assert (a.name, a.file) == ("a", (tmp_path / "base.yaml").resolve())
     assert a.overrides == ("SEED", "1", "VIS_PERIOD", "7")
-    assert b.config == (tmp_path / "other.yaml").resolve()
+    assert b.file == (tmp_path / "other.yaml").resolve()
     assert b.overrides == ("SEED", "3", "VIS_PERIOD", "7", "INPUT.FORMAT", "RGB")
     assert c.overrides[-2:] == ("MODEL.RPN.IN_FEATURES", "['p2', 'p3']")
 
@@ -71,6 +71,7 @@ def test_overrides_of_the_command_line_come_last_and_those_of_all_runs_first(
         ({"size_bins": [0, 8]}, ValueError, "size_bins: .0, 8. is no list of growing sizes above"),
         ({"baseline": "b"}, KeyError, "study.yaml: baseline: unknown name 'b'; choose from: a"),
         ({"keep_checkpoints": "no"}, ValueError, "keep_checkpoints: 'no' is no boolean"),
+        ({"keep_checkpoints": 1}, ValueError, "keep_checkpoints: 1 is no boolean"),
     ],
 )
 def test_a_mistake_is_named(
@@ -83,7 +84,7 @@ def test_a_mistake_is_named(
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("runs: {a: {}, a: {}}", "'a' stands twice in the mapping from line 1"),
+        ("runs: {a: {}, a: {}}", "study.yaml: (.|\n)*line 1(.|\n)*duplicate key a"),
         ("- 1", "no mapping of output, seeds"),
         ("runs: [", "study.yaml: while parsing"),
     ],
@@ -100,13 +101,13 @@ def test_a_broken_file_is_an_error(tmp_path: Path, text: str, message: str) -> N
 def test_a_merge_may_be_overridden(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text("output: o\nbase: base.yaml\nruns:\n  a: &a {K: 1}\n  b: {<<: *a, K: 2}\n")
-    assert [entry.overrides for entry in read_study(path).entries] == [("K", "1"), ("K", "2")]
+    assert [config.overrides for config in read_study(path).configs] == [("K", "1"), ("K", "2")]
 
 
 @pytest.mark.parametrize("name", ["trees", "scenes"])
 def test_the_studies_have_equal_schedules_and_data(name: str) -> None:
-    runs = plan(read_study(CONFIGS / "studies" / f"{name}.yaml"))
-    assert {run.entry.name for run in runs} == NAMES
+    runs = plan_runs(read_study(CONFIGS / "studies" / f"{name}.yaml"))
+    assert {run.config.name for run in runs} == NAMES
     assert [run.seed for run in runs[::11]] == [0, 1, 2]
     first = runs[0].cfg
     for run in runs:
@@ -134,7 +135,7 @@ def test_a_config_that_cannot_be_trained_is_named(
     shared = {"DATASETS.TRAIN": ["trees_train"], "DATASETS.TEST": []}
     study = read_study(write(tmp_path, overrides=shared, **values))
     with pytest.raises(error, match=message):
-        plan(study, only)
+        plan_runs(study, only)
 
 
 def test_runs_that_are_tested_on_other_data_are_refused_before_they_are_trained(
@@ -144,5 +145,5 @@ def test_runs_that_are_tested_on_other_data_are_refused_before_they_are_trained(
     shared = {"DATASETS.TRAIN": ["trees_train"], "DATASETS.TEST": ["trees_val"]}
     study = read_study(write(tmp_path, overrides=shared, runs=runs))
     with pytest.raises(ValueError, match="runs.a on trees_val, runs.b on scenes_val"):
-        plan(study)
-    assert len(plan(study, ["b"])) == 1
+        plan_runs(study)
+    assert len(plan_runs(study, ["b"])) == 1
