@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any, Sequence
 
-from fpn_plugin.analysis.benchmark.write import check_folder
+from fpn_plugin.analysis.benchmark.report import check_folder
 from fpn_plugin.analysis.compare.costs import SIZE, Latencies, counts, latencies, model_key
 from fpn_plugin.analysis.compare.facts import curves_of, group_facts, metrics_of, run_facts
 from fpn_plugin.analysis.compare.groups import (

@@ -11,9 +11,8 @@ from typing import Any, Mapping
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from fpn_plugin.analysis.benchmark.contestants import find_baseline
-from fpn_plugin.analysis.benchmark.neck import find_below
-from fpn_plugin.analysis.benchmark.runs import model_differences
+from fpn_plugin.analysis.benchmark.configs import find_baseline, model_differences
+from fpn_plugin.analysis.benchmark.models import find_below
 from fpn_plugin.analysis.compare.groups import Group
 from fpn_plugin.analysis.complexity import count_parameters, totals
 from fpn_plugin.engine.run_folder import CONFIG, recorded_config

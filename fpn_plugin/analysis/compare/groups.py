@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from fpn_plugin.analysis.benchmark.contestants import short_names
+from fpn_plugin.analysis.benchmark.configs import short_names
 from fpn_plugin.analysis.compare.runs import Run
 from fpn_plugin.engine.run_folder import OUTER_KEYS
 

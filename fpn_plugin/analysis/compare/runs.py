@@ -10,7 +10,7 @@ from typing import Any, Mapping, Sequence
 import yaml
 from detectron2.config import get_cfg
 
-from fpn_plugin.analysis.benchmark.contestants import short_names
+from fpn_plugin.analysis.benchmark.configs import short_names
 from fpn_plugin.analysis.study.record import read_record
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.engine.run_folder import CONFIG, flatten, metric_lines, recorded_config

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator
 
-from fpn_plugin.analysis.benchmark.machine import facts
 from fpn_plugin.analysis.progress import watch
+from fpn_plugin.analysis.report.environment import collect_environment
 from fpn_plugin.analysis.study.record import read_record, write_record
 from fpn_plugin.analysis.study.runs import FINAL, PENDING, Run
 from fpn_plugin.analysis.study.study_file import StudyError
@@ -95,7 +95,9 @@ def _open_record(run: Run, command: list[str]) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "ended": "killed",  # until it says otherwise
-        "machine": facts("cuda" if run.cfg.MODEL.DEVICE.startswith("cuda") else "cpu"),
+        "machine": collect_environment(
+            "cuda" if run.cfg.MODEL.DEVICE.startswith("cuda") else "cpu"
+        ),
     }
     record |= {"name": run.entry.name, "seed": run.seed, "config": str(run.entry.config)}
     record |= {"overrides": list(run.entry.overrides)}
