@@ -165,7 +165,7 @@ class Ratio:
 
 def spread(samples: Sequence[float]) -> float:
     """The interquartile range over the median."""
-    low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
+    low, median, high = (float(np.percentile(samples, share)) for share in (25, 50, 75))
     return (high - low) / max(median, _INSTANT)
 
 
