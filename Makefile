@@ -49,12 +49,13 @@ demo-masks: setup ## the same for instance masks, on drawn scenes (10 minutes)
 	@$(PY) tools/demo.py scenes --output $(MASKS)
 
 benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against effdet's, each lever alone, on an idle machine (30 minutes)
-	@failed=; run() { name=$$1; shift; $(PY) tools/benchmark.py "$$@" --report $(BENCHMARK)/$$name --overwrite || failed="$$failed $$name"; }; \
-	run inference --config-file $(R50) $(LEVERS) --variant 'folded: TEST.FOLD_NORMS True' --image-size 512 512 \
-	  --what counts,neck,convs,backbone,inference; \
-	run training --config-file $(R50) $(LEVERS) --variant 'fused: SOLVER.FUSED True' --image-size 320 320 --batch 2 --what train; \
-	run bifpn --config-file $(D0) $(NECKS) --baseline none --peers effdet --image-size 512 512 --what counts,neck,neck_train,convs; \
-	run start --what start; \
+	@failed=; run() { name=$$1; shift; $(PY) "$$@" --report $(BENCHMARK)/$$name --overwrite || failed="$$failed $$name"; }; \
+	run inference tests/benchmarks/run.py --config-file $(R50) $(LEVERS) --variant 'folded: TEST.FOLD_NORMS True' --image-size 512 512 \
+	  --what counts,neck,backbone,inference --floors; \
+	run training tools/benchmark.py --config-file $(R50) $(LEVERS) --variant 'fused: SOLVER.FUSED True' --image-size 320 320 --batch 2 --what train; \
+	run bifpn tests/benchmarks/run.py --config-file $(D0) $(NECKS) --baseline none --peers effdet --floors --image-size 512 512 \
+	  --what counts,neck,neck_train; \
+	run startup tests/benchmarks/run.py --startup; \
 	if [ -n "$$failed" ]; then echo "refused or failed:$$failed"; exit 1; fi
 
 test: setup ## run all tests, in TEST_JOBS processes of one thread each

@@ -4,9 +4,7 @@
 benchmark.py --config-file configs/… [--config-file …] [--baseline FILE|zoo-name|none]
     [--what counts,neck,backbone,inference,train] [--report DIR] [KEY VALUE …]
 benchmark.py --config-file F --variant 'bf16: SOLVER.AMP.ENABLED True' …     levers, each alone
-benchmark.py --config-file F --what neck --peers effdet,detectron2,torchvision
 benchmark.py --config-file F --baseline none --what counts --compare old.json
-benchmark.py --what start                             importing the plugin, and Detectron2
 
 Exit code 1: a count grew beyond --threshold; 2: a ratio was refused, or outputs differ.
 """
@@ -15,16 +13,20 @@ import os
 
 # before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# the profiler that memory is measured with greets on stderr otherwise
+# the profiler that memory is measured with otherwise writes a greeting to stderr
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import sys  # noqa: E402
 
-from fpn_plugin.analysis.benchmark.compare import compare, read_report  # noqa: E402
+from fpn_plugin.analysis.benchmark.measure import benchmark  # noqa: E402
 from fpn_plugin.analysis.benchmark.options import argument_parser, settings_of  # noqa: E402
-from fpn_plugin.analysis.benchmark.run import benchmark  # noqa: E402
-from fpn_plugin.analysis.benchmark.write import check_folder  # noqa: E402
-from fpn_plugin.analysis.benchmark.write import terminal_text, write_report  # noqa: E402
+from fpn_plugin.analysis.benchmark.report import (  # noqa: E402
+    check_folder,
+    compare_reports,
+    read_report,
+    terminal_text,
+    write_report,
+)
 from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
 
 
@@ -39,8 +41,8 @@ def main() -> int:
     if args.report:
         print(f"\nThe report is in {write_report(report, args.report)}")
     if old is not None:
-        regressions, told = compare(old, report, args.threshold)
-        for text in told:
+        regressions, warnings = compare_reports(old, report, args.threshold)
+        for text in warnings:
             print(f"WARNING {text}")
         for text in regressions:
             print(f"REGRESSION {text}", file=sys.stderr)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from effdet import get_efficientdet_config
 from effdet.config import get_fpn_config, set_config_writeable
 from effdet.efficientdet import BiFpn
+from peers import effdet_names, rename_effdet
 from torch import Tensor, nn
 
-from fpn_plugin.analysis.benchmark.effdet_names import our_names, rename
-from fpn_plugin.analysis.benchmark.memory import peak_bytes
+from fpn_plugin.analysis.benchmark.counts import peak_bytes
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import op
 from fpn_plugin.pyramid.pyramid import Pyramid
@@ -89,8 +89,8 @@ def pair(case: Case, size: tuple[int, int]) -> tuple[BiFpn, Pyramid, dict[str, s
             layer.bias.data.normal_(std=0.2)
             layer.running_mean.normal_(std=0.5)
             layer.running_var.uniform_(0.5, 2)
-    names = our_names(their, case.topology, min(INPUTS.values()), len(INPUTS))
-    keys = {key: rename(key, names) for key in their.state_dict()}
+    names = effdet_names(their, case.topology, min(INPUTS.values()), len(INPUTS))
+    keys = {key: rename_effdet(key, names) for key in their.state_dict()}
     assert len(set(keys.values())) == len(keys)
     assert set(keys.values()) == set(mine.state_dict())
     mine.load_state_dict({keys[key]: x for key, x in their.state_dict().items()})

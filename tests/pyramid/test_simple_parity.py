@@ -9,10 +9,10 @@ from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from helpers import randomize
+from peers import simple_names
 from torch import Tensor
 
 from fpn_plugin import PyramidBackbone
-from fpn_plugin.analysis.benchmark.peers import simple_names
 
 CHANNELS, WIDTH, STRIDE = 64, 32, 16
 

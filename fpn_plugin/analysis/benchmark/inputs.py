@@ -1,4 +1,4 @@
-"""What all contestants are given: the same images, the same annotations. Shapes `(N, C, H, W)`."""
+"""What all models are given: the same images, annotations and maps. Shapes are `(N, C, H, W)`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ class Inputs:
     def images(self) -> list[dict[str, Any]]:
         """Noise, as a Detectron2 model takes it for inference: on the CPU, as a loader gives it."""
         height, width = self.size
-        made = self._generator("image")
+        generator = self._generator("image")
         return [
             {
-                "image": torch.randint(0, 256, (3, height, width), generator=made).to(torch.uint8),
+                "image": torch.randint(0, 256, (3, height, width), generator=generator).to(
+                    torch.uint8
+                ),
                 "height": height,
                 "width": width,
             }
@@ -44,44 +46,44 @@ class Inputs:
 
     def annotated(self, cfg: CfgNode) -> list[dict[str, Any]]:
         """The same images with OBJECTS boxes each, and whatever else the config learns from."""
-        made = self._generator("annotations")
-        return [{**image, **self._annotations(cfg, made)} for image in self.images()]
+        generator = self._generator("annotations")
+        return [{**image, **self._annotations(cfg, generator)} for image in self.images()]
 
-    def maps(self, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bottom-up maps, random and not negative: of one shape and name always the same numbers.
+    def maps(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Random maps, not negative, with the same numbers for the same name and shape.
 
         Args:
-            shapes: maps whose shapes, types and memory formats are wanted.
+            like: maps whose shapes, types and memory formats are wanted.
         """
-        made = {}
-        for name, like in shapes.items():
-            noise = torch.randn(like.shape, generator=self._generator(name)).relu_()
-            made[name] = torch.empty_like(like).copy_(noise)  # keeps the strides
-        return made
+        maps = {}
+        for name, x in like.items():
+            noise = torch.randn(x.shape, generator=self._generator(name)).relu_()
+            maps[name] = torch.empty_like(x).copy_(noise)  # keeps the strides
+        return maps
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
 
-    def _annotations(self, cfg: CfgNode, made: torch.Generator) -> dict[str, Any]:
+    def _annotations(self, cfg: CfgNode, generator: torch.Generator) -> dict[str, Any]:
         height, width = self.size
         scale = torch.tensor([width, height, width, height])
-        corner = torch.rand(OBJECTS, 2, generator=made) * 0.7
-        extent = 0.05 + torch.rand(OBJECTS, 2, generator=made) * 0.25
+        corner = torch.rand(OBJECTS, 2, generator=generator) * 0.7
+        extent = 0.05 + torch.rand(OBJECTS, 2, generator=generator) * 0.25
         boxes = torch.cat([corner, corner + extent], 1) * scale
         classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
             classes = cfg.MODEL.RETINANET.NUM_CLASSES
-        found = Instances(self.size)
-        found.gt_boxes = Boxes(boxes)
-        found.gt_classes = torch.randint(0, classes, (OBJECTS,), generator=made)
+        instances = Instances(self.size)
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(0, classes, (OBJECTS,), generator=generator)
         if cfg.MODEL.MASK_ON:
-            found.gt_masks = self._masks(cfg, boxes)
+            instances.gt_masks = self._masks(cfg, boxes)
         if cfg.MODEL.KEYPOINT_ON:
-            found.gt_keypoints = self._keypoints(cfg, boxes, made)
-        extras: dict[str, Any] = {"instances": found}
+            instances.gt_keypoints = self._keypoints(cfg, boxes, generator)
+        extras: dict[str, Any] = {"instances": instances}
         if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
-            kinds = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-            extras["sem_seg"] = torch.randint(0, kinds, self.size, generator=made)
+            stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+            extras["sem_seg"] = torch.randint(0, stuff, self.size, generator=generator)
         return extras
 
     def _masks(self, cfg: CfgNode, boxes: Tensor) -> PolygonMasks | BitMasks:
@@ -94,9 +96,9 @@ class Inputs:
             return BitMasks.from_polygon_masks(PolygonMasks(polygons), *self.size)
         return PolygonMasks(polygons)
 
-    def _keypoints(self, cfg: CfgNode, boxes: Tensor, made: torch.Generator) -> Keypoints:
+    def _keypoints(self, cfg: CfgNode, boxes: Tensor, generator: torch.Generator) -> Keypoints:
         count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        places = torch.rand(OBJECTS, count, 2, generator=made)
+        places = torch.rand(OBJECTS, count, 2, generator=generator)
         points = boxes[:, None, :2] + places * (boxes[:, None, 2:] - boxes[:, None, :2])
         visible = torch.full((OBJECTS, count, 1), 2.0)
         return Keypoints(torch.cat([points, visible], 2))

@@ -7,15 +7,12 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from fpn_plugin.analysis.benchmark.inference import SUBJECTS
-from fpn_plugin.analysis.benchmark.peers import PEERS
-from fpn_plugin.analysis.benchmark.run import Settings
-from fpn_plugin.analysis.benchmark.section import START
-from fpn_plugin.analysis.benchmark.sweep import SWEEPS
+from fpn_plugin.analysis.benchmark.measure import COUNTS, Settings
 from fpn_plugin.analysis.benchmark.timing import Plan
+from fpn_plugin.analysis.benchmark.workloads import WORKLOADS
 from fpn_plugin.registry import unknown_name
 
-WHAT = ("counts", "convs", START)
+WHAT = (COUNTS, *WORKLOADS.names())
 DEFAULT_WHAT = "counts,neck,backbone,inference,train"
 SPREAD = {"cpu": 0.25, "cuda": 0.1}
 
@@ -24,7 +21,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """All options, with Detectron2's `KEY VALUE …` at the end."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
-    _add_contestants(parser.add_argument)
+    _add_configs(parser.add_argument)
     _add_measurements(parser.add_argument)
     _add_reports(parser.add_argument)
     text = "overrides, not for the baseline"
@@ -32,10 +29,10 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_contestants(add: Callable[..., Any]) -> None:
-    text = "a config to measure; may be given again; not needed for --what start"
+def _add_configs(add: Callable[..., Any]) -> None:
+    text = "a config to measure; may be given again"
     add("--config-file", action="append", default=[], metavar="FILE", help=text)
-    text = "a further contestant of each config, such as 'bf16: SOLVER.AMP.ENABLED True'"
+    text = "measure each config with other keys too, such as 'bf16: SOLVER.AMP.ENABLED True'"
     add("--variant", action="append", default=[], metavar="'NAME: KEY VALUE'", help=text)
     text = "a config file, a name of Detectron2's zoo, none (default: the zoo's of the same head)"
     add("--baseline", default="auto", metavar="FILE|NAME", help=text)
@@ -47,11 +44,8 @@ def _add_measurements(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--image-size", nargs=2, type=_positive, default=(800, 1344), metavar=("H", "W"))
     add("--batch", type=_positive, default=1, metavar="N", help="images at a time (default: 1)")
-    text = f"of {', '.join([*WHAT, *SUBJECTS.names()])} (default: {DEFAULT_WHAT})"
+    text = f"of {', '.join(WHAT)} (default: {DEFAULT_WHAT})"
     add("--what", default=DEFAULT_WHAT, metavar="A,B", help=text)
-    text = f"pyramids of other packages beside the neck: {', '.join(PEERS.names())}"
-    add("--peers", default="", metavar="A,B", help=text)
-    add("--sweep", default="", metavar="A,B", help=f"how cost grows with {', '.join(SWEEPS)}")
     text = "at least; up to four times as many where ratios are too wide (default: 10)"
     add("--rounds", type=_positive, default=10, metavar="N", help=text)
     text = f"beyond it a ratio is refused (default: {SPREAD['cpu']}, on CUDA {SPREAD['cuda']})"
@@ -77,19 +71,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
     Raises:
         KeyError: for a name that does not exist, with those that do.
-        ValueError: for `--device cuda` without a GPU, a negative number, or no config where one is
-            needed.
+        ValueError: for `--device cuda` without a GPU, a negative number, or no config.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; choose cpu")
-    spread = SPREAD[args.device] if args.max_spread is None else args.max_spread
-    for option, value in (("--max-spread", spread), ("--threshold", args.threshold)):
-        if value < 0:
-            raise ValueError(f"{option} {value} is negative")
-    what = _names("--what", args.what, [*WHAT, *SUBJECTS.names()])
-    if not args.config_file and (what != [START] or args.sweep or args.runs):
-        raise ValueError("--config-file: none is given; only --what start does without")
-    plan = Plan(args.rounds, 4 * args.rounds, args.min_sample, max_spread=spread, seed=args.seed)
+    plan = plan_of(args)
+    if args.threshold < 0:
+        raise ValueError(f"--threshold {args.threshold} is negative")
+    what = split_names("--what", args.what, WHAT)
+    if not args.config_file:
+        raise ValueError("--config-file: none is given")
     return Settings(
         files=args.config_file,
         opts=args.opts,
@@ -100,8 +89,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
         size=tuple(args.image_size),
         batch=args.batch,
         what=what,
-        peers=_names("--peers", args.peers, PEERS.names()),
-        sweeps=_names("--sweep", args.sweep, list(SWEEPS)),
         plan=plan,
         weights=args.weights,
         runs=args.runs,
@@ -109,11 +96,30 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
-def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
+def plan_of(args: argparse.Namespace) -> Plan:
+    """How much is measured, and how far apart samples may be.
+
+    Raises:
+        ValueError: for `--device cuda` without a GPU or a negative spread.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; choose cpu")
+    spread = SPREAD[args.device] if args.max_spread is None else args.max_spread
+    if spread < 0:
+        raise ValueError(f"--max-spread {spread} is negative")
+    return Plan(args.rounds, 4 * args.rounds, args.min_sample, max_spread=spread, seed=args.seed)
+
+
+def split_names(option: str, text: str, choices: Sequence[str]) -> list[str]:
+    """The names of a list with commas.
+
+    Raises:
+        KeyError: naming the option, for a name that is none of `choices`.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in known:
-            raise unknown_name(option, name, known)
+        if name not in choices:
+            raise unknown_name(option, name, choices)
     return names
 
 

@@ -14,7 +14,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
-from fpn_plugin.analysis.benchmark.write import check_folder
+from fpn_plugin.analysis.benchmark.report import check_folder
 from fpn_plugin.analysis.compare.costs import (
     SIZE,
     Latencies,

@@ -11,9 +11,9 @@ from typing import Any, Mapping
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from fpn_plugin.analysis.benchmark.contestants import find_baseline
-from fpn_plugin.analysis.benchmark.neck import find_below
-from fpn_plugin.analysis.benchmark.runs import model_differences
+from fpn_plugin.analysis.benchmark.configs import find_baseline
+from fpn_plugin.analysis.benchmark.models import find_below
+from fpn_plugin.analysis.benchmark.configs import model_differences
 from fpn_plugin.analysis.compare.runs import Group
 from fpn_plugin.analysis.visualize.complexity import count_parameters, totals
 from fpn_plugin.engine.run_record import CONFIG, flatten, recorded_config

@@ -16,7 +16,7 @@ from typing import Any, Mapping, Sequence
 import yaml
 from detectron2.config import get_cfg
 
-from fpn_plugin.analysis.benchmark.contestants import short_names
+from fpn_plugin.analysis.benchmark.configs import short_names
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.engine.run_record import CONFIG, OUTER_KEYS, flatten, metric_lines, recorded_config
 

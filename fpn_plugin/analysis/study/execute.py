@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Mapping, Sequence
 
-from fpn_plugin.analysis.benchmark.machine import facts
+from fpn_plugin.analysis.report.environment import collect_environment
 from fpn_plugin.analysis.compare.comparison import compare
 from fpn_plugin.analysis.compare.runs import RECORD, read_record
 from fpn_plugin.analysis.progress import TrainingProgress, as_time, follow
@@ -247,7 +247,7 @@ def _begin_session(run: PlannedRun, command: list[str]) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "ended": "killed",  # until another end is recorded
-        "machine": facts("cuda" if run.cfg.MODEL.DEVICE.startswith("cuda") else "cpu"),
+        "machine": collect_environment("cuda" if run.cfg.MODEL.DEVICE.startswith("cuda") else "cpu"),
     }
     record = read_record(run.folder)
     record |= {"name": run.config.name, "seed": run.seed, "config": str(run.config.file)}

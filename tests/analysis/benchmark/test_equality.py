@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from fpn_plugin.analysis.benchmark.contestants import gather
-from fpn_plugin.analysis.benchmark.entrants import Entrant, build_all
 from fpn_plugin.analysis.benchmark.equality import (
     DIFFERENT,
     EQUAL,
@@ -19,22 +17,22 @@ from fpn_plugin.analysis.benchmark.equality import (
     matched_share,
 )
 from fpn_plugin.analysis.benchmark.inputs import Inputs
-from fpn_plugin.analysis.benchmark.lineup import line_up
-from fpn_plugin.analysis.benchmark.section import check
+from fpn_plugin.analysis.benchmark.measure import check_outputs, section_of
+from fpn_plugin.analysis.benchmark.models import BenchmarkModel
 
 MAPS = {"p2": torch.tensor([[3.0, 4.0]]), "p3": torch.tensor([[1.0]])}
 
 
 def test_differences_by_hand() -> None:
     other = {"p2": torch.tensor([[3.0, 4.1]]), "p3": torch.tensor([[1.0]])}
-    found = compare_outputs(MAPS, other, depth=2000)
-    assert found.verdict == EQUAL and found.max_abs == pytest.approx(0.1)
-    assert found.relative == pytest.approx(0.1 / (4 + 12.5**0.5), rel=1e-5)
-    assert found.tolerance == 0.02
-    found = compare_outputs(MAPS, other, depth=1000)
-    assert found.verdict == UNEQUAL and "p2 is off by 1.3e-02" in found.note
-    found = compare_outputs(MAPS, other, "bfloat16")
-    assert found.verdict == EQUAL and found.relative == pytest.approx(0.1 / 25**0.5, rel=1e-4)
+    equality = compare_outputs(MAPS, other, depth=2000)
+    assert equality.verdict == EQUAL and equality.max_abs == pytest.approx(0.1)
+    assert equality.relative == pytest.approx(0.1 / (4 + 12.5**0.5), rel=1e-5)
+    assert equality.tolerance == 0.02
+    equality = compare_outputs(MAPS, other, depth=1000)
+    assert equality.verdict == UNEQUAL and "p2 is off by 1.3e-02" in equality.note
+    equality = compare_outputs(MAPS, other, "bfloat16")
+    assert equality.verdict == EQUAL and equality.relative == pytest.approx(0.1 / 25**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +44,15 @@ def test_differences_by_hand() -> None:
     ],
 )
 def test_what_cannot_be_compared_is_unequal(other: Any, note: str) -> None:
-    found = compare_outputs(MAPS, other, depth=1e5)
-    assert found.verdict == UNEQUAL
-    assert note in found.note
+    equality = compare_outputs(MAPS, other, depth=1e5)
+    assert equality.verdict == UNEQUAL
+    assert note in equality.note
 
 
-def test_gradients_have_more_room_and_are_told() -> None:
+def test_gradients_have_more_room_and_are_noted() -> None:
     one, two = {GRADIENT + "x": torch.ones(1, 2)}, {GRADIENT + "x": torch.tensor([[1.0, 1.01]])}
-    found = compare_outputs(one, two)
-    assert found.verdict == EQUAL and found.note == "gradients 7.1e-03"
+    equality = compare_outputs(one, two)
+    assert equality.verdict == EQUAL and equality.note == "gradients 7.1e-03"
     assert compare_outputs(one, two, depth=0.1).verdict == UNEQUAL
 
 
@@ -68,32 +66,22 @@ def test_matched_share() -> None:
     assert matched_share(one, nothing) == 0 and matched_share(nothing, nothing) == 1
 
 
-@pytest.fixture(scope="module")
-def entrants(configs: dict[str, str]) -> dict[str, Entrant]:
-    files = [configs["fpn"], configs["bifpn"]]
-    return build_all(gather(files, baseline=configs["base"]), Inputs((64, 96), 2))
-
-
-def checked(entrants: dict[str, Entrant], section: str) -> dict[tuple[str, str], Any]:
-    lineup = line_up(section, entrants, [], Inputs((64, 96), 2), False, False)
-    found = check(lineup)
-    return {(pair.contestant, pair.reference): equality for pair, equality in found.items()}
-
-
-@pytest.mark.parametrize("section", ["neck", "neck_train", "backbone", "inference", "train"])
-def test_ours_equals_the_baseline_and_another_pyramid_differs_by_design(
-    entrants: dict[str, Entrant], section: str
+@pytest.mark.parametrize("workload", ["neck", "inference", "train"])
+def test_a_wrong_neck_is_caught(
+    models: dict[str, BenchmarkModel], inputs: Inputs, workload: str
 ) -> None:
-    found = checked(entrants, section)
-    assert found["fpn", "baseline base"].verdict == EQUAL
-    assert found["fpn", "baseline base"].relative <= 1e-6
-    assert found["bifpn", "baseline base"].verdict == DIFFERENT
-
-
-@pytest.mark.parametrize("section", ["neck", "inference", "train"])
-def test_a_wrong_neck_is_caught(entrants: dict[str, Entrant], section: str) -> None:
-    wrong = {name: copy.deepcopy(one) for name, one in entrants.items() if name != "bifpn"}
+    wrong = {name: copy.deepcopy(models[name]) for name in ("baseline base", "fpn")}
     with torch.no_grad():
         wrong["fpn"].model.backbone.fpn_output3.bias.add_(0.5)
-    found = checked(wrong, section)["fpn", "baseline base"]
-    assert found.verdict == UNEQUAL and found.note
+    (equality,) = check_outputs(section_of(workload, wrong, inputs, trained=False)).values()
+    assert equality.verdict == UNEQUAL and equality.note
+
+
+def test_equal_and_different_by_design(report: dict[str, Any]) -> None:
+    assert list(report["timings"]) == ["neck", "neck_train", "backbone", "inference", "train"]
+    for name, section in report["timings"].items():
+        rows = {(row["contestant"], row["reference"]): row for row in section["equality"]}
+        assert rows["fpn", "baseline base"]["verdict"] == EQUAL, name
+        assert rows["fpn", "baseline base"]["relative"] <= 1e-6, name
+        assert rows["fpn [bf16]", "fpn"]["verdict"] == EQUAL, name
+        assert rows["bifpn", "baseline base"]["verdict"] == DIFFERENT, name

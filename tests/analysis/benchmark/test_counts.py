@@ -1,14 +1,35 @@
-"""Peaks against sums done by hand."""
+"""Counts and peaks against sums by hand."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fpn_plugin.analysis.benchmark.memory import peak_bytes, peak_of
+from fpn_plugin.analysis.benchmark.counts import COUNTS, count, peak_bytes, peak_of
+from fpn_plugin.analysis.benchmark.inputs import Inputs
+from fpn_plugin.analysis.benchmark.models import BenchmarkModel
+from fpn_plugin.analysis.visualize.complexity import measure
 
 MB = 1_000_000
+
+
+def test_counts(models: dict[str, BenchmarkModel], inputs: Inputs, report: dict[str, Any]) -> None:
+    counts = report["counts"]
+    assert set(counts) == set(models)
+    assert all(tuple(row) == COUNTS for row in counts.values())
+    base, fpn = counts["baseline base"], counts["fpn"]
+    assert {key: base[key] for key in COUNTS[:-1]} == {key: fpn[key] for key in COUNTS[:-1]}
+    assert count(models["fpn"], inputs) == fpn
+    by_node = measure(models["fpn"].model.backbone, inputs.size)
+    assert fpn["neck_parameters"] == by_node.pyramid.parameters
+    assert fpn["neck_gflops"] == pytest.approx(by_node.pyramid.flops / 1e9)
+    # four laterals and four outputs of 16 channels, by hand
+    height, width = inputs.size
+    pixels = sum(height * width // 4**level for level in (2, 3, 4, 5))
+    assert fpn["neck_activations"] == 2 * 16 * pixels
 
 
 def test_peak_by_hand() -> None:

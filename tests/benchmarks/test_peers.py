@@ -9,30 +9,30 @@ from typing import Any
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from peers import PEERS, NoPeer, OurPyramid
 
 from fpn_plugin import PyramidBackbone
-from fpn_plugin.analysis.benchmark.contestants import load
+from fpn_plugin.analysis.benchmark.configs import load
 from fpn_plugin.analysis.benchmark.equality import EQUAL, compare_outputs
-from fpn_plugin.analysis.benchmark.neck import neck_of
-from fpn_plugin.analysis.benchmark.peers import PEERS, NoPeer, Ours
+from fpn_plugin.analysis.benchmark.models import neck_of
 
-SIZE = (128, 256)
+SIZE = (128, 128)
 # the heads follow whatever the pyramid gives
 HEADS = ["MODEL.RPN.IN_FEATURES", "auto", "MODEL.ROI_HEADS.IN_FEATURES", "auto"]
 HEADS += ["MODEL.ANCHOR_GENERATOR.SIZES", "auto"]
 WIDTHS = {"res2": 64, "res3": 128, "res4": 256, "res5": 512}
 
 
-def ours(configs: dict[str, str], name: str, *opts: str) -> Ours:
+def our_pyramid(configs: dict[str, str], name: str, *opts: str) -> OurPyramid:
     cfg = load(configs[name], [*HEADS, *opts], "cpu")
     torch.manual_seed(0)
-    return Ours(PyramidBackbone(cfg, ShapeSpec(channels=3)).eval(), cfg, SIZE)
+    return OurPyramid(PyramidBackbone(cfg, ShapeSpec(channels=3)).eval(), cfg, SIZE)
 
 
-def maps(made: Ours) -> dict[str, torch.Tensor]:
+def maps(ours: OurPyramid) -> dict[str, torch.Tensor]:
     return {
         name: torch.randn(2, WIDTHS[name], SIZE[0] >> level, SIZE[1] >> level)
-        for name, level in made.inputs.items()
+        for name, level in ours.inputs.items()
     }
 
 
@@ -71,18 +71,18 @@ THREE = ["MODEL.FPN.IN_FEATURES", "('res3', 'res4', 'res5')"]
 )
 @torch.no_grad()
 def test_equal(configs: dict[str, str], peer: str, config: str, opts: list[str]) -> None:
-    made = ours(configs, config, *opts)
-    module = PEERS.get(peer)(made).module
-    given = maps(made)
-    found = compare_outputs(module(given), neck_of(made.backbone)(given))
-    assert found.verdict == EQUAL, found
-    assert list(given) == list(made.inputs)  # not changed
+    ours = our_pyramid(configs, config, *opts)
+    module = PEERS.get(peer)(ours).module
+    inputs = maps(ours)
+    equality = compare_outputs(module(inputs), neck_of(ours.backbone)(inputs))
+    assert equality.verdict == EQUAL, equality
+    assert list(inputs) == list(ours.inputs)  # not changed
 
 
 @pytest.mark.parametrize(
     "peer, config, opts, text",
     [
-        ("effdet", "fpn", [], "MODEL.FPN.TOPOLOGY is 'fpn', and it knows 'bifpn', 'qufpn'"),
+        ("effdet", "fpn", [], "MODEL.FPN.TOPOLOGY is 'fpn'; it supports 'bifpn', 'qufpn'"),
         ("effdet", "bifpn", ["MODEL.FPN.FUSE_TYPE", "softmax"], "MODEL.FPN.FUSE_TYPE is 'softmax'"),
         ("detectron2", "bifpn", [], "MODEL.FPN.TOPOLOGY is 'bifpn'"),
         ("detectron2", "fpn", ["MODEL.FPN.REPEATS", "2"], "MODEL.FPN.REPEATS is 2"),
@@ -95,7 +95,7 @@ def test_no_peer(
     configs: dict[str, str], peer: str, config: str, opts: list[str], text: str
 ) -> None:
     with pytest.raises(NoPeer, match=text):
-        PEERS.get(peer)(ours(configs, config, *opts))
+        PEERS.get(peer)(our_pyramid(configs, config, *opts))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_package_that_is_not_installed(
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=f"--peers {peer} needs .*install"):
-        PEERS.get(peer)(ours(configs, config))
+        PEERS.get(peer)(our_pyramid(configs, config))
 
 
 def test_every_peer_is_tested() -> None:
