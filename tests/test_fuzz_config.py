@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.config import validate_config
 from fpn_plugin.config_files import leaves
-from fpn_plugin.engine.amp import choose_dtype
 from fpn_plugin.engine.data import _options
-from fpn_plugin.engine.optimizer import build_optimizer
 from fpn_plugin.engine.overrides import merge_overrides
+from fpn_plugin.engine.precision import choose_dtype
 from fpn_plugin.engine.setup import load_config
+from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.pyramid.blocks import ACTIVATIONS
 from fpn_plugin.pyramid.compose import EXTRA_LEVELS
 from fpn_plugin.pyramid.pyramid import REGISTRIES

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fpn_plugin.analysis.benchmark.neck import neck_of
-from fpn_plugin.engine.amp import Autocast, amp_dtype, device_type
+from fpn_plugin.engine.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.engine.speed import compile_part, prepare_for_inference, prepare_for_training
 
 

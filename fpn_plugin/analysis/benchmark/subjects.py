@@ -15,7 +15,7 @@ from fpn_plugin.analysis.benchmark.equality import GRADIENT
 from fpn_plugin.analysis.benchmark.inputs import Inputs
 from fpn_plugin.analysis.benchmark.neck import image_tensor, maps_below
 from fpn_plugin.analysis.benchmark.prepare import Ready, prepare
-from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.registry import Registry
 
 
