@@ -156,7 +156,7 @@ class EvalHook(hooks.EvalHook):
 def replace_eval_hooks(given: list[HookBase | None]) -> list[HookBase | None]:
     """Hooks with Detectron2's EvalHook replaced by :class:`EvalHook`."""
     return [
-        EvalHook(hook._period, hook._func) if type(hook) is hooks.EvalHook else hook
+        EvalHook(hook._period, hook._func) if hook and type(hook) is hooks.EvalHook else hook
         for hook in given
     ]
 
