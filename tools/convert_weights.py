@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn a checkpoint into one of another pyramid, as MODEL.FPN.WARM_START does when training starts.
+"""Convert a checkpoint to another pyramid, as MODEL.FPN.WARM_START does when training starts.
 
 convert_weights.py --config-file FILE --weights model.pth --output folder/new.pth [KEY VALUE …]
     for that config's pyramid; the config.yaml that the file goes with is written beside it
@@ -11,7 +11,7 @@ What the checkpoint's pyramid is follows from the config.yaml beside it, or from
 
 import os
 
-# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
+# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
@@ -49,9 +49,9 @@ def main() -> None:
     if args.to == "detectron2":
         to_detectron2(args.weights, args.output)
         return
-    own = ["MODEL.FPN.WARM_START", "True", "MODEL.WEIGHTS", args.weights]
-    own += ["MODEL.BOTTOM_UP.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-    command = ["--config-file", args.config_file, *args.opts, *own]
+    forced = ["MODEL.FPN.WARM_START", "True", "MODEL.WEIGHTS", args.weights]
+    forced += ["MODEL.BOTTOM_UP.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+    command = ["--config-file", args.config_file, *args.opts, *forced]
     to_config(load_config(argument_parser().parse_args(command)), args.output)
 
 

@@ -13,7 +13,7 @@ pixels must be is in a JSON beside the file; docs/examples/run_exported.py runs 
 
 import os
 
-# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
+# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
@@ -24,9 +24,9 @@ from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
+from fpn_plugin.export.export import Settings, export  # noqa: E402
 from fpn_plugin.export.formats import FORMATS  # noqa: E402
-from fpn_plugin.export.run import Settings, export  # noqa: E402
-from fpn_plugin.export.subject import WHAT  # noqa: E402
+from fpn_plugin.export.model import WHAT  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,7 +8,7 @@ export_table.py --operators --output operators.md configs/quickstart/faster_rcnn
 
 import os
 
-# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
+# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
@@ -19,8 +19,8 @@ from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
+from fpn_plugin.export.export_table import Case, measure, operator_cases  # noqa: E402
 from fpn_plugin.export.formats import FORMATS  # noqa: E402
-from fpn_plugin.export.table import Case, measure, operator_cases  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

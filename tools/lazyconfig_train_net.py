@@ -8,7 +8,7 @@ lazyconfig_train_net.py --config-file FILE.py --num-gpus 2 train.device=cpu   tw
 
 import os
 
-# Before torch is imported: its OpenMP workers otherwise spin and starve a busy machine.
+# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
@@ -45,4 +45,4 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> Any:
 if __name__ == "__main__":
     arguments = parse_args()
     config = lazy.setup(arguments)
-    launch_ranks(main, arguments, (config, arguments))
+    launch_ranks(main, arguments, (config, arguments), config.train.device)

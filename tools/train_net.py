@@ -9,7 +9,7 @@ train_net.py --config-file FILE --num-gpus 2 MODEL.DEVICE cpu      two processes
 
 import os
 
-# Before torch is imported: its OpenMP workers otherwise spin and starve a busy machine.
+# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse  # noqa: E402
@@ -23,7 +23,7 @@ import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
 from fpn_plugin.engine.launch import launch_ranks  # noqa: E402
 from fpn_plugin.engine.run_folder import remove_old_run  # noqa: E402
-from fpn_plugin.engine.setup import argument_parser, begin, prepare_launch, setup  # noqa: E402
+from fpn_plugin.engine.setup import argument_parser, begin, setup  # noqa: E402
 from fpn_plugin.engine.trainer import Trainer  # noqa: E402
 
 
@@ -40,12 +40,11 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> Any:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if args.overwrite and comm.is_main_process():
-        remove_old_run(cfg.OUTPUT_DIR)  # only now: nothing is left that could refuse to start
+        remove_old_run(cfg.OUTPUT_DIR)  # only now, as nothing can refuse to start any more
     return trainer.train()
 
 
 if __name__ == "__main__":
     arguments = argument_parser().parse_args()
     config = setup(arguments)
-    prepare_launch(config, arguments.num_gpus * arguments.num_machines)
-    launch_ranks(main, arguments, (config, arguments))
+    launch_ranks(main, arguments, (config, arguments), config.MODEL.DEVICE)

@@ -1,4 +1,4 @@
-"""One run per folder: a lock that the system holds for a process and drops when it dies."""
+"""One run per folder: a lock that the system releases when the process dies."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# what file systems say that cannot lock, some network ones among them
-_CANNOT = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# errors of file systems without locks, such as some network file systems
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _held: dict[str, int] = {}  # the descriptors of this process's locks, by the folders' real paths
 
 
 class FolderInUseError(FileExistsError):
-    """Another run is at work in a folder."""
+    """Another run is using a folder."""
 
 
 def hold(folder: str, key: str) -> None:
-    """Have a folder to oneself as long as this process lives, however it ends.
+    """Lock a folder for this process until it ends, in whatever way.
 
-    The lock is `flock`'s on a file `.lock` in the folder, which names the process and stays when
-    the lock is gone. A second call in the same process does nothing. Forked children (the workers
-    of a data loader) give their share of the lock away, so that none which outlives a killed run
-    keeps it. Where the file system cannot lock, a warning is all that happens.
+    The lock is `flock`'s on the file `.lock` in the folder. The file names the process, and stays
+    when the lock is gone. A second call in the same process does nothing. Forked children (the
+    workers of a data loader) give up their share of the lock, so that no worker that outlives a
+    killed run keeps it. If the file system cannot lock, there is only a warning.
 
     Args:
-        folder: is made if it is missing.
-        key: what names the folder in messages: OUTPUT_DIR, for instance.
+        folder: is created if it is missing.
+        key: the config key of the folder, for messages: OUTPUT_DIR, for instance.
 
     Raises:
-        FolderInUseError: if another process has it; it names the process.
+        FolderInUseError: naming the process that holds the lock.
     """
     path = Path(folder).resolve() / LOCK
     if str(path) in _held:
@@ -52,13 +52,13 @@ def hold(folder: str, key: str) -> None:
         logger.warning("%s %r is not locked: this system has no flock", key, folder)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by what is executed
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited on exec
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         owner = os.pread(handle, 4096, 0)
         os.close(handle)
-        if error.errno in _CANNOT:
+        if error.errno in _UNSUPPORTED:
             logger.warning("%s %r: its file system has no locks (%s)", key, folder, error)
             return
         if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -68,33 +68,33 @@ def hold(folder: str, key: str) -> None:
             f" another {key}"
         ) from None
     _held[str(path)] = handle
-    with contextlib.suppress(OSError):  # no room for the description: it is locked all the same
+    with contextlib.suppress(OSError):  # without room for the description it is locked as well
         os.ftruncate(handle, 0)
         os.pwrite(handle, _own_description(), 0)
 
 
 def release(folder: str) -> None:
-    """Give the folder back before the process ends; nothing if it is not held."""
+    """Unlock a folder before the process ends; does nothing if it is not locked."""
     handle = _held.pop(str(Path(folder).resolve() / LOCK), None)
     if handle is not None:
         os.close(handle)
 
 
-class Shared:
-    """This process's locks, for processes that it spawns: pass it as one of their arguments.
+class SharedLocks:
+    """This process's locks, to be passed to spawned processes as one of their arguments.
 
-    They hold them too, so a folder stays locked until the last of them is gone.
+    A folder then stays locked until the last of the processes has ended.
     """
 
     def __reduce__(self) -> Any:
         return _adopt, ({path: DupFd(handle) for path, handle in _held.items()},)
 
 
-def _adopt(handles: dict[str, Any]) -> Shared:
+def _adopt(handles: dict[str, Any]) -> SharedLocks:
     for path, handle in handles.items():
         _held[path] = handle.detach()
         os.set_inheritable(_held[path], False)
-    return Shared()
+    return SharedLocks()
 
 
 def _own_description() -> bytes:
@@ -103,7 +103,7 @@ def _own_description() -> bytes:
 
 
 def _describe(content: bytes) -> str:
-    """The owner by what it wrote; it may be about to write."""
+    """The owner as the file describes it; it may not have written it yet."""
     try:
         owner = json.loads(content)
         return f"process {owner['pid']} on {owner['host']} runs there since {owner['since']}"
@@ -112,7 +112,7 @@ def _describe(content: bytes) -> str:
 
 
 def _forget_in_child() -> None:
-    """Close a forked child's copies: the parent's lock stays, as it is not unlocked."""
+    """Close a forked child's descriptors, which leaves the parent's locks in place."""
     for handle in _held.values():
         os.close(handle)
     _held.clear()

@@ -1,9 +1,10 @@
-"""Starts the processes of a run, and says which of them died and how."""
+"""Launches the processes of a run, and reports which of them died and how."""
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing as mp
+import os
 import re
 import signal
 import time
@@ -13,11 +14,11 @@ from typing import Any, Callable
 from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from fpn_plugin.engine.folder_lock import Shared
+from fpn_plugin.engine.folder_lock import SharedLocks
 
-# what gloo and NCCL say when another process is gone
+# what the errors of gloo and NCCL say when another process is gone
 _LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
-_GRACE = 5.0  # seconds
+_GRACE = 5.0  # seconds for the launcher to notice which process died first
 
 
 class RankError(RuntimeError):
@@ -36,17 +37,23 @@ def add_rank_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def launch_ranks(main: Callable[..., Any], args: Any, arguments: tuple[Any, ...]) -> None:
-    """Detectron2's `launch`; with one process `main` is called in this one.
+def launch_ranks(
+    main: Callable[..., Any], args: Any, arguments: tuple[Any, ...], device: str
+) -> None:
+    """Detectron2's `launch`; a single process calls `main` without starting another.
 
     Args:
         main: runs in each process.
         args: of `fpn_plugin.engine.setup.argument_parser`; `rank_timeout` is in minutes.
-        arguments: of `main`.
+        arguments: the arguments of `main`.
+        device: of the model.
 
     Raises:
         RankError: if one of several processes was killed or raised an error.
     """
+    if device == "cpu" and args.num_gpus * args.num_machines > 1:
+        # Detectron2 takes NCCL where a process sees a GPU, and gloo where it sees none
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         launch(
             _run_rank,
@@ -54,18 +61,18 @@ def launch_ranks(main: Callable[..., Any], args: Any, arguments: tuple[Any, ...]
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(Shared(), main, *arguments),
+            args=(SharedLocks(), main, *arguments),
             timeout=timedelta(minutes=args.rank_timeout),
         )
     except (ProcessExitedException, ProcessRaisedException) as error:
         raise RankError(_describe(error, args)) from error
 
 
-def _run_rank(locks: Shared, main: Callable[..., Any], *arguments: Any) -> None:
-    """One of the processes, or the only one.
+def _run_rank(locks: SharedLocks, main: Callable[..., Any], *arguments: Any) -> None:
+    """Run `main` in one of the processes, or in the only one.
 
-    torch sends SIGINT to ranks whose parent died. Where a shell started the run in the background,
-    they would ignore it and train on for ever.
+    torch sends SIGINT to ranks whose parent died. A shell has background jobs ignore that signal,
+    so without a handler such ranks would never stop.
     """
     if mp.parent_process() is None:
         main(*arguments)
@@ -75,7 +82,8 @@ def _run_rank(locks: Shared, main: Callable[..., Any], *arguments: Any) -> None:
         main(*arguments)
     except RuntimeError as error:
         if _LOST_PEER.search(str(error)):
-            time.sleep(_GRACE)  # the launcher shall name the one that died, and ends this one then
+            # the launcher names the first process that ends: that should be the one that died
+            time.sleep(_GRACE)
         raise
 
 
@@ -96,7 +104,7 @@ def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any)
 
 
 def _message(trace: str) -> str:
-    """The last error of a traceback with all lines of its text; the stack's are indented."""
+    """All lines of the last error's message in a traceback; those of the stack are indented."""
     last = trace.rpartition("Traceback (most recent call last):\n")[2].strip("\n").splitlines()
     start = next((i for i, line in enumerate(last) if not line.startswith(" ")), 0)
     return "\n".join(last[start:]).rstrip(".")

@@ -1,11 +1,10 @@
 """Training and evaluation from Detectron2's Python configs (LazyConfig), on any device.
 
-The parts of a config are Detectron2's: `model`, `optimizer`, `lr_multiplier`, `dataloader` and
-`train`. These entries of `train` are this plugin's: `channels_last`, `amp.precision` (auto, fp16 or
-bf16), `compile` ("", pyramid or backbone), `fold_norms`, `fast_roi_align` and `max_loss_ratio`,
-which is `SOLVER.MAX_LOSS_RATIO`. A resumed run goes on with the model, the optimizer and the
-schedule; unlike :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in
-the data.
+A config has Detectron2's parts: `model`, `optimizer`, `lr_multiplier`, `dataloader` and `train`.
+This plugin adds to `train`: `channels_last`, `amp.precision` (auto, fp16 or bf16), `compile` ("",
+pyramid or backbone), `fold_norms`, `fast_roi_align` and `max_loss_ratio`, which is
+`SOLVER.MAX_LOSS_RATIO`. A resumed run goes on with the model, the optimizer and the schedule;
+unlike :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
 """
 
 from __future__ import annotations
@@ -13,37 +12,35 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from pathlib import Path
 from typing import Any, Sequence
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import (
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-    hooks,
-)
+from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.weights import load_weights
-from fpn_plugin.engine.amp import choose_dtype, make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
-from fpn_plugin.engine.dense import LossNormalizerHook
-from fpn_plugin.engine.faults.eval_hook import EvalHook
-from fpn_plugin.engine.faults.explained import explained
-from fpn_plugin.engine.faults.lazy_advice import divergence_rules, evaluation_hints, training_hints
-from fpn_plugin.engine.faults.watched import last_sizes
+from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
+from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
-from fpn_plugin.engine.metrics import FlushMetrics, build_writers, trim_metrics
-from fpn_plugin.engine.run_folder import claim_eval_dir, remove_old_run
-from fpn_plugin.engine.run_record import run_results
+from fpn_plugin.engine.hooks import (
+    EvalHook,
+    FlushMetrics,
+    LossNormalizerHook,
+    build_writers,
+    trim_metrics,
+)
+from fpn_plugin.engine.precision import choose_dtype
+from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, remove_old_run
+from fpn_plugin.engine.setup import prepare_process, require_file
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 
 logger = logging.getLogger(__name__)
@@ -68,7 +65,7 @@ def pretrained_timm(
 
 
 def setup(args: argparse.Namespace) -> DictConfig:
-    """The config of a run, with its output folder claimed; for once, before processes are launched.
+    """The config of a run, with its output folder claimed; call it before launching processes.
 
     Args:
         args: of `fpn_plugin.engine.setup.argument_parser`; its `opts` are `path.key=value`.
@@ -76,18 +73,18 @@ def setup(args: argparse.Namespace) -> DictConfig:
     Raises:
         FileNotFoundError: if the config file or `train.init_checkpoint` does not exist.
         ValueError: if the config lacks a part, or an evaluation has no weights.
-        FileExistsError: if `train.output_dir` holds another run's results, or another is at work.
+        FileExistsError: if `train.output_dir` holds another run's results, or another run uses it.
     """
     setup_logger(name="fpn_plugin")
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only:
         _prepare_eval(cfg, args)
-    else:
-        _claim(cfg, args)
-    _require_file(cfg.train.init_checkpoint)
-    processes = args.num_gpus * args.num_machines
-    if processes > 1 and cfg.train.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # detectron2's launch takes gloo if it sees no GPU
+    elif args.machine_rank == 0:
+        folder, key = cfg.train.output_dir, "train.output_dir"
+        hold(folder, key)
+        weights = {"train.init_checkpoint": cfg.train.init_checkpoint}
+        claim_output_dir(folder, key, weights, args.resume, args.overwrite)
+    require_file("train.init_checkpoint", cfg.train.init_checkpoint)
     return cfg
 
 
@@ -113,19 +110,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """What each launched process does first: the folder, the logs, the seed."""
+    """Set up a process of the run before it trains or evaluates: its folder, log and seed."""
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
-    fresh = not logging.getLogger("fpn_plugin").handlers
-    folder = cfg.train.output_dir
-    setup_logger(folder, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
-    if cfg.train.device == "cpu" and comm.get_local_size() > 1:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
+    prepare_process(cfg.train.output_dir, cfg.train.device)
     default_setup(cfg, args)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The model on its device, with what of `train` makes it faster."""
+    """The model on its device, prepared by the entries of `train` that make it faster."""
     return prepare_for_training(instantiate(cfg.model).to(cfg.train.device), _speed(cfg))
 
 
@@ -133,15 +125,15 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     """Train, and evaluate after every `train.eval_period` iterations and at the end.
 
     Args:
-        resume: go on from the last whole checkpoint in `train.output_dir`.
-        overwrite: remove the results that lie there, now that nothing can refuse to start.
+        resume: from the last whole checkpoint in `train.output_dir`.
+        overwrite: remove the results of an older run from that folder.
 
     Returns:
         the results of the last evaluation.
 
     Raises:
-        DivergedError: before a step that would ruin the weights, with where that begins.
-        SaveError: if there is no room for a checkpoint or an evaluation's results.
+        DivergedError: before a step that would ruin the weights.
+        SaveError: if there is no room for a checkpoint or the results of an evaluation.
         WorkerError: if a process that loads data died.
         OutOfMemoryError: with what to lower.
     """
@@ -149,25 +141,27 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    # DDP on the CPU refuses device_ids; None leaves the choice to it
+    # DDP refuses device_ids on the CPU; with None it chooses the device itself
     device_ids = [comm.get_local_rank()] if _device_type(cfg) == "cuda" else None
     parallel = create_ddp_model(model, device_ids=device_ids, **cfg.train.get("ddp", {}))
-    kind = _device_type(cfg), _dtype(cfg)
-    trainer = make_step_trainer(parallel, loader, optimizer, *kind, divergence_rules(cfg))
+    trainer = make_step_trainer(
+        parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
+    )
     checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
-    goes_on = resume and checkpointer.has_checkpoint()
-    if holds_two_pyramids(model) and not goes_on:
+    resumes = resume and checkpointer.has_checkpoint()
+    if holds_two_pyramids(model) and not resumes:
         load_adapted(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
     else:
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if goes_on else 0
-    if overwrite and comm.is_main_process():
+    start = trainer.iter + 1 if resumes else 0
+    if overwrite and comm.is_main_process():  # only now, as nothing can refuse to start any more
         remove_old_run(cfg.train.output_dir)
     elif resume and comm.is_main_process():
         trim_metrics(cfg.train.output_dir, start)
     folder, key = cfg.train.output_dir, "dataloader.train.num_workers"
-    with explained("training", folder, lambda: training_hints(cfg, last_sizes(trainer.model)), key):
+    hints = lambda: _training_hints(cfg, last_sizes(trainer.model))  # noqa: E731
+    with actionable_errors("training", folder, hints, key):
         trainer.train(start, cfg.train.max_iter)
     return _last_results(trainer)
 
@@ -185,7 +179,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     loader = instantiate(cfg.dataloader.test)
     prepared = prepare_for_inference(model, _speed(cfg))
     folder, key = cfg.train.output_dir, "dataloader.test.num_workers"
-    with explained("evaluating", folder, lambda: evaluation_hints(cfg), key):
+    with actionable_errors("evaluating", folder, lambda: _evaluation_hints(cfg), key):
         results = inference_on_dataset(prepared, loader, instantiate(settings))
     if comm.is_main_process():
         print_csv_format(results)
@@ -195,7 +189,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
 def _hooks(
     cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer
 ) -> list[Any]:
-    """Detectron2's; checkpoints, and what is written of them, by the main process alone."""
+    """Detectron2's hooks and ours; only the main process has those that write."""
     settings, main = cfg.train, comm.is_main_process()
     chosen = [
         hooks.IterationTimer(),
@@ -213,7 +207,7 @@ def _hooks(
 
 
 def _last_results(trainer: SimpleTrainer) -> dict[str, Any]:
-    """What the evaluation at the end left in the trainer's storage, by metric."""
+    """The results of the evaluation at the end, from the trainer's storage."""
     latest = trainer.storage.latest()
     return {key: value for key, (value, _) in latest.items() if "/AP" in key}
 
@@ -257,30 +251,34 @@ def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
     )
 
 
-def _claim(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Let a training run have `train.output_dir`, or refuse; nothing in it is changed."""
-    folder, weights = cfg.train.output_dir, cfg.train.init_checkpoint
-    if args.machine_rank == 0:
-        hold(folder, "train.output_dir")
-    found = run_results(folder) if args.machine_rank == 0 else []
-    if args.resume and args.overwrite:
-        raise ValueError(
-            "--resume keeps the run in train.output_dir and --overwrite removes it: choose one"
-        )
-    if args.overwrite and weights and Path(weights).resolve() in [f.resolve() for f in found]:
-        raise ValueError(
-            f"train.init_checkpoint {weights!r} would be removed by --overwrite: choose another"
-            " train.output_dir"
-        )
-    if found and not args.resume and not args.overwrite:
-        names = ", ".join(file.name for file in found[:5])
-        raise FileExistsError(
-            f"train.output_dir {folder!r} holds another run's results ({names}). Give --resume to"
-            " go on with that run, --overwrite to replace it, or another train.output_dir"
-        )
+_RATE = ("optimizer.lr", "train.amp.enabled")
+_TRAINING = (
+    "dataloader.train.total_batch_size",
+    "train.amp.enabled",
+    "model.backbone.recompute",
+    "model.backbone.out_channels",
+)
 
 
-def _require_file(path: str) -> None:
-    plain = path.partition("?")[0]  # Detectron2 takes options after it
-    if plain and "://" not in plain and not os.path.isfile(plain):
-        raise FileNotFoundError(f"train.init_checkpoint {path!r}: there is no such file")
+def _divergence_rules(cfg: DictConfig) -> DivergenceRules:
+    ratio = cfg.train.get("max_loss_ratio", DivergenceRules.max_ratio)
+    advice = f"a lower rate, clipped gradients, no AMP: {', '.join(_present_values(cfg, _RATE))}"
+    return DivergenceRules(ratio, "train.max_loss_ratio", advice, cfg.train.output_dir)
+
+
+def _training_hints(cfg: DictConfig, sizes: Sequence[tuple[int, ...]] = ()) -> list[str]:
+    """What saves memory in training: :func:`actionable.training_hints` for a Python config."""
+    return [*_present_values(cfg, _TRAINING), _image_size(cfg, "train") + describe_sizes(sizes)]
+
+
+def _evaluation_hints(cfg: DictConfig) -> list[str]:
+    return [_image_size(cfg, "test"), *_present_values(cfg, ("train.amp.enabled",))]
+
+
+def _image_size(cfg: DictConfig, split: str) -> str:
+    resize = f"dataloader.{split}.mapper.augmentations[0]"
+    return " and ".join(_present_values(cfg, (f"{resize}.short_edge_length", f"{resize}.max_size")))
+
+
+def _present_values(cfg: DictConfig, keys: Sequence[str]) -> list[str]:
+    return [f"{key} ({OmegaConf.select(cfg, key, default='not set')})" for key in keys]

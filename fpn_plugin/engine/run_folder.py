@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Mapping
 
 from detectron2.config import CfgNode
 
@@ -29,34 +30,55 @@ _UNCOMPARED = (
 )
 
 
-def claim_output_dir(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
-    """Check that a training run may use `OUTPUT_DIR`; nothing in it is changed.
+def claim_output_dir(
+    folder: str, key: str, weights: Mapping[str, str], resume: bool, overwrite: bool
+) -> None:
+    """Check that a training run may write to its folder; nothing in it is changed.
 
     Args:
-        resume: continue the run that is there; without a checkpoint, from the beginning.
-        overwrite: replace the run that is there: :func:`remove_old_run` removes it once the new one
-            can start.
+        key: the config key of the folder, for messages: OUTPUT_DIR, for instance.
+        weights: paths that the run reads weights from, by their config keys.
+        resume: go on with the run that is there.
+        overwrite: replace the run that is there. :func:`remove_old_run` does so later, once the new
+            run can start.
 
     Raises:
         FileExistsError: if it holds another run's results and neither flag is given.
-        ValueError: if both are given, if `overwrite` would remove `MODEL.WEIGHTS`, or if no
-            checkpoint is whole.
+        ValueError: if both flags are given, or `overwrite` would remove the run's own weights.
     """
-    folder = cfg.OUTPUT_DIR
     if resume and overwrite:
-        raise ValueError(
-            "--resume keeps the run in OUTPUT_DIR and --overwrite removes it: choose one"
-        )
+        raise ValueError(f"--resume keeps the run in {key} and --overwrite removes it: choose one")
     if resume:
-        _check_resumed(cfg)
-    elif overwrite:
-        _check_removable(cfg)
-    elif results := run_results(folder):
+        return
+    results = run_results(folder)
+    if overwrite:
+        files = {file.resolve() for file in results}
+        for name, path in weights.items():
+            if path and Path(path).resolve() in files:
+                raise ValueError(
+                    f"{name} {path!r} would be removed by --overwrite: choose another {key}"
+                )
+    elif results:
         names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
         raise FileExistsError(
-            f"OUTPUT_DIR {folder!r} holds another run's results ({names}). Give --resume to go on "
-            "with that run, --overwrite to replace it, or another OUTPUT_DIR"
+            f"{key} {folder!r} holds another run's results ({names}). Give --resume to go on with"
+            f" that run, --overwrite to replace it, or another {key}"
         )
+
+
+def warn_of_changes(cfg: CfgNode) -> None:
+    """Log what `--resume` cannot keep: there is no checkpoint, or the config has changed.
+
+    Raises:
+        ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
+    """
+    if not find_checkpoint(cfg.OUTPUT_DIR):
+        logger.warning(
+            "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
+        )
+        return
+    if changes := config_changes(cfg.OUTPUT_DIR, cfg, _UNCOMPARED, _COMPARED):
+        logger.warning("--resume: the config differs from the run's: %s", "; ".join(changes))
 
 
 def claim_eval_dir(folder: str) -> str:
@@ -120,24 +142,3 @@ def _is_evaluated(root: Path) -> bool:
     return results.stat().st_mtime_ns >= final.stat().st_mtime_ns
 
 
-def _check_removable(cfg: CfgNode) -> None:
-    files = {file.resolve() for file in run_results(cfg.OUTPUT_DIR)}
-    for key, value in (
-        ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
-        ("MODEL.BOTTOM_UP.WEIGHTS", cfg.MODEL.BOTTOM_UP.WEIGHTS),
-    ):
-        if value and Path(value).resolve() in files:
-            raise ValueError(
-                f"{key} {value!r} would be removed by --overwrite: choose another OUTPUT_DIR"
-            )
-
-
-def _check_resumed(cfg: CfgNode) -> None:
-    if not find_checkpoint(cfg.OUTPUT_DIR):
-        logger.warning(
-            "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
-        )
-        return
-    changed = config_changes(cfg.OUTPUT_DIR, cfg, _UNCOMPARED, _COMPARED)
-    if changed:
-        logger.warning("--resume: the config differs from the run's: %s", "; ".join(changed))

@@ -1,4 +1,4 @@
-"""From a command line to a run: the config, the output folder, what each process does first."""
+"""From a command line to a run: the config, the output folder, and the start of each process."""
 
 from __future__ import annotations
 
@@ -20,32 +20,30 @@ from fpn_plugin.engine.checkpoint import find_checkpoint
 from fpn_plugin.engine.evaluation import check_evaluators
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
-from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir
+from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, warn_of_changes
 from fpn_plugin.engine.run_record import recorded_config
 
 logger = logging.getLogger(__name__)
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line with `--overwrite` and the flags for one's own data."""
+    """Detectron2's command line with `--overwrite`, `--rank-timeout` and flags for own datasets."""
     parser = default_argument_parser()
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )
     add_rank_timeout(parser)
     for flag in DATA_FLAGS:
-        kind = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
-        option, key = "--" + flag.replace("_", "-"), flag.upper()
-        parser.add_argument(
-            option, default="", metavar="PATH", help=f"your own data, {kind} (DATASETS.OWN.{key})"
-        )
+        content = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
+        text = f"your own data, {content} (DATASETS.OWN.{flag.upper()})"
+        parser.add_argument("--" + flag.replace("_", "-"), default="", metavar="PATH", help=text)
     return parser
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a run, with its output folder claimed; for once, before processes are launched.
+    """The config of a run, with its output folder claimed; call it before launching processes.
 
-    A training run's folder is locked, and else left as it is, also with `--overwrite`.
+    The folder of a training run is locked but not changed, even with `--overwrite`.
 
     Args:
         args: of :func:`argument_parser`.
@@ -64,65 +62,58 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.eval_only:
         _prepare_eval(cfg, args.resume, args.machine_rank)
     else:
-        # Before a folder is made; both flags are refused below.
+        # checked before the folder is created; --resume with --overwrite is refused below
         if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
-            _require_weights(cfg)
+            require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
         if args.machine_rank == 0:
-            hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before anyone looks at what is in it
-            claim_output_dir(cfg, args.resume, args.overwrite)
+            hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before its content is looked at
+            weights = {
+                "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
+                "MODEL.BOTTOM_UP.WEIGHTS": cfg.MODEL.BOTTOM_UP.WEIGHTS,
+            }
+            claim_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR", weights, args.resume, args.overwrite)
+            if args.resume:
+                warn_of_changes(cfg)
     cfg.freeze()
     return cfg
 
 
 def choose_device(cfg: CfgNode) -> None:
-    """Turn `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place."""
+    """Set `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place."""
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.info("MODEL.DEVICE is 'cuda' but no GPU is available: using 'cpu'")
 
 
-def prepare_launch(cfg: CfgNode, num_processes: int) -> None:
-    """Let `detectron2.engine.launch` pick gloo for several processes on the CPU.
-
-    It picks by whether a process sees a GPU, so on a machine with GPUs its children must not.
-    """
-    if num_processes > 1 and cfg.MODEL.DEVICE == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
 def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """What each process does before it trains or evaluates: logs, seed, data and its checks.
+    """Set up a process of the run before it trains or evaluates: its log, seed and checked data.
 
     Args:
         cfg: of :func:`setup`.
-        args: those that it was given.
+        args: the same as for :func:`setup`.
 
     Returns:
-        the config with the run's seed in `SEED`, and without what a checkpoint makes needless; the
-        folder's config.yaml keeps that.
+        the config with the run's seed in `SEED`, and without the keys that a checkpoint replaces;
+        they stay in the folder's config.yaml.
 
     Raises:
-        ValueError: if the data is bad; what :func:`check_config_datasets` raises.
-        ImportError: what :func:`check_evaluators` raises.
+        ValueError: if the data is bad, as :func:`check_config_datasets` says.
+        ImportError: if a package for the evaluation is missing, as :func:`check_evaluators` says.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    # Machine 0 decided where results go, and may alone have a run's folder; the others must agree.
-    decided = (cfg.OUTPUT_DIR, read_pixels(cfg), pixel_notes(cfg))
-    cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(decided)[0]
+    # Machine 0 chose the folder, and may be the only one that sees it: the others follow.
+    chosen = (cfg.OUTPUT_DIR, read_pixels(cfg), pixel_notes(cfg))
+    cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(chosen)[0]
     write_pixels(cfg, pixels)
     cfg.SEED = _run_seed(cfg, args.resume)
     register_own(cfg, keep_json=comm.is_main_process())  # again, for a process that was launched
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # neither read nor checked
-    _share_cores(cfg)
-    # In a launched process there is no handler yet; in the one that ran setup() stdout has its own
-    # already.
-    fresh = not logging.getLogger("fpn_plugin").handlers
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fpn_plugin", configure_stdout=fresh)
-    log_pixels(lines)  # again, so that the log file says which were taken
+    prepare_process(cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
+    log_pixels(lines)  # again, for the log file
     cfg.freeze()
-    # Before default_setup, which puts this run's config in the place of the last one's.
+    # before default_setup, which replaces the config.yaml of the last run
     if comm.is_main_process():
         check_config_datasets(cfg)
     comm.synchronize()
@@ -134,8 +125,21 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     return _without_first_weights(cfg, args)
 
 
+def prepare_process(folder: str, device: str) -> None:
+    """Set up the plugin's log in a run's folder, and the process's share of the CPU's cores.
+
+    Several processes on one CPU divide its cores, unless the user has set `OMP_NUM_THREADS`.
+    """
+    processes = comm.get_local_size()
+    if device == "cpu" and processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    # A launched process has no handler yet; the one that ran setup() has one for stdout.
+    is_new = not logging.getLogger("fpn_plugin").handlers
+    setup_logger(folder, comm.get_rank(), name="fpn_plugin", configure_stdout=is_new)
+
+
 def _warn_of_frozen_noise(cfg: CfgNode) -> None:
-    """Tell of layers that keep their initial weights, and norms that then do nothing."""
+    """Warn of layers that are frozen with their random weights."""
     model = cfg.MODEL
     freezes = model.BACKBONE.FREEZE_AT > 0 or model.BOTTOM_UP.NORM == "FrozenBN"
     if freezes and not (model.WEIGHTS or model.BOTTOM_UP.WEIGHTS):
@@ -160,7 +164,7 @@ def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
             "--eval-only: MODEL.WEIGHTS is empty; name a checkpoint, or give --resume "
             "for the last one in OUTPUT_DIR"
         )
-    _require_weights(cfg)
+    require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if machine_rank == 0:
         cfg.OUTPUT_DIR = claim_eval_dir(folder)
     logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
@@ -175,24 +179,23 @@ def _require_data(cfg: CfgNode, eval_only: bool) -> None:
         )
 
 
-def _require_weights(cfg: CfgNode) -> None:
-    """Find a wrong path now, not after the data was read; what has a scheme is left to Detectron2.
+def require_file(key: str, weights: str) -> None:
+    """Check a path of weights before the data is read; Detectron2 handles those with a scheme.
+
+    Args:
+        key: the config key, for messages.
 
     Raises:
-        FileNotFoundError: if `MODEL.WEIGHTS` is a plain path of no file.
+        FileNotFoundError: if it is the plain path of no file.
     """
-    path = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 takes options after it
+    path = weights.partition("?")[0]  # Detectron2 takes options after it
     if path and "://" not in path and not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}: there is no such file (from {os.getcwd()})"
-        )
+        raise FileNotFoundError(f"{key} {weights!r}: there is no such file (from {os.getcwd()})")
 
 
 def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """The config to build the model from: a checkpoint of all of it has the bottom-up's weights.
-
-    It also says what the pixels are, and did so already.
-    """
+    """The config to build the model from, without what a checkpoint of the whole model replaces:
+    the bottom-up network's weights, and the source of the pixel statistics."""
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     checkpoint = cfg.MODEL.WEIGHTS if args.eval_only else checkpoint
     if not checkpoint:
@@ -208,18 +211,8 @@ def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
 
 
 def _run_seed(cfg: CfgNode, resume: bool) -> int:
-    """The config's seed, else that of the run that goes on, else a random one; rank 0's for all."""
+    """The config's seed, else that of the resumed run, else a random one; rank 0's for all."""
     recorded = recorded_config(cfg.OUTPUT_DIR).get("SEED", -1) if resume else -1
     drawn = comm.shared_random_seed()
     seed = next(seed for seed in (cfg.SEED, recorded, drawn) if seed >= 0)
     return comm.all_gather(seed)[0]
-
-
-def _share_cores(cfg: CfgNode) -> None:
-    """Several processes on one CPU: a fair part of its cores for each, unless the user decided."""
-    if (
-        cfg.MODEL.DEVICE == "cpu"
-        and comm.get_local_size() > 1
-        and "OMP_NUM_THREADS" not in os.environ
-    ):
-        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))

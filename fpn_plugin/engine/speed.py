@@ -1,7 +1,6 @@
-"""The one place where a model is made faster: memory layout, compilation, and what only inference
-allows.
+"""Makes a model faster: memory layout, compilation, and what only inference allows.
 
-Every lever keeps what the model computes, up to rounding, and the keys of its checkpoints.
+Each option keeps what the model computes, up to rounding, and the keys of its checkpoints.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone
-from fpn_plugin.engine.amp import Autocast, amp_dtype, device_type
 from fpn_plugin.engine.fold import cast_weights, fold_norms, fold_traced
 from fpn_plugin.engine.pooling import gather_poolers
+from fpn_plugin.engine.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.registry import unknown_name
 
@@ -27,16 +26,16 @@ COMPILE = ("", "pyramid", "backbone")
 
 @dataclass(frozen=True)
 class Speed:
-    """The levers, as a config sets them.
+    """The options that make a model faster.
 
     Attributes:
-        device: the kind of device: cpu, cuda, …
+        device: the type of the device, such as "cpu".
         dtype: what autocast computes in; None for full precision.
         channels_last: `MODEL.CHANNELS_LAST`.
         fold_norms: `TEST.FOLD_NORMS`.
         compile: `MODEL.COMPILE`, one of `COMPILE`.
         fast_roi_align: `MODEL.FAST_ROI_ALIGN`.
-        where: of the key for `compile`, for messages.
+        where: the config key of `compile`, for messages.
 
     Raises:
         KeyError: if `compile` is unknown.
@@ -56,7 +55,7 @@ class Speed:
 
 
 def speed_of(cfg: CfgNode) -> Speed:
-    """The levers of a config.
+    """The options of a config.
 
     Raises:
         KeyError: for an unknown value of `MODEL.COMPILE` or `SOLVER.AMP.PRECISION`.
@@ -73,10 +72,9 @@ def speed_of(cfg: CfgNode) -> Speed:
 
 
 def prepare_for_training(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
-    """The model itself, in its memory layout, with its poolers and compiled, in place: parameters
-    keep their names.
+    """Set the model's memory layout, replace its poolers and compile it, in place.
 
-    `SOLVER.AMP` is the step's business: see :func:`fpn_plugin.engine.amp.build_step_trainer`.
+    Parameters keep their names. `SOLVER.AMP` is applied by the step trainer, not here.
 
     Raises:
         ValueError: (KeyError for an unknown value) naming the key, if the model lacks what
@@ -92,14 +90,14 @@ def prepare_for_training(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
 
 
 def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
-    """A model that gives what `model` gives in evaluation, as fast as the config allows.
+    """A model that computes what `model` computes in evaluation, as fast as the config allows.
 
-    Where weights change (folded norms; under autocast the weights in autocast's type, cast once and
-    not on every forward), it is a copy in evaluation mode, without a tie to the model; else it is
-    the model itself.
+    Where weights change, it is an independent copy in evaluation mode, and else the model itself.
+    Weights change if norms are folded, and under autocast, as they are then cast once and not on
+    every forward pass.
 
     Raises:
-        As for :func:`prepare_for_training`.
+        The errors of :func:`prepare_for_training`.
     """
     speed = cfg if isinstance(cfg, Speed) else speed_of(cfg)
     if isinstance(model, DistributedDataParallel):
@@ -117,11 +115,11 @@ def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
 
 
 def compile_part(model: nn.Module, part: str, where: str = "MODEL.COMPILE") -> None:
-    """Let `torch.compile` have a part of the model, for any image size, in place.
+    """Compile a part of the model with `torch.compile`, for any image size, in place.
 
     Args:
         part: one of `COMPILE`.
-        where: the key that says so, for messages.
+        where: the config key of `part`, for messages.
 
     Raises:
         ValueError: if the model has no such part.

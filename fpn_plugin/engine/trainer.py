@@ -17,31 +17,39 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from fpn_plugin.config.heads import check_heads_when_built
-from fpn_plugin.engine.amp import build_step_trainer, device_type
 from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
-from fpn_plugin.engine.dense import LossNormalizerHook
 from fpn_plugin.engine.evaluation import build_evaluator
-from fpn_plugin.engine.faults.eval_hook import evaluated_when_done
-from fpn_plugin.engine.faults.explained import explained
-from fpn_plugin.engine.faults.memory import evaluation_hints, training_hints
+from fpn_plugin.engine.faults.actionable import (
+    actionable_errors,
+    evaluation_hints,
+    training_hints,
+)
+from fpn_plugin.engine.faults.divergence import last_sizes
 from fpn_plugin.engine.faults.skipping import CountedLoader, SkipCounter, TestMapper
-from fpn_plugin.engine.faults.watched import last_sizes
-from fpn_plugin.engine.metrics import FlushMetrics, MissedEvaluation, build_writers, trim_metrics
-from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.hooks import (
+    FlushMetrics,
+    LossNormalizerHook,
+    MissedEvaluation,
+    build_writers,
+    replace_eval_hooks,
+    trim_metrics,
+)
+from fpn_plugin.engine.precision import device_type
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer that runs on the CPU too and resumes exactly.
+    """DefaultTrainer that also runs on the CPU, and resumes exactly.
 
-    A run that was killed and resumed gives the weights of an unbroken one: bit for bit on the CPU,
-    and on a GPU as far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN` are
-    the exception: that hook starts its own data over.
+    A run that was killed and resumed ends with the weights of an unbroken one: bit for bit on the
+    CPU, and on a GPU as far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN`
+    are an exception, as that hook starts over with its own data.
 
     Args:
         cfg: Detectron2's keys and this plugin's. A negative `SEED` is replaced by a random one.
@@ -53,7 +61,7 @@ class Trainer(DefaultTrainer):
     iter: int
 
     def __init__(self, cfg: CfgNode) -> None:
-        # DefaultTrainer's own __init__ would wrap and train the model in ways that need CUDA.
+        # DefaultTrainer.__init__ would wrap the model and build a step trainer that need CUDA
         super(DefaultTrainer, self).__init__()
         self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         self.start_iter = 0
@@ -64,29 +72,29 @@ class Trainer(DefaultTrainer):
         skips = cfg.DATALOADER.ON_ERROR == "skip"
         self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
         data_loader = self._counted_loader()
-        # DDP on the CPU refuses device_ids; None leaves the choice to it.
+        # DDP refuses device_ids on the CPU; with None it chooses the device itself
         device_ids = [comm.get_local_rank()] if device_type(cfg) == "cuda" else None
         self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._seed_hook = SeedHook(cfg.SEED)
-        first = (self._seed_hook, LossNormalizerHook(model), self._skips)
-        self.register_hooks([*first, *self.build_hooks()])
+        state_hooks = (self._seed_hook, LossNormalizerHook(model), self._skips)
+        self.register_hooks([*state_hooks, *self.build_hooks()])
 
     @property
     def model(self) -> nn.Module:
-        """The model, in DDP if there are several processes, without any autocast around it."""
+        """The model, in DDP if there are several processes, but without autocast."""
         return self._model
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last whole checkpoint in `OUTPUT_DIR`, or else load `MODEL.WEIGHTS`.
+        """Resume from the last whole checkpoint in `OUTPUT_DIR`, or else load `MODEL.WEIGHTS`.
 
-        With `MODEL.FPN.WARM_START` these are fitted to the model.
+        With `MODEL.FPN.WARM_START` the weights are converted for the model's pyramid.
 
         Raises:
             ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
-            RuntimeError: if some processes see another checkpoint than the rest.
+            RuntimeError: if the processes do not all see the same checkpoint.
         """
         if self.cfg.MODEL.FPN.WARM_START and not (resume and self.checkpointer.has_checkpoint()):
             start_warm(self.checkpointer.model, self.cfg)
@@ -111,25 +119,26 @@ class Trainer(DefaultTrainer):
             the results of the last evaluation.
 
         Raises:
-            DivergedError: before a step that would ruin the weights, with where that begins.
-            SaveError: if there is no room for a checkpoint or an evaluation's results.
+            DivergedError: before a step that would ruin the weights.
+            SaveError: if there is no room for a checkpoint or the results of an evaluation.
             WorkerError: if a process that loads data died.
             OutOfMemoryError: with what to lower.
         """
         folder, model = self.cfg.OUTPUT_DIR, self._trainer.model
-        with explained("training", folder, lambda: training_hints(self.cfg, last_sizes(model))):
+        hints = lambda: training_hints(self.cfg, last_sizes(model))  # noqa: E731
+        with actionable_errors("training", folder, hints):
             return super().train()
 
     def after_train(self) -> None:
-        """Called at the end; the last evaluation's iteration is that of an unbroken run."""
+        """Called at the end. A run resumed after its last iteration reports that iteration too."""
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
     def run_step(self) -> None:
         """One iteration.
 
-        On the CPU TorchScript does not optimise: it would do so from some call of a function on
-        (Detectron2's focal loss), and then the numbers depend on how long the process has run.
+        Without TorchScript's optimizations on the CPU: they begin after some calls of a function
+        (Detectron2's focal loss), so the numbers would depend on how long the process has run.
         """
         with torch.jit.optimized_execution(device_type(self.cfg) != "cpu"):
             super().run_step()
@@ -144,36 +153,36 @@ class Trainer(DefaultTrainer):
         return CountedLoader(loader, self._skips) if self._skips else loader
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, what keeps metrics.json whole, and in the main process that of
+        """Detectron2's hooks, those that keep metrics.json complete, and that of
         `TEST.VIS_PERIOD`."""
-        hooks = evaluated_when_done(super().build_hooks())
+        hooks = replace_eval_hooks(super().build_hooks())
         if comm.is_main_process():
             place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
             hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))
         evaluate = lambda: self.test(self.cfg, self.model)  # noqa: E731
         hooks.insert(0, MissedEvaluation(self.cfg.TEST.EVAL_PERIOD, evaluate, self.cfg.OUTPUT_DIR))
         if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
-            # here, as it needs matplotlib
-            from fpn_plugin.engine.visualize import build_visualize_hook
+            # imported here, as it needs matplotlib
+            from fpn_plugin.engine.visualize_hook import build_visualize_hook
 
-            model = self.checkpointer.model  # without DDP around it
-            hooks.insert(-1, build_visualize_hook(self.cfg, model))  # the writers come last
+            # before the hook of the writers; the checkpointer has the model without DDP
+            hooks.insert(-1, build_visualize_hook(self.cfg, self.checkpointer.model))
         return hooks
 
     def build_writers(self) -> list[EventWriter]:
-        """Of the main process alone."""
+        """Called in the main process only."""
         self._writers = build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
         return self._writers
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's, with `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
+        """The model, prepared by `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
         check_heads_when_built(cfg)
         return prepare_for_training(super().build_model(cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """By `SOLVER.OPTIMIZER`."""
+        """The optimizer of `SOLVER.OPTIMIZER`."""
         return build_optimizer(cfg, model)
 
     @classmethod
@@ -183,21 +192,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's, whose errors name the image."""
+        """Detectron2's loader, with errors that name the image."""
         mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """By the dataset's `evaluator_type`."""
+        """The evaluator of the dataset's `evaluator_type`."""
         return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
-        """Detectron2's, but under `SOLVER.AMP.ENABLED` in bf16 or fp16 as in training, and with
-        `TEST.FOLD_NORMS`.
+        """Evaluate in the precision of training (`SOLVER.AMP`), and with `TEST.FOLD_NORMS`.
 
         Detectron2 evaluates in fp32 whatever it trained in, so its AP of the same weights differs a
         little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
@@ -205,12 +213,12 @@ class Trainer(DefaultTrainer):
         Raises:
             SaveError, WorkerError, OutOfMemoryError: as in training.
         """
-        with explained("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
+        with actionable_errors("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
             return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:
-    """The config with `SEED` set: to `seed`, else to what it was, else to one that all draw."""
+    """The config with `SEED` set: to `seed` if given, else as it was, else a shared random one."""
     if seed < 0 <= cfg.SEED:
         return cfg
     frozen, cfg = cfg.is_frozen(), cfg.clone()

@@ -1,8 +1,8 @@
-"""FORMATS: how a model becomes a file, and how the file is run. Every runner takes images and gives
-the outputs in order."""
+"""FORMATS: how a model becomes a file, and how such a file is run."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -11,36 +11,36 @@ from pathlib import Path
 from typing import Any, Callable, List, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_plugin.export.refuse import (
+from fpn_plugin.export.errors import (
+    detector_error,
+    onnx_error,
     operations_of_program,
     operations_of_trace,
-    refuse_detector,
-    refuse_onnx,
-    refuse_program,
-    refuse_windows,
+    program_error,
+    window_error,
 )
-from fpn_plugin.export.same import with_integer_padding
-from fpn_plugin.export.subject import BATCH, Subject
+from fpn_plugin.export.model import BATCH, ExportModel
 
-OPSET = 20  # GridSample; DeformConv is of 19
-TRACED_OPSET = 17  # RoiAlign as Detectron2 has it is of 16
+OPSET = 20  # for GridSample; DeformConv needs 19
+TRACED_OPSET = 17  # RoiAlign as in Detectron2 needs 16
 INPUT = "image"
-_LARGEST = 2**31  # bytes: one ONNX file holds no more
+_MAX_ONNX_BYTES = 2**31
 
 logger = logging.getLogger(__name__)
-Runner = Callable[[Tensor], List[Tensor]]
+Runner = Callable[[Tensor], List[Tensor]]  # images -> the outputs, in order
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What stays fixed in the file.
+    """The input that a file takes.
 
     Attributes:
-        size: of the image, `(H, W)`; None for any.
-        batch: 0 for any.
-        example: a size to export with.
+        size: the only `(H, W)` that it takes; None for any.
+        batch: the only batch size that it takes; 0 for any.
+        example: the size to export with.
     """
 
     size: tuple[int, int] | None
@@ -50,71 +50,70 @@ class Shape:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """A file format.
 
     Attributes:
-        suffix: what its files end in.
-        packages: what it needs beside torch.
-        write: puts a subject into a file, and says how in a word.
-        load: the file as something to run.
+        suffix: the suffix of its files.
+        packages: the packages that it needs beside torch.
+        write: writes a model to a file, and returns how in a few words.
+        load: makes a file runnable.
     """
 
     suffix: str
     packages: Sequence[str]
-    write: Callable[[Subject, Shape, Path], str]
+    write: Callable[[ExportModel, Shape, Path], str]
     load: Callable[[Path], Runner]
 
     def require(self, name: str) -> None:
-        """See that its packages are there.
+        """Check that its packages are installed.
 
         Raises:
             ImportError: naming the format and what to install.
         """
-        missing = [item for item in self.packages if importlib.util.find_spec(item) is None]
+        missing = [package for package in self.packages if not importlib.util.find_spec(package)]
         if missing:
             raise ImportError(
                 f"--format {name} needs {', '.join(missing)}: pip install 'fpn_plugin[export]'"
             )
 
 
-def write_torchscript(subject: Subject, shape: Shape, path: Path) -> str:
-    """Scripted where TorchScript can compile the network, which keeps every size; else traced.
+def write_torchscript(model: ExportModel, shape: Shape, path: Path) -> str:
+    """Script the network if TorchScript can compile it, which keeps every size; else trace it.
 
     Raises:
         ValueError: for attention in windows at any size, if it must be traced.
     """
-    scripted = _script(subject.module) if subject.what == "backbone" else None
-    if not scripted and shape.size is None and subject.windowed:
-        raise refuse_windows("torchscript", subject.windowed)
-    made = scripted or _trace(subject, shape)
-    made.save(str(path))
+    scripted = _script(model.module) if model.what == "backbone" else None
+    if not scripted and shape.size is None and model.windowed:
+        raise window_error("torchscript", model.windowed)
+    (scripted or _trace(model, shape)).save(str(path))
     return "scripted" if scripted else "traced"
 
 
 def _script(network: nn.Module) -> torch.jit.ScriptModule | None:
-    """The network compiled, or None where TorchScript cannot."""
+    """The network as TorchScript, or None if that cannot compile it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.jit.script(network)
-        except Exception as error:  # of many types, for whatever it cannot compile
+        except Exception as error:  # many types, depending on what it cannot compile
             logger.info("Traced, as TorchScript cannot compile it: %s", str(error)[:300])
             return None
 
 
-def _trace(subject: Subject, shape: Shape) -> torch.jit.ScriptModule:
-    image = subject.example(shape.example, shape.batch or BATCH)
+def _trace(model: ExportModel, shape: Shape) -> torch.jit.ScriptModule:
+    image = model.example(shape.example, shape.batch or BATCH)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.jit.trace(subject.module, (image,), strict=False, check_trace=False)
+        return torch.jit.trace(model.module, (image,), strict=False, check_trace=False)
 
 
 def load_torchscript(path: Path) -> Runner:
     return _flat(torch.jit.load(str(path)))
 
 
-def write_torch_export(subject: Subject, shape: Shape, path: Path) -> str:
-    torch.export.save(export_program(subject, shape, "torch_export"), path)
+def write_torch_export(model: ExportModel, shape: Shape, path: Path) -> str:
+    torch.export.save(export_program(model, shape, "torch_export"), path)
     return "by torch.export"
 
 
@@ -122,57 +121,56 @@ def load_torch_export(path: Path) -> Runner:
     return _flat(torch.export.load(path).module())
 
 
-def write_onnx(subject: Subject, shape: Shape, path: Path) -> str:
-    """By way of `torch.export`, so an operator is refused by the name of the node that has it.
+def write_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
+    """Export by `torch.export`, so that errors can name the node of an operator.
 
     Raises:
-        ValueError: naming the nodes whose operators ONNX has no counterpart for.
+        ValueError: naming the nodes whose operators have no counterpart in ONNX.
     """
-    if sum(p.numel() * p.element_size() for p in subject.module.parameters()) > _LARGEST:
+    if sum(p.numel() * p.element_size() for p in model.module.parameters()) > _MAX_ONNX_BYTES:
         raise ValueError("--format onnx: the weights take more than 2 GB, which no ONNX file holds")
-    if subject.what == "detector":
-        return _trace_to_onnx(subject, shape, path)
-    program = export_program(subject, shape, "onnx")
+    if model.what == "detector":
+        return _trace_to_onnx(model, shape, path)
+    program = export_program(model, shape, "onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            made: Any = torch.onnx.export(
+            exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
-                dynamic_shapes=_dynamic(subject, shape),
+                dynamic_shapes=_dynamic(model, shape),
                 input_names=[INPUT],
-                output_names=list(subject.outputs),
+                output_names=list(model.outputs),
                 opset_version=OPSET,
                 verbose=False,
             )
-        except Exception as error:  # of many types, by the stage that failed
-            raise refuse_onnx(error, operations_of_program(program)) from error
-    for node in made.model.graph:  # a third of the file, with the paths of this machine
+        except Exception as error:  # many types, depending on the stage that failed
+            raise onnx_error(error, operations_of_program(program)) from error
+    for node in exported.model.graph:  # a third of the file, with paths of this machine
         for key in ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node"):
             node.metadata_props.pop(key, None)
-    made.save(str(path), external_data=False)
+    exported.save(str(path), external_data=False)
     return f"by torch.onnx, opset {OPSET}"
 
 
-def _trace_to_onnx(subject: Subject, shape: Shape, path: Path) -> str:
-    """By a trace, as Detectron2 exports: torch.export cannot follow its heads."""
-    axes = {INPUT: {1: "height", 2: "width"}, **{name: {0: "found"} for name in subject.outputs}}
+def _trace_to_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
+    """Export by tracing, as Detectron2 does: torch.export cannot follow its heads."""
+    axes = {INPUT: {1: "height", 2: "width"}, **{name: {0: "found"} for name in model.outputs}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                subject.module,
-                (subject.example(shape.example, 1),),
+                model.module,
+                (model.example(shape.example, 1),),
                 str(path),
                 dynamo=False,
                 input_names=[INPUT],
-                output_names=list(subject.outputs),
+                output_names=list(model.outputs),
                 dynamic_axes=axes,
                 opset_version=TRACED_OPSET,
             )
-        except Exception as error:  # of many types, by the stage that failed
-            operations = operations_of_trace(_trace(subject, shape))
-            raise refuse_onnx(error, operations) from error
+        except Exception as error:  # many types, depending on the stage that failed
+            raise onnx_error(error, operations_of_trace(_trace(model, shape))) from error
     return f"by torch.onnx from a trace, opset {TRACED_OPSET}"
 
 
@@ -184,47 +182,92 @@ def load_onnx(path: Path) -> Runner:
     return lambda image: [torch.from_numpy(y) for y in session.run(None, {name: image.numpy()})]
 
 
-def export_program(subject: Subject, shape: Shape, name: str) -> Any:
-    """`torch.export`'s program.
+def export_program(model: ExportModel, shape: Shape, name: str) -> Any:
+    """The program of `torch.export`.
 
     Raises:
         ValueError: for a whole detector; for attention in windows at any size; for what
             torch.export cannot follow.
     """
-    if subject.what == "detector":
-        raise refuse_detector(name)
-    if shape.size is None and subject.windowed:
-        raise refuse_windows(name, subject.windowed)
-    image = subject.example(shape.example, shape.batch or BATCH)
-    sizes = _dynamic(subject, shape)
+    if model.what == "detector":
+        raise detector_error(name)
+    if shape.size is None and model.windowed:
+        raise window_error(name, model.windowed)
+    image = model.example(shape.example, shape.batch or BATCH)
+    sizes = _dynamic(model, shape)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            network = with_integer_padding(subject.module)
+            network = with_integer_padding(model.module)
             return torch.export.export(network, (image,), dynamic_shapes=sizes, strict=False)
-        except Exception as error:  # of many types, for whatever it cannot follow
-            raise refuse_program(name, error, shape.size is None) from error
+        except Exception as error:  # many types, depending on what it cannot follow
+            raise program_error(name, error, shape.size is None) from error
 
 
-def _dynamic(subject: Subject, shape: Shape) -> tuple[Mapping[int, Any], ...]:
-    """The sizes that may differ, for `torch.export`."""
+def _dynamic(model: ExportModel, shape: Shape) -> tuple[Mapping[int, Any], ...]:
+    """The dimensions that may vary, for `torch.export`."""
     dim = torch.export.Dim
-    found: dict[int, Any] = {}
+    dimensions: dict[int, Any] = {}
     if not shape.batch:
-        found[0] = dim("batch", min=1, max=1024)
+        dimensions[0] = dim("batch", min=1, max=1024)
     if shape.size is None:
-        least = -(-subject.least // subject.step)
+        least = -(-model.least // model.step)
         for axis, name in ((2, "height"), (3, "width")):
-            side = dim(name, min=least, max=16384 // subject.step)
-            found[axis] = side if subject.step == 1 else subject.step * side
-    return (found,)
+            side = dim(name, min=least, max=16384 // model.step)
+            dimensions[axis] = side if model.step == 1 else model.step * side
+    return (dimensions,)
+
+
+class IntegerPaddedConv(nn.Module):
+    """timm's `Conv2dSame`, which pads as TensorFlow does for "same", with integer arithmetic.
+
+    The values are the same. timm divides floats and rounds up, which takes torch.export minutes to
+    analyse and cannot be saved.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        padding: list[Any] = []
+        for side, kernel, stride, dilation in zip(
+            x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation
+        ):
+            # up to a multiple of the stride, and by what the last window exceeds it
+            total = (kernel - 1) * dilation + 1 - stride + -side % stride
+            padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the last axis
+        x = F.pad(x, padding)
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, 0), conv.dilation, conv.groups)
+
+
+def with_integer_padding(network: nn.Module) -> nn.Module:
+    """A copy of the network with `IntegerPaddedConv`; the network itself if it needs none."""
+    names = [name for name, module in network.named_modules() if _is_same_conv(module)]
+    if not names:
+        return network
+    network = copy.deepcopy(network)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        conv = IntegerPaddedConv(network.get_submodule(name))
+        setattr(network.get_submodule(parent), child, conv)
+    return network
+
+
+def _is_same_conv(module: nn.Module) -> bool:
+    """Whether it is timm's `Conv2dSame`, with a kernel at least as large as its stride."""
+    if type(module).__name__ != "Conv2dSame":
+        return False
+    kernels, strides = module.kernel_size, module.stride
+    return all(kernel >= stride for kernel, stride in zip(kernels, strides))  # type: ignore
 
 
 def _flat(module: Any) -> Runner:
     def run(image: Tensor) -> List[Tensor]:
         with torch.no_grad():
-            given = module(image)
-        return list(given.values()) if isinstance(given, Mapping) else list(given)
+            outputs = module(image)
+        return list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
 
     return run
 

@@ -11,7 +11,6 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from networks import CASES, Case
 from torch import Tensor, nn
 
-from fpn_plugin import PyramidBackbone
 from fpn_plugin.modeling.bottom_up import HOLDERS
 
 

@@ -14,7 +14,6 @@ from networks import RESNET18, SMALL_SWIN, Case
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.weights import load_weights
-from fpn_plugin.modeling.bottom_up import build_bottom_up
 
 
 def network() -> nn.Module:

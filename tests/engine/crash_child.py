@@ -21,7 +21,7 @@ from tiny import VAL, register, tiny_config
 
 from fpn_plugin.engine.faults.skipping import SkipCounter
 from fpn_plugin.engine.folder_lock import hold
-from fpn_plugin.engine.metrics import MetricsWriter, PatientWriter
+from fpn_plugin.engine.hooks import MetricsWriter, TolerantWriter
 from fpn_plugin.engine.trainer import Trainer
 
 # forked from a process that has imported everything: a start takes no seconds
@@ -139,7 +139,7 @@ def run_out_of_room(pipe: Connection, *args: Any) -> None:
 
 def write_metrics(pipe: Connection, path: str) -> None:
     """Write lines of metrics, the second of three while there is no room for it."""
-    writer = PatientWriter(MetricsWriter(path))
+    writer = TolerantWriter(MetricsWriter(path))
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with EventStorage() as storage:
         for number in range(3):

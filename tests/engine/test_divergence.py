@@ -27,9 +27,14 @@ from detectron2.utils import comm
 from tiny import VAL
 from torch import Tensor, nn
 
-from fpn_plugin.engine.amp import make_step_trainer
 from fpn_plugin.engine.checkpoint import Checkpointer
-from fpn_plugin.engine.faults.diagnose import Trace, _is_broken, find_origin, random_state
+from fpn_plugin.engine.faults.diagnose import (
+    ForwardTrace,
+    _has_non_finite,
+    find_origin,
+    random_state,
+)
+from fpn_plugin.engine.faults.divergence import DivergenceRules, StepRecorder, divergence_rules
 from fpn_plugin.engine.faults.finite import (
     DivergedError,
     broken_weights,
@@ -37,7 +42,7 @@ from fpn_plugin.engine.faults.finite import (
     non_finite,
     tensors_of,
 )
-from fpn_plugin.engine.faults.watched import DivergenceRules, Watched, divergence_rules
+from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.trainer import Trainer
 
 MakeConfig = Callable[..., CfgNode]
@@ -240,7 +245,7 @@ def test_detectron2s_assertions(value: float, error: type[Exception]) -> None:
         raise AssertionError("Box tensor contains infinite or NaN!")
 
     trainer = toy([value])
-    trainer.model.bare.register_forward_hook(check)
+    trainer.model.unwrapped.register_forward_hook(check)
     with pytest.raises(error, match="Box tensor contains infinite or NaN!"):
         trainer.train(0, 1)
 
@@ -272,7 +277,7 @@ def test_a_scaler_that_skips_each_step() -> None:
     """As on a GPU in fp16, with torch's scaler for the CPU."""
     trainer: Any = toy([1.0] * 30)
     trainer.grad_scaler = scaler = torch.amp.GradScaler("cpu")
-    trainer.model.bare.head.weight.register_hook(lambda grad: grad + torch.inf)
+    trainer.model.unwrapped.head.weight.register_hook(lambda grad: grad + torch.inf)
 
     def step() -> None:
         loss = sum(trainer.model(next(trainer._data_loader_iter)).values())
@@ -317,7 +322,9 @@ def test_code_between_two_parts() -> None:
         def forward(self, batch: Any) -> Any:
             return self[1](self[0](torch.ones(1, 1)).abs().neg().log())
 
-    trace = Trace(model := nn.Sequential(Between(nn.Linear(1, 1), nn.Identity())), _is_broken)
+    trace = ForwardTrace(
+        model := nn.Sequential(Between(nn.Linear(1, 1), nn.Identity())), _has_non_finite
+    )
     with trace:
         model(())
     assert trace.first == "0, in its own code before 0.1 runs"
@@ -364,7 +371,7 @@ def test_no_room_for_looking_at_the_gradients() -> None:
 def test_norms_over_all_processes_are_not_run_again_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that finds it in its batch would leave the other waiting in its forward pass."""
     model = nn.Sequential(nn.SyncBatchNorm(2))
-    watched = Watched(model, "cpu", None, DivergenceRules())
+    watched = StepRecorder(model, "cpu", None, DivergenceRules())
     watched.random = random_state("cpu")
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(comm, "all_gather", lambda found: ["", found])

@@ -28,10 +28,11 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from fpn_plugin.engine import launch
-from fpn_plugin.engine.checkpoint import Checkpointer, SaveError, write_atomically
-from fpn_plugin.engine.faults.explained import explained
+from fpn_plugin.engine.checkpoint import Checkpointer, write_atomically
+from fpn_plugin.engine.faults.actionable import actionable_errors
+from fpn_plugin.engine.checkpoint import SaveError
+from fpn_plugin.engine.hooks import MetricsWriter, TolerantWriter
 from fpn_plugin.engine.launch import RankError, _describe, launch_ranks
-from fpn_plugin.engine.metrics import MetricsWriter, PatientWriter
 
 
 def assert_resumes(args: tuple[Any, ...], unbroken: Path) -> None:
@@ -118,11 +119,11 @@ def test_torchs_own_error_does_not_hide_the_reason(tmp_path: Path) -> None:
 
 def test_full_disks_elsewhere_are_explained_and_other_errors_are_not(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=f"No space left on device.*free.*{tmp_path}"):
-        with explained("trying", str(tmp_path), list):
+        with actionable_errors("trying", str(tmp_path), list):
             full()
     for error in (FileNotFoundError(errno.ENOENT, "no", "a"), RuntimeError("shape mismatch")):
         with pytest.raises(type(error)) as caught:
-            with explained("trying", str(tmp_path), list):
+            with actionable_errors("trying", str(tmp_path), list):
                 raise error
         assert caught.value is error
 
@@ -141,7 +142,7 @@ def test_metrics_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_a_writer_that_fails_is_an_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     from detectron2.utils.events import EventStorage
 
-    writer = PatientWriter(MetricsWriter("/dev/full"))
+    writer = TolerantWriter(MetricsWriter("/dev/full"))
     with EventStorage() as storage:
         storage.put_scalar("loss", 1.0)
         storage.put_image("a", torch.zeros(3, 2, 2, dtype=torch.uint8).numpy())
@@ -172,7 +173,7 @@ def test_a_rank_that_dies_stops_the_other(tmp_path: Path) -> None:
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", rank_timeout=5)
     start = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 of 2 .* killed by SIGKILL.*memory.*--resume"):
-        launch_ranks(lose_a_rank, args, (str(tmp_path),))
+        launch_ranks(lose_a_rank, args, (str(tmp_path),), "cpu")
     assert time.monotonic() - start < 2 * PATIENCE
     skipped = json.loads((tmp_path / "skipped.json").read_text())
     assert {name: entry["times"] for name, entry in skipped.items()} == {
@@ -221,5 +222,5 @@ def test_the_one_that_died_is_named_not_the_one_that_lost_it(
         raise RuntimeError(message)
 
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        launch._run_rank(launch.Shared(), fail)
+        launch._run_rank(launch.SharedLocks(), fail)
     assert bool(slept) == waits

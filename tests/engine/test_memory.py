@@ -15,8 +15,11 @@ from tiny import TRAIN, VAL
 from torch import nn
 
 from fpn_plugin.engine import lazy
-from fpn_plugin.engine.faults.explained import explained
-from fpn_plugin.engine.faults.memory import OutOfMemoryError, is_out_of_memory
+from fpn_plugin.engine.faults.actionable import (
+    OutOfMemoryError,
+    actionable_errors,
+    is_out_of_memory,
+)
 from fpn_plugin.engine.trainer import Trainer
 
 MakeConfig = Callable[..., CfgNode]
@@ -28,7 +31,7 @@ def test_a_process_that_may_take_no_more(dataset: Path, tmp_path: Path) -> None:
     command = [sys.executable, script, str(dataset), str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    _, text = result.stderr.split("fpn_plugin.engine.faults.memory.OutOfMemoryError: ")
+    _, text = result.stderr.split("fpn_plugin.engine.faults.actionable.OutOfMemoryError: ")
     assert text.startswith("Out of memory while training: ") and "DefaultCPUAllocator" in text
     assert "- SOLVER.IMS_PER_BATCH (2), and SOLVER.BASE_LR (0.01) in proportion\n" in text
     sizes = "; the last batch's images, height x width: "
@@ -61,7 +64,7 @@ def test_in_evaluation(make_config: MakeConfig) -> None:
     model = nn.Linear(1, 1)
     model.register_forward_pre_hook(exhausted)
     with pytest.raises(OutOfMemoryError, match="^Out of memory while evaluating") as caught:
-        with explained("training", "run", list):
+        with actionable_errors("training", "run", list):
             Trainer.test(cfg, model)
     assert "INPUT.MIN_SIZE_TEST (64) and MAX_SIZE_TEST (96)" in str(caught.value)
     assert "SIZE_TRAIN" not in str(caught.value)
@@ -100,12 +103,12 @@ def test_other_errors_are_left_alone(message: str) -> None:
     error = RuntimeError(message)
     assert not is_out_of_memory(error) and not is_out_of_memory(ValueError("out of memory"))
     with pytest.raises(RuntimeError) as caught:
-        with explained("training", "run", list):
+        with actionable_errors("training", "run", list):
             raise error
     assert caught.value is error
 
 
 def test_the_allocator_of_main_memory() -> None:
     with pytest.raises(OutOfMemoryError, match="while trying: .*DefaultCPUAllocator"):
-        with explained("trying", "run", lambda: ["less"]):
+        with actionable_errors("trying", "run", lambda: ["less"]):
             torch.empty(2**60)

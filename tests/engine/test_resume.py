@@ -17,7 +17,6 @@ from detectron2.engine import launch
 from fpn_plugin.engine.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "sgd-grouped-no-workers": {},
     "adamw-ungrouped-two-workers": {
         "SOLVER__OPTIMIZER": "AdamW",
         "SOLVER__BASE_LR": 1e-3,
@@ -31,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "DATALOADER__NUM_WORKERS": 2,
         "SEED": -1,
     },
-    # its focal loss is TorchScript, and its loss has a running normaliser
+    # SGD without workers; its focal loss is TorchScript, and its loss has a running normaliser
     "retinanet": {
         "MODEL__META_ARCHITECTURE": "RetinaNet",
         "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",

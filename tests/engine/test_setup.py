@@ -13,11 +13,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from folders import DATA, digest, load_tool, run_setup
 
-from fpn_plugin.config import load_config
+from fpn_plugin.engine import launch
 from fpn_plugin.engine.checkpoint import find_checkpoint
-from fpn_plugin.engine.run_folder import claim_output_dir
 from fpn_plugin.engine.run_record import recorded_config
-from fpn_plugin.engine.setup import argument_parser, begin, prepare_launch, setup
+from fpn_plugin.engine.run_folder import warn_of_changes
+from fpn_plugin.engine.setup import argument_parser, begin, load_config, setup
 from fpn_plugin.engine.trainer import Trainer
 
 ARGS = "MODEL.BOTTOM_UP.ARGS"
@@ -27,7 +27,7 @@ def test_resume(
     make_config: Callable[..., CfgNode], tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     cfg = make_config()
-    claim_output_dir(cfg, resume=True, overwrite=False)
+    warn_of_changes(cfg)
     assert "no checkpoint" in log.text
     folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir()
@@ -35,10 +35,10 @@ def test_resume(
     (folder / "config.yaml").write_text(cfg.dump())
     before, shown = digest(folder), len(log.text)
     cfg.MODEL.DEVICE = "cuda"
-    claim_output_dir(cfg, resume=True, overwrite=False)
+    warn_of_changes(cfg)
     assert "differs" not in log.text[shown:]
     cfg.SOLVER.BASE_LR = 0.5
-    claim_output_dir(cfg, resume=True, overwrite=False)
+    warn_of_changes(cfg)
     assert "SOLVER.BASE_LR 0.01 -> 0.5" in log.text and digest(folder) == before
 
 
@@ -180,15 +180,13 @@ def test_device(
     assert run_setup("OUTPUT_DIR", str(tmp_path), *opts).MODEL.DEVICE == "cpu"
 
 
-def test_gpus_are_hidden_from_processes_on_the_cpu(
-    make_config: Callable[..., CfgNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_are_hidden_from_processes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    prepare_launch(make_config(), 1)
-    prepare_launch(make_config(MODEL__DEVICE="cuda"), 2)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
-    prepare_launch(make_config(), 2)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
+    for processes, device, expected in ((1, "cpu", "0,1"), (2, "cuda", "0,1"), (2, "cpu", "")):
+        args = argument_parser().parse_args(["--num-gpus", str(processes)])
+        launch.launch_ranks(print, args, (), device)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from helpers import small_maps, small_pyramid, zoo_config
 from tiny import VAL
 from torch import Tensor, nn
 
-from fpn_plugin.engine.amp import Autocast
 from fpn_plugin.engine.fold import cast_weights, fold_norms, fold_traced
-from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.precision import Autocast
 from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.pyramid.graph import op
 
@@ -85,9 +85,11 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("fold", [False, True], ids=["norms", "folded"])
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "channels_last, fold, half",
+    [(True, False, False), (False, True, False), (False, False, True), (True, True, True)],
+    ids=["nhwc", "folded", "bf16", "all"],
+)
 @torch.no_grad()
 def test_inference_levers_together(channels_last: bool, fold: bool, half: bool) -> None:
     """float32 to 1e-5 of the largest value, bf16 to 5% (float32 itself is not nearer to it)."""

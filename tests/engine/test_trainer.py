@@ -20,9 +20,9 @@ from tiny import VAL
 from torch import nn
 
 from fpn_plugin.engine import evaluation
-from fpn_plugin.engine.amp import Autocast, amp_dtype
 from fpn_plugin.engine.evaluation import EVALUATORS, build_evaluator, check_evaluators
-from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.precision import Autocast, amp_dtype
+from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.engine.trainer import Trainer
 
 MakeConfig = Callable[..., CfgNode]

@@ -21,7 +21,12 @@ from torch import nn
 from fpn_plugin.analysis.visualize.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.engine.rng import seed_all
 from fpn_plugin.engine.trainer import Trainer
-from fpn_plugin.engine.visualize import VisualizeHook, _AfterBackward, gradient_norms, named_weights
+from fpn_plugin.engine.visualize_hook import (
+    VisualizeHook,
+    _AfterBackward,
+    gradient_norms,
+    named_weights,
+)
 
 MakeConfig = Callable[..., CfgNode]
 RUN: dict[str, Any] = {
@@ -124,7 +129,7 @@ def test_the_scale_of_mixed_precision(
     scale: float | None, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fpn_plugin.engine.visualize.gradient_norms", lambda _: {"a": 5.0, "b": float("inf")}
+        "fpn_plugin.engine.visualize_hook.gradient_norms", lambda _: {"a": 5.0, "b": float("inf")}
     )
     hook, told = hook_of(), _AfterBackward(hook_of())
     told.hook = hook
@@ -142,7 +147,7 @@ def test_the_scale_of_mixed_precision(
 def test_norms_are_worked_out_at_the_period_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
     monkeypatch.setattr(
-        "fpn_plugin.engine.visualize.gradient_norms", lambda x: called.append(x) or {}
+        "fpn_plugin.engine.visualize_hook.gradient_norms", lambda x: called.append(x) or {}
     )
     hook = hook_of(period=3)
     for hook.trainer.iter in range(7):

@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from helpers import levels_of, randomize
 
 from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
-from fpn_plugin.export.subject import Subject, backbone_subject
+from fpn_plugin.export.model import ExportModel, export_backbone
 
 DETECTORS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
@@ -52,12 +52,12 @@ def tiny_resnet() -> ResNet:
     return ResNet(BasicStem(3, 8, norm="BN"), stages, out_features=["res2", "res3", "res4", "res5"])
 
 
-def tiny_subject(topology: str = "fpn", levels: int = 4, **style: Any) -> Subject:
+def tiny_subject(topology: str = "fpn", levels: int = 4, **style: Any) -> ExportModel:
     """A pyramid of width 16 on its last `levels` maps, with random weights."""
     features = list(levels_of(topology))[-levels:]
     arguments = {"in_features": features, "out_channels": 16, "topology": topology, **style}
     pyramid = PyramidBackbone(tiny_resnet(), **arguments)
-    return backbone_subject(get_cfg(), SimpleNamespace(backbone=randomize(pyramid)))
+    return export_backbone(get_cfg(), SimpleNamespace(backbone=randomize(pyramid)))
 
 
 def write_detector(folder: Path, name: str, **overrides: Any) -> tuple[str, str]:

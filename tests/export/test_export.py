@@ -17,10 +17,10 @@ from PIL import Image
 
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.export import run as run_module
-from fpn_plugin.export.compare import TOLERANCE
+from fpn_plugin.export import export as export_module
+from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
-from fpn_plugin.export.run import Settings, export
+from fpn_plugin.export.verify import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "run_exported.py"
@@ -64,7 +64,7 @@ def as_detectron2_prepares(detector: tuple[str, str], pixels: np.ndarray) -> tor
 
 
 def build(what: str, given: Settings) -> Any:
-    return run_module._build(given, Bar(True))
+    return export_module._build(given, Bar(True))
 
 
 @pytest.mark.parametrize("name", FORMATS)

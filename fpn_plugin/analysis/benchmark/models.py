@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fpn_plugin.analysis.benchmark.configs import BenchmarkConfig
 from fpn_plugin.analysis.benchmark.inputs import Inputs
 from fpn_plugin.bottom_up.weights import read_state_dict
-from fpn_plugin.engine.amp import Autocast, amp_dtype, device_type
+from fpn_plugin.engine.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.engine.speed import compile_part, prepare_for_inference, prepare_for_training
 
 WEIGHTS = "--weights"

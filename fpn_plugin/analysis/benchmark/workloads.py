@@ -21,7 +21,7 @@ from fpn_plugin.analysis.benchmark.models import (
     prepare,
 )
 from fpn_plugin.analysis.benchmark.timing import FirstCall, Lap, Work, no_lap
-from fpn_plugin.engine.optimizer import build_optimizer
+from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.registry import Registry
 
 

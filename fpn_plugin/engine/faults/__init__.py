@@ -1,1 +1,1 @@
-"""What can go wrong in a run: noticed in time, and told so that one can act on it."""
+"""What can go wrong in a run: noticed in time, with errors that say what to do."""

@@ -1,6 +1,6 @@
-"""Where a number that is not finite comes from: a step's batch is run again, part by part watched.
+"""Finds where a number that is not finite comes from, by running a step again with hooks.
 
-Modules are named as in the checkpoint's keys; what belongs to a pyramid by its node as well.
+Modules are named as in the keys of checkpoints, and those of a pyramid by their node as well.
 """
 
 from __future__ import annotations
@@ -23,31 +23,34 @@ from fpn_plugin.engine.faults.finite import (
 )
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 
-Shows = Callable[[nn.Module, Any, Any], bool]
-# Losses grow as the outputs do that they are taken of, and those of a sound network, except boxes
-# in pixels, stay far below this.
+Condition = Callable[[nn.Module, Any, Any], bool]
+# A loss explodes with the outputs that it is computed from. Those of a sound network stay far below
+# this, except for boxes in pixels.
 LARGE = 1000.0
-# what Detectron2 and torch raise when they meet such numbers, beside FloatingPointError
-_BROKEN = (AssertionError, RuntimeError, ValueError, IndexError)
+# what Detectron2 and torch raise for such numbers, beside FloatingPointError
+_CAUSED_ERRORS = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
-class Trace:
-    """While it is open, notes in which part of a model something first shows up.
+class ForwardTrace:
+    """A context in which the first module whose inputs or outputs meet a condition is noted.
 
     Args:
-        model: without any wrapper.
-        shows: whether it shows in a module: in what it was given, before it runs (then the last
-            argument is None), or in what it gave.
+        model: the model itself, not a wrapper.
+        condition: is called with a module, its inputs and its outputs; before the module runs, its
+            outputs are None.
+
+    Attributes:
+        first: the description of the module; "" until the condition is met.
     """
 
-    def __init__(self, model: nn.Module, shows: Shows) -> None:
+    def __init__(self, model: nn.Module, condition: Condition) -> None:
         self.model = model
-        self.shows = shows
+        self.condition = condition
         self.first = ""
         self._running: list[str] = []
         self._handles = contextlib.ExitStack()
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> ForwardTrace:
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
@@ -64,29 +67,29 @@ class Trace:
 
     @property
     def running(self) -> str:
-        """The innermost module that has begun and not ended: after an error, where it was."""
+        """The innermost module that has begun and not ended: where an error was raised."""
         return describe(self.model, self._running[-1]) if self._running else "the model"
 
     def _before(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.first and self.shows(module, (args, kwargs), None):
+        if not self.first and self.condition(module, (args, kwargs), None):
             self.first = f"{self.running}, in its own code before {describe(self.model, path)} runs"
         self._running.append(path)
 
     def _after(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._running.pop()
-        if not self.first and self.shows(module, (args, kwargs), output):
+        if not self.first and self.condition(module, (args, kwargs), output):
             self.first = describe(self.model, path)
 
 
 def describe(model: nn.Module, path: str) -> str:
-    """A module by its path, and by the pyramid's node that it belongs to."""
+    """A module by its path, with the pyramid's node that it belongs to."""
     for prefix, module in model.named_modules():
         if isinstance(module, GraphExecutor):
             start = f"{prefix}." if prefix else ""
             for step in module.steps:
                 for part in step.parts():
-                    own = start + part.path
-                    if path == own or path.startswith(own + "."):
+                    root = start + part.path
+                    if path == root or path.startswith(root + "."):
                         return f"pyramid node {step.node.name!r} ({path})"
     return path or "the model"
 
@@ -102,63 +105,65 @@ def find_origin(
     large: bool = False,
     rerun: bool = True,
 ) -> str:
-    """Where in a step the first number is that is not finite, or too large.
+    """Where in a step the first number is not finite, or too large.
 
-    The model keeps its weights, its running statistics and its gradients.
+    Looks at the batch, then at the weights, then at each module of a second forward pass, then at
+    each gradient of a second backward pass. The model keeps its weights, its running statistics and
+    its gradients.
 
     Args:
-        model: without any wrapper, in training mode.
-        batch: of the step.
-        device: the kind of device.
+        model: the model itself, not a wrapper, in training mode.
+        batch: the batch of the step.
+        device: the type of the device, such as "cpu".
         dtype: what autocast computes in; None for full precision.
         random: the generators' states before the step, of :func:`random_state`.
-        backward: whether to look for it in the gradients, if not before.
-        large: whether also to look for the first part with weights of its own that gives a number
-            beyond `LARGE`.
-        rerun: False to look no further than the batch and the weights.
+        backward: whether to look at the gradients, if nothing was found before.
+        large: whether to look for the first module with weights of its own that outputs a number
+            beyond `LARGE` as well.
+        rerun: False to look at the batch and the weights only.
 
     Returns:
-        the end of a sentence that says where it is, or "" if there is none.
+        the end of a sentence that says where it is, or "" if nothing was found.
     """
     if bad := _bad_samples(batch):
         return f"the batch, before the model: {listed(bad)}"
-    if bad := broken_weights(model, _written(model)):
-        named = [describe(model, name) for name in bad]
-        return f"the weights, before the step: {listed(named)}"
+    if bad := broken_weights(model, _unread_statistics(model)):
+        return f"the weights, before the step: {listed([describe(model, name) for name in bad])}"
     if not rerun:
         return ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model, device, random))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        trace = stack.enter_context(Trace(model, _is_large if large else _is_broken))
+        condition = _has_large if large else _has_non_finite
+        trace = stack.enter_context(ForwardTrace(model, condition))
         gradients = stack.enter_context(GradientTrace(model)) if backward else None
         try:
             with torch.autocast(device, dtype, enabled=dtype is not None):
                 losses = model(batch)
         except FloatingPointError as error:
             return trace.first or f"{trace.running}, in its own code ({error})"
-        except _BROKEN:  # may be about something else
+        except _CAUSED_ERRORS:  # possibly about something else
             return trace.first
         if trace.first or gradients is None:
             return trace.first
         try:
             return gradients.run(losses)
-        except _BROKEN:  # there may be no room for a second set of gradients
+        except _CAUSED_ERRORS:  # there may be no room for a second set of gradients
             return gradients.first
 
 
-def rerunning_needs_all(model: nn.Module) -> bool:
+def rerun_needs_other_processes(model: nn.Module) -> bool:
     """Whether a forward pass waits for the other processes."""
-    kinds = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
-    return any(isinstance(module, kinds) for module in model.modules())
+    synchronized = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    return any(isinstance(module, synchronized) for module in model.modules())
 
 
-def _is_broken(module: nn.Module, given: Any, output: Any) -> bool:
-    return bool(non_finite(tensors_of(given if output is None else output)))
+def _has_non_finite(module: nn.Module, inputs: Any, output: Any) -> bool:
+    return bool(non_finite(tensors_of(inputs if output is None else output)))
 
 
-def _is_large(module: nn.Module, given: Any, output: Any) -> bool:
-    if _is_broken(module, given, output):
+def _has_large(module: nn.Module, inputs: Any, output: Any) -> bool:
+    if _has_non_finite(module, inputs, output):
         return True
     if output is None or next(module.parameters(recurse=False), None) is None:
         return False
@@ -167,16 +172,16 @@ def _is_large(module: nn.Module, given: Any, output: Any) -> bool:
 
 
 def _bad_samples(batch: Sequence[Any]) -> list[str]:
-    found = []
+    bad = []
     for number, sample in enumerate(batch):
         file = sample.get("file_name", "") if isinstance(sample, dict) else ""
         for name in non_finite(tensors_of(sample)):
-            found.append(f"{name!r} of sample {number}" + (f" ({file})" if file else ""))
-    return found
+            bad.append(f"{name!r} of sample {number}" + (f" ({file})" if file else ""))
+    return bad
 
 
-def _written(model: nn.Module) -> set[str]:
-    """The running statistics that training writes, and does not compute with."""
+def _unread_statistics(model: nn.Module) -> set[str]:
+    """The running statistics that training only writes: they cannot be where it begins."""
     return {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
@@ -186,17 +191,22 @@ def _written(model: nn.Module) -> set[str]:
 
 
 class GradientTrace:
-    """Notes the gradient that is the first of a backward pass not to be finite.
+    """A context in which the first gradient of a backward pass that is not finite is noted.
+
+    Watches the gradients of all parameters, and of the maps between the innermost modules.
 
     Args:
-        model: without any wrapper.
+        model: the model itself, not a wrapper.
+
+    Attributes:
+        first: the description of the gradient; "" if there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.first = ""
         self._readers: dict[int, list[str]] = {}
-        self._kept: list[Tensor] = []  # so that no other map gets the id of one
+        self._kept: list[Tensor] = []  # keeps maps alive, so that their ids stay unique
         self._handles = contextlib.ExitStack()
 
     def __enter__(self) -> GradientTrace:
@@ -204,8 +214,8 @@ class GradientTrace:
             if isinstance(module, torch.jit.ScriptModule) or next(module.children(), None):
                 continue
             for handle in (
-                module.register_forward_pre_hook(functools.partial(self._read, path)),
-                module.register_forward_hook(functools.partial(self._give, path)),
+                module.register_forward_pre_hook(functools.partial(self._note_inputs, path)),
+                module.register_forward_hook(functools.partial(self._watch_outputs, path)),
             ):
                 self._handles.callback(handle.remove)
         for name, x in self.model.named_parameters():
@@ -217,39 +227,39 @@ class GradientTrace:
         self._handles.close()
 
     def run(self, losses: Any) -> str:
-        """The backward pass: where the first gradient is that is not finite, or ""."""
+        """Run the backward pass; returns `first`."""
         total = sum(x.sum() for _, x in tensors_of(losses) if x.requires_grad)
         if isinstance(total, Tensor):
             weights = [x for x in self.model.parameters() if x.requires_grad]
             torch.autograd.grad(total, weights, allow_unused=True)
         return self.first
 
-    def _read(self, path: str, module: nn.Module, args: Any) -> None:
+    def _note_inputs(self, path: str, module: nn.Module, args: Any) -> None:
         for _, x in tensors_of(args):
             self._readers.setdefault(id(x), []).append(path)
             self._kept.append(x)
 
-    def _give(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _watch_outputs(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         for _, x in tensors_of(output):
             self._kept.append(x)
             if x.requires_grad:
-                self._watch(x, functools.partial(self._between, path, id(x)))
+                self._watch(x, functools.partial(self._describe_map, path, id(x)))
 
-    def _watch(self, x: Tensor, tell: Callable[[], str]) -> None:
+    def _watch(self, x: Tensor, name: Callable[[], str]) -> None:
         def note(gradient: Tensor) -> None:
             if not self.first and not is_finite(gradient):
-                self.first = f"the gradient of {tell()}"
+                self.first = f"the gradient of {name()}"
 
         self._handles.callback(x.register_hook(note).remove)
 
-    def _between(self, path: str, key: int) -> str:
-        readers = [describe(self.model, reader) for reader in self._readers.get(key, [])]
+    def _describe_map(self, path: str, map_id: int) -> str:
+        readers = [describe(self.model, reader) for reader in self._readers.get(map_id, [])]
         source = listed(readers) or "the code that reads it"
         return f"what {describe(self.model, path)} gives, as it comes back from {source}"
 
 
 def random_state(device: str) -> dict[str, Tensor]:
-    """The states of torch's generators, which a training step draws from."""
+    """The states of torch's generators that a training step draws from."""
     states = {"cpu": torch.get_rng_state()}
     if device == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
@@ -258,12 +268,12 @@ def random_state(device: str) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module, device: str, random: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the generators are where they were; after it, they and the buffers as before."""
+    """A context with the generators in these states; restores them and the buffers afterwards."""
     buffers = [(x, x.clone()) for x in model.buffers()]
     outside = random_state(device)
     _set_random_state(random)
     try:
-        with EventStorage(1):  # what the model reports is reported already
+        with EventStorage(1):  # a throwaway: the step's own numbers are already recorded
             yield
     finally:
         _set_random_state(outside)

@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 KEY = "DATALOADER.ON_ERROR"
 ON_ERROR = ("raise", "skip")
 REPORT = "skipped.json"
-# a sample's entry for the images that it stands in for: pairs of file and error
+# the key of a sample under which the images that it replaces are listed: pairs of file and error
 SKIPPED = "skipped"
-# the machine's fault, not the image's
-_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# errors of the machine, not of the image
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class ImageError(ValueError):
@@ -32,10 +32,10 @@ class ImageError(ValueError):
 
 
 def check_on_error(value: str) -> str:
-    """The value of `DATALOADER.ON_ERROR`, if it is one.
+    """The value of `DATALOADER.ON_ERROR`.
 
     Raises:
-        KeyError: otherwise.
+        KeyError: if it is unknown.
     """
     if value not in ON_ERROR:
         raise unknown_name(KEY, value, ON_ERROR)
@@ -46,22 +46,22 @@ def image_fault(error: Exception) -> str | None:
     """What is wrong with an image for which a mapper raised one of `READ_ERRORS`.
 
     Returns:
-        a text, or None if the machine is to blame: no memory, too many open files.
+        a text, or None if the machine is at fault: no memory, too many open files.
     """
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
         return None
     return f"{type(error).__name__}: {error}"
 
 
 class TestMapper:
-    """A mapper whose errors name the test image: left out, it would make AP another measure.
+    """A mapper whose errors name the test image. None is skipped, as AP is over all of them.
 
     Args:
         mapper: a dataset dict -> the model's input.
         dataset: the dataset's name.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a test class for pytest
 
     def __init__(self, mapper: Callable[[dict], Any], dataset: str) -> None:
         self.mapper = mapper
@@ -81,7 +81,7 @@ class TestMapper:
 
 
 class CountedLoader:
-    """A training loader that hands the records of skipped images to a :class:`SkipCounter`."""
+    """A training loader that passes the records of skipped images to a :class:`SkipCounter`."""
 
     def __init__(self, loader: Any, counter: SkipCounter) -> None:
         self.loader = loader
@@ -103,27 +103,27 @@ class CountedLoader:
 class SkipCounter(HookBase):
     """Counts the skipped images of all processes, and lists them in `skipped.json`.
 
-    An image counts each time that it was drawn for a batch which the run trained on and had to be
-    replaced. The counts are part of the checkpoint, so those of a run that was killed and resumed
-    are those of an unbroken one. The file is written when an image is skipped for the first time,
-    and at the end; the log lists it at the end.
+    An image counts each time that it had to be replaced in a batch that the run trained on. The
+    counts are part of the checkpoint, so a run that was killed and resumed has those of an unbroken
+    one. The file is written when an image is skipped for the first time, and at the end, when the
+    log lists the images as well.
 
     Args:
-        folder: where the file goes.
+        folder: where the file is written.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.pending: list[tuple[str, str]] = []  # of the batch that is trained on
+        self.pending: list[tuple[str, str]] = []  # of the current batch
         self._times: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
 
     def after_step(self) -> None:
         """Called by the trainer after each iteration, before the checkpoint's hook."""
-        found = [pair for pairs in comm.gather(self.pending) for pair in pairs]
+        skipped = [pair for pairs in comm.gather(self.pending) for pair in pairs]
         self.pending = []
-        fresh = sorted({pair for pair in found if pair[0] not in self._times})
-        for file, fault in found:
+        fresh = sorted({pair for pair in skipped if pair[0] not in self._times})
+        for file, fault in skipped:
             self._times[file] += 1
             self._errors.setdefault(file, fault)
         for file, fault in fresh:

@@ -1,4 +1,4 @@
-"""Checkpoints as files of another pyramid: what a warm start does, and back to Detectron2's FPN."""
+"""Converts checkpoint files: to another pyramid, as a warm start does, or to Detectron2's FPN."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fpn_plugin.engine.warm.start import start_warm
 
 logger = logging.getLogger(__name__)
 
-# What Detectron2's FPN can be told to be; any other value is none of its
-_DETECTRON2 = {
+# the values of MODEL.FPN that Detectron2's FPN can have
+_DETECTRON2_FPN = {
     "TOPOLOGY": ("fpn",),
     "GRAPH": ([],),
     "REPEATS": (1,),
@@ -34,20 +34,20 @@ _DETECTRON2 = {
 
 
 def check_output(output: str, weights: str, with_config: bool, overwrite: bool) -> None:
-    """Refuse to replace a file.
+    """Check that the output replaces no file.
 
     Args:
         with_config: whether a config.yaml is written beside it.
-        overwrite: whether files may be replaced; not those of the checkpoint itself.
+        overwrite: allows to replace files, except for those of the checkpoint itself.
 
     Raises:
         FileExistsError: naming --output and the file.
         ValueError: naming --output, if it would replace a file that belongs to `weights`.
     """
     files = [Path(output), *([Path(output).with_name(CONFIG)] if with_config else [])]
-    kept = {Path(weights).resolve(), Path(weights).with_name(CONFIG).resolve()}
+    inputs = {Path(weights).resolve(), Path(weights).with_name(CONFIG).resolve()}
     for file in files:
-        if file.resolve() in kept:
+        if file.resolve() in inputs:
             raise ValueError(
                 f"--output {output!r}: {file} belongs to --weights; take another folder"
             )
@@ -58,13 +58,13 @@ def check_output(output: str, weights: str, with_config: bool, overwrite: bool) 
 
 
 def to_config(cfg: CfgNode, output: str) -> None:
-    """Write what `MODEL.WEIGHTS` becomes in a config's model, with the config.yaml beside it.
+    """Write `MODEL.WEIGHTS`, converted for a config's model, and that config.yaml beside it.
 
     Args:
         cfg: resolved, with `MODEL.FPN.WARM_START`.
 
     Raises:
-        ValueError: what :func:`start_warm` raises.
+        ValueError: as :func:`start_warm` does.
     """
     model = Trainer.build_model(cfg)
     start_warm(model, cfg)
@@ -75,19 +75,19 @@ def to_config(cfg: CfgNode, output: str) -> None:
 
 
 def to_detectron2(weights: str, output: str) -> None:
-    """Write a checkpoint of ours as one of Detectron2's own FPN.
+    """Write a checkpoint of this plugin's plain `fpn` as one of Detectron2's FPN.
 
-    The names are the same; what is checked is that Detectron2 would compute the same from them.
+    Names are the same; the config is checked for whether Detectron2 computes the same from them.
 
     Raises:
-        ValueError: naming MODEL.WEIGHTS, the key and its value, where it would not.
+        ValueError: naming MODEL.WEIGHTS, the key and its value, if it does not.
     """
     where = f"{WEIGHTS} {weights!r} cannot become Detectron2's FPN"
     model = recorded_model(weights)
     if model.get("FPN", {}).get("WARM_START"):
         raise ValueError(f"{where}: it holds two pyramids (MODEL.FPN.WARM_START: True)")
     settings = describe_checkpoint(weights)
-    for key, choices in _DETECTRON2.items():
+    for key, choices in _DETECTRON2_FPN.items():
         if key in settings and settings[key] not in choices:
             valid = " or ".join(repr(choice) for choice in choices)
             raise ValueError(f"{where}: MODEL.FPN.{key} is {settings[key]!r}, not {valid}")

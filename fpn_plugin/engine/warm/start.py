@@ -1,37 +1,31 @@
-"""`MODEL.FPN.WARM_START`: a checkpoint's weights for a model whose pyramid is another one.
+"""`MODEL.FPN.WARM_START`: loads a checkpoint into a model with a different pyramid.
 
-The model holds both pyramids (`fpn_plugin.pyramid.warm`), so this is a matter of names, and of
-channels where the width differs (`widths.py`).
+The model holds both pyramids (`fpn_plugin.pyramid.warm`), so the weights need new names only, and
+other channels where the width differs (`widths.py`). The log says of every node whether its weights
+are copied, adapted or fresh, and of every output whether its function is preserved.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Mapping
+from dataclasses import dataclass
+from typing import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.config.warm_start import FROM, KEY, WEIGHTS
-from fpn_plugin.engine.warm.report import (
-    ADAPTED,
-    COPIED,
-    EXACTLY,
-    FRESH,
-    LOST,
-    ROUNDED,
-    Row,
-    few,
-    node_lines,
-    verdict_lines,
-)
+from fpn_plugin.config.warm_start import FROM
+from fpn_plugin.config.warm_start import KEY, WEIGHTS
 from fpn_plugin.engine.warm.widths import INEXACT, resize, shapes_at_width
 from fpn_plugin.modeling.backbone import PyramidBackbone
-from fpn_plugin.pyramid.warm import GATE, Origin, WarmPyramid
+from fpn_plugin.pyramid.warm import GATE, PREFIX, Origin, WarmPyramid
 
 logger = logging.getLogger(__name__)
+
+COPIED, ADAPTED, FRESH = "copied", "adapted", "fresh"
+EXACTLY, ROUNDED, LOST = "exactly", "up to rounding", "no"
 
 
 def start_warm(model: nn.Module, cfg: CfgNode) -> None:
@@ -42,7 +36,7 @@ def start_warm(model: nn.Module, cfg: CfgNode) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the key, if it is no checkpoint, or not the one that the config tells of.
+        ValueError: naming the key, if it is no checkpoint, or not one of the pyramid in the config.
     """
     path, width = cfg.MODEL.WEIGHTS, cfg.MODEL.FPN.OUT_CHANNELS
     old = cfg.MODEL.FPN.WARM_START_FROM.get("OUT_CHANNELS", width)
@@ -56,10 +50,10 @@ def load_adapted(
     shapes: Mapping[str, torch.Size] | None = None,
     key: str = WEIGHTS,
 ) -> None:
-    """Load a file into a model with another pyramid; the arguments and errors of `WarmStart`.
+    """Load a file into a model with another pyramid. Arguments and errors are those of `WarmStart`.
 
     Args:
-        key: the config's key that names the file, for messages.
+        key: the config key of the file, for messages.
     """
     start = WarmStart(model, f"{key} {path!r}", shapes)
     model.load_state_dict(start(read_state_dict(path, key)))
@@ -67,31 +61,50 @@ def load_adapted(
 
 def holds_two_pyramids(model: nn.Module) -> bool:
     """Whether a model was built to start as one with another pyramid."""
-    modules = model.modules()
-    return any(isinstance(item, PyramidBackbone) and item.warm_start for item in modules)
+    return any(isinstance(x, PyramidBackbone) and x.warm_start for x in model.modules())
 
 
 def find_pyramid(model: nn.Module) -> tuple[str, PyramidBackbone]:
-    """A model's pyramid, and what its tensors' names begin with."""
+    """A model's pyramid, and the prefix of its tensors' names."""
     return next(
-        (f"{name}.", item)
-        for name, item in model.named_modules()
-        if isinstance(item, PyramidBackbone)
+        (f"{name}.", module)
+        for name, module in model.named_modules()
+        if isinstance(module, PyramidBackbone)
     )
 
 
+@dataclass(frozen=True)
+class TensorRow:
+    """What became of one tensor of the model.
+
+    Attributes:
+        group: the node, or the part of the detector, that it belongs to.
+        outcome: `COPIED`, `ADAPTED` or `FRESH`.
+        remark: how it was adapted, which tensor it copies, or why it is fresh.
+        original: whether it belongs to what the checkpoint computes.
+    """
+
+    name: str
+    group: str
+    outcome: str
+    remark: str = ""
+    original: bool = True
+
+
 class WarmStart:
-    """Makes a model's state of a checkpoint's.
+    """Converts the state of a checkpoint to that of a model.
 
     Args:
         model: a detector with a `PyramidBackbone`.
-        source: what the checkpoint is called in messages.
-        shapes: of the model's tensors at the width of the checkpoint's pyramid; None: at its own.
+        source: the name of the checkpoint in messages.
+        shapes: the shapes of the model's tensors at the width of the checkpoint's pyramid; None if
+            the width is the same.
 
     Attributes:
         rows: what became of each tensor, after a call.
-        reasons: why the model's pyramid does not compute what the checkpoint's did; none: it does.
-        left: what of the checkpoint is not in the model.
+        reasons: why the model's pyramid does not compute what the checkpoint's did; empty if it
+            does.
+        unused: the tensors of the checkpoint that are not in the model.
 
     Raises:
         ValueError: if the widths differ and there are no `shapes`.
@@ -112,56 +125,60 @@ class WarmStart:
                 " another width takes MODEL.FPN.OUT_CHANNELS of a YAML config"
             )
         self.shapes = shapes or {name: x.shape for name, x in model.state_dict().items()}
-        self.rows: list[Row] = []
+        self.rows: list[TensorRow] = []
         self.reasons: list[str] = []
-        self.left: list[str] = []
+        self.unused: list[str] = []
 
-    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's state, complete, from that of the checkpoint.
+    def __call__(self, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The complete state of the model, from that of the checkpoint.
 
         Raises:
             ValueError: naming MODEL.WEIGHTS, if its pyramid is not that of
                 MODEL.FPN.WARM_START_FROM, or nothing of it fits.
         """
-        wanted = self.model.state_dict()
-        fits = {n: n in given and given[n].shape == x.shape for n, x in wanted.items()}
-        anew = [name for name, fit in fits.items() if not fit and not _is_constant(name)]
-        # also where heads differ: another run may have trained both pyramids and the gates
-        if not any(name.startswith(self.prefix) for name in anew):
-            rest = f"; the heads begin anew in part: {few(anew)}" if anew else ""
+        initial = self.model.state_dict()
+        fits = {
+            name: name in checkpoint and checkpoint[name].shape == x.shape
+            for name, x in initial.items()
+        }
+        missing = [name for name, fit in fits.items() if not fit and not _is_constant(name)]
+        # Another run may have trained both pyramids and the gates, perhaps with other heads.
+        if not any(name.startswith(self.prefix) for name in missing):
+            rest = f"; the heads begin anew in part: {_few(missing)}" if missing else ""
             logger.info("%s: %s has this very pyramid: nothing to do%s", KEY, self.source, rest)
-            return {name: given[name] if fits[name] else x for name, x in wanted.items()}
-        state = dict(given) if self.warm else self._below_pyramid(given, wanted)
+            return {name: checkpoint[name] if fits[name] else x for name, x in initial.items()}
+        state = dict(checkpoint) if self.warm else self._insert_bottom_up(checkpoint, initial)
         self._check(state)
         self.rows = []
-        made = {name: self._make(name, state, now) for name, now in wanted.items()}
+        converted = {name: self._convert(name, state, now) for name, now in initial.items()}
         self.reasons = self._reasons()
-        taken = {self._origin(row.name)[0] for row in self.rows if row.kind != FRESH}
-        self.left = [name for name in state if name not in taken and not _is_constant(name)]
+        used = {self._origin(row.name)[0] for row in self.rows if row.outcome != FRESH}
+        self.unused = [name for name in state if name not in used and not _is_constant(name)]
         logger.info("%s", self.report())
-        return made
+        return converted
 
-    def _below_pyramid(
-        self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    def _insert_bottom_up(
+        self, checkpoint: Mapping[str, Tensor], initial: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The state of a detector without a pyramid, whose network is not below one.
+        """The state of a detector without a pyramid, with `bottom_up` in the names of its network.
 
         In Detectron2's C4 detectors the network's last stage is part of the heads.
         """
-        own = f"{self.prefix}bottom_up."
+        network = f"{self.prefix}bottom_up."
         state = {}
-        for name, x in given.items():
+        for name, x in checkpoint.items():
             inner = name.removeprefix(self.prefix).removeprefix("roi_heads.")
-            state[name if name in wanted or own + inner not in wanted else own + inner] = x
-        if not any(name.startswith(own) for name in state):
+            moved = name not in initial and network + inner in initial
+            state[network + inner if moved else name] = x
+        if not any(name.startswith(network) for name in state):
             raise ValueError(
                 f"{self.source}: nothing of it fits the network"
-                f" (MODEL.BOTTOM_UP.NAME): it has {few(list(given))}"
+                f" (MODEL.BOTTOM_UP.NAME): it has {_few(list(checkpoint))}"
             )
         return state
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse a checkpoint that lacks a part of the old pyramid, or has it in another shape."""
+        """Refuse a checkpoint if a tensor of the old pyramid is missing or of another shape."""
         where = f"{self.source} is not as {FROM} says"
         if gate := next((x for x in state if x.startswith(self.prefix + GATE)), ""):
             raise ValueError(
@@ -181,8 +198,8 @@ class WarmStart:
                 )
 
     def _origin(self, name: str) -> tuple[str, Origin | None]:
-        """The name in the checkpoint of what a tensor gets, and for a pyramid's what it is there;
-        ("", None) for a tensor of the new pyramid alone."""
+        """A tensor's name in the checkpoint, with its origin if it belongs to a pyramid; ("", None)
+        for a tensor that only the new pyramid has."""
         inner = name[len(self.prefix) :]
         if not name.startswith(self.prefix) or inner.startswith("bottom_up."):
             return name, None
@@ -194,26 +211,29 @@ class WarmStart:
         origin = self.origins[path]
         return self.prefix + origin.path + inner[len(path) :], origin
 
-    def _make(self, name: str, state: Mapping[str, Tensor], now: Tensor) -> Tensor:
-        """One tensor of the model's state; what became of it goes to `rows`."""
+    def _convert(self, name: str, state: Mapping[str, Tensor], now: Tensor) -> Tensor:
+        """One tensor of the model's state; adds a row that says what became of it."""
         source, origin = self._origin(name)
-        group, own = self._group(name), bool(source) and (origin is None or origin.exact)
-        found = state.get(source)
-        if found is None or found.shape != self.shapes[name]:
-            shapes = () if found is None else (tuple(found.shape), tuple(self.shapes[name]))
-            remark = "the checkpoint's is {}, not {}".format(*shapes) if shapes else ""
-            gate = group.startswith(GATE)
-            self.rows.append(Row(name, group, FRESH, "zero" if gate else remark, own))
-            return now if own or gate else _awake(name, now)
-        kind, remarks = COPIED, [] if own else [f"from {source}"]
-        if now.shape != found.shape:
-            owner, _, leaf = name.rpartition(".")
-            found = resize(self.model.get_submodule(owner), leaf, found, now.shape, self.widths)
+        group, original = self._group(name), bool(source) and (origin is None or origin.exact)
+        x = state.get(source)
+        if x is None or x.shape != self.shapes[name]:
+            remark = ""
+            if x is not None:
+                ours, wanted = tuple(x.shape), tuple(self.shapes[name])
+                remark = f"the checkpoint's is {ours}, not {wanted}"
+            is_gate = group.startswith(GATE)
+            row = TensorRow(name, group, FRESH, "zero" if is_gate else remark, original)
+            self.rows.append(row)
+            return now if original or is_gate else _small_random(name, now)
+        outcome, remarks = COPIED, [] if original else [f"from {source}"]
+        if now.shape != x.shape:
+            parent, _, leaf = name.rpartition(".")
+            x = resize(self.model.get_submodule(parent), leaf, x, now.shape, self.widths)
             verb = "grown" if self.widths[1] > self.widths[0] else "cut"
-            kind = ADAPTED
+            outcome = ADAPTED
             remarks.insert(0, "{} from {} to {} channels".format(verb, *self.widths))
-        self.rows.append(Row(name, group, kind, "; ".join(remarks), own))
-        return found.to(now.dtype)
+        self.rows.append(TensorRow(name, group, outcome, "; ".join(remarks), original))
+        return x.to(now.dtype)
 
     def _group(self, name: str) -> str:
         inner = name[len(self.prefix) :]
@@ -228,10 +248,12 @@ class WarmStart:
         if self.warm is None:
             return ["the checkpoint has no pyramid"]
         old, new = self.widths
-        apart = sorted(self.shapes.keys() ^ self.model.state_dict().keys())
-        reasons = [f"{few(apart)} is there at {old} or at {new} channels alone"] if apart else []
-        lost = [name for name in self._lost() if name.startswith(self.prefix) and name not in apart]
-        reasons += [f"the checkpoint has no {few(lost)}, or of another shape"] if lost else []
+        one_width = sorted(self.shapes.keys() ^ self.model.state_dict().keys())
+        reasons = []
+        if one_width:
+            reasons.append(f"{_few(one_width)} is there at {old} or at {new} channels alone")
+        lost = [n for n in self._lost() if n.startswith(self.prefix) and n not in one_width]
+        reasons += [f"the checkpoint has no {_few(lost)}, or of another shape"] if lost else []
         if new < old:
             reasons.append(f"{old - new} of {old} channels were let go")
         elif new > old:
@@ -242,17 +264,17 @@ class WarmStart:
         return reasons
 
     def _lost(self) -> list[str]:
-        """What the model has in common with other checkpoints, but not with this one."""
-        lost = [row.name for row in self.rows if row.own and row.kind == FRESH]
+        """The tensors of what the checkpoint computes that could not be taken from it."""
+        lost = [row.name for row in self.rows if row.original and row.outcome == FRESH]
         return [name for name in lost if not _is_constant(name)]
 
     def _normalises_groups(self) -> bool:
-        names = [row.name.rpartition(".")[0] for row in self.rows if row.kind == ADAPTED]
-        kinds = {type(self.model.get_submodule(name)).__name__ for name in names}
-        return bool(kinds & {"GroupNorm", "LayerNorm"})
+        names = [row.name.rpartition(".")[0] for row in self.rows if row.outcome == ADAPTED]
+        classes = {type(self.model.get_submodule(name)).__name__ for name in names}
+        return bool(classes & {"GroupNorm", "LayerNorm"})
 
     def verdict(self) -> dict[str, str]:
-        """How far each level of the pyramid, and "the detector", computes what the checkpoint
+        """Whether each level of the pyramid, and "the detector", computes what the checkpoint
         computed: `EXACTLY`, `ROUNDED` or `LOST`."""
         kept = EXACTLY if self.widths[0] == self.widths[1] else ROUNDED
         kept = LOST if self.reasons else kept
@@ -264,28 +286,87 @@ class WarmStart:
 
     def report(self) -> str:
         """A line per node and part of the detector, and one per output."""
-        lines = node_lines(self.rows, [step.node.name for step in self.backbone.steps])
-        lines += verdict_lines(self.verdict(), self.warm.gates if self.warm else {})
+        lines = _node_lines(self.rows, [step.node.name for step in self.backbone.steps])
+        lines += _verdict_lines(self.verdict(), self.warm.gates if self.warm else {})
         lines += [f"not preserved: {reason}" for reason in self.reasons]
         heads = [name for name in self._lost() if not name.startswith(self.prefix)]
-        lines += [f"not preserved: the heads begin anew in part: {few(heads)}"] if heads else []
+        lines += [f"not preserved: the heads begin anew in part: {_few(heads)}"] if heads else []
         if self.warm and self.warm.left:
-            lines.append(f"not preserved: the heads get no {few(self.warm.left)} any more")
-        lines += [f"in the checkpoint alone: {few(self.left)}"] if self.left else []
+            lines.append(f"not preserved: the heads get no {_few(self.warm.left)} any more")
+        lines += [f"in the checkpoint alone: {_few(self.unused)}"] if self.unused else []
         head = f"{KEY} from {self.source}, node by node:"
         return "\n  ".join([head, *lines])
 
 
 def _is_constant(name: str) -> bool:
-    """Whether a tensor is none that a checkpoint must have, or that anything is lost with."""
+    """Whether a tensor follows from the config, so that a checkpoint need not have it."""
     constants = ("num_batches_tracked", "pixel_mean", "pixel_std")
     return name.endswith(constants) or "anchor_generator." in name
 
 
-def _awake(name: str, now: Tensor) -> Tensor:
-    """A new weight that starts at zero, made small instead: behind a gate that is zero as well it
-    would have to wait for it, and what is before it once more."""
+def _small_random(name: str, now: Tensor) -> Tensor:
+    """A new weight, small and random where it would start at zero.
+
+    A zero weight behind a gate that is zero gets no gradient until the gate has moved, and what is
+    before it gets none until the weight has moved as well.
+    """
     if not name.endswith("weight") or now.any():
         return now
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(now.shape, generator=generator) * 0.01).to(now)
+
+
+def _few(names: Sequence[str], count: int = 3) -> str:
+    """The first few names as a text."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _node_lines(rows: Iterable[TensorRow], nodes: Iterable[str]) -> list[str]:
+    """A line per node and per part of the detector.
+
+    Args:
+        nodes: all nodes of the pyramid, including those without parameters.
+    """
+    groups: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    for name in nodes:
+        groups.setdefault(name, [])
+    return [_line(_label(name), _summary(group)) for name, group in groups.items()]
+
+
+def _verdict_lines(kept: Mapping[str, str], gates: Mapping[str, str]) -> list[str]:
+    """A line per level of the pyramid, and one for the detector.
+
+    Args:
+        kept: `EXACTLY`, `ROUNDED` or `LOST` by level, and for "the detector".
+        gates: the gate of each level that the checkpoint's pyramid has too; "" if it needs none.
+    """
+    lines = []
+    for name, how in kept.items():
+        text = f"the checkpoint's function: {how}"
+        if name in gates:
+            text += f" ({gates[name]} lets the new pyramid in)" if gates[name] else " (as it was)"
+        lines.append(_line(name, text))
+    return lines
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<28} {text}"
+
+
+def _label(name: str) -> str:
+    return f"{name[len(PREFIX):]} (old)" if name.startswith(PREFIX) else name
+
+
+def _summary(rows: list[TensorRow]) -> str:
+    if not rows:
+        return "nothing to learn"
+    texts = []
+    for outcome in (COPIED, ADAPTED, FRESH):
+        matching = [row for row in rows if row.outcome == outcome]
+        remarks = list(dict.fromkeys(row.remark for row in matching if row.remark))
+        if matching:
+            count = "" if len(matching) == len(rows) else f" {len(matching)} of {len(rows)}"
+            texts.append(f"{outcome}{count}" + (f" ({_few(remarks, 2)})" if remarks else ""))
+    return ", ".join(texts)

@@ -1,12 +1,12 @@
-"""A tensor for another width of the pyramid, so that the model computes the same.
+"""Resizes a tensor for another width of the pyramid, so that the model computes the same.
 
-Growing from `C` to `C'` channels, new channel `j` is a copy of channel `j * C // C'`: copies lie
-side by side, so that groups of channels (group norm, deformable groups) keep their members. Who
-reads a map splits each weight among the copies, in random shares that sum to one, so that the
-copies learn different things. Cutting takes the same channels and lets the others go.
+From `C` to `C'` channels, new channel `j` is a copy of channel `j * C // C'`. Copies are adjacent,
+so that groups of channels (group norm, deformable groups) keep their members. A layer that reads
+the map divides each weight among the copies, in random shares that sum to one, so that the copies
+learn different things. With fewer channels, the same formula says which ones are kept.
 
-Which axes of a tensor follow the width is not guessed from its shape: it is where the model at the
-old width differs from the model at the new one.
+Which axes of a tensor follow the width is not guessed from its shape: they are those in which the
+model at the old width differs from the model at the new one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.pyramid.blocks import ModulatedConv
 
-# what computes something else when its channels are copied
+# operators that compute something else when their channels are copied
 INEXACT = ("non_local", "pixel_shuffle")
 _MATRICES = (nn.Conv2d, nn.Linear, ModulatedConv)
 
@@ -29,56 +29,58 @@ def shapes_at_width(cfg: CfgNode, width: int) -> dict[str, torch.Size]:
     cfg.defrost()
     cfg.MODEL.FPN.OUT_CHANNELS = width
     cfg.MODEL.DEVICE, cfg.MODEL.BOTTOM_UP.WEIGHTS = "cpu", ""
-    with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay what they were
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers stay the same
         return {name: x.shape for name, x in build_model(cfg).state_dict().items()}
 
 
 def resize(
-    owner: nn.Module, leaf: str, given: Tensor, wanted: torch.Size, widths: tuple[int, int]
+    module: nn.Module, leaf: str, x: Tensor, shape: torch.Size, widths: tuple[int, int]
 ) -> Tensor:
-    """A tensor of `owner` in the shape that it has at another width of the pyramid.
+    """A tensor of a module in the shape that it has at another width of the pyramid.
 
     Args:
-        leaf: the tensor's own name, such as "weight".
-        given: in the shape that it has at the old width.
+        leaf: the tensor's name in the module, such as "weight".
+        x: the tensor at the old width.
+        shape: its shape at the new width.
         widths: of the pyramid, old and new.
     """
-    reads = 1 if isinstance(owner, _MATRICES) else 0
-    reading = leaf == "weight" and isinstance(owner, (*_MATRICES, nn.ConvTranspose2d))
-    for axis, size in enumerate(wanted):
-        if given.shape[axis] == size:
+    # the axis along which a weight is multiplied with channels of its input, if it is such a weight
+    input_axis = 1 if isinstance(module, _MATRICES) else 0
+    is_matrix = leaf == "weight" and isinstance(module, (*_MATRICES, nn.ConvTranspose2d))
+    for axis, size in enumerate(shape):
+        if x.shape[axis] == size:
             continue
-        if reading and axis == reads:
-            given = _split(given, axis, size, widths)
+        if is_matrix and axis == input_axis:
+            x = _divide(x, axis, size, widths)
         else:
-            given = given.index_select(axis, _sources(given.shape[axis], size))
-    return given
+            x = x.index_select(axis, _sources(x.shape[axis], size))
+    return x
 
 
 def _sources(old: int, new: int) -> Tensor:
-    """Which old channel each new one copies."""
+    """The old channel that each new channel copies."""
     return torch.arange(new) * old // new
 
 
-def _split(given: Tensor, axis: int, size: int, widths: tuple[int, int]) -> Tensor:
-    """Weights of a reader, for the copies of what it reads.
+def _divide(x: Tensor, axis: int, size: int, widths: tuple[int, int]) -> Tensor:
+    """Divide the weights of a layer among the copies of its input channels.
 
-    A linear layer reads a flattened map, all places of a channel side by side; a convolution reads
-    channels alone, possibly of several maps in a row.
+    A linear layer reads a flattened map, in which the pixels of a channel are adjacent. A
+    convolution reads channels, possibly those of several concatenated maps.
     """
-    old = given.shape[axis]
-    places = old // widths[0] if given.dim() == 2 and old % widths[0] == 0 else 1
-    x = given.transpose(0, axis)
-    x = x.reshape(old // places, places, *x.shape[1:])
-    sources = _sources(old // places, size // places)
-    x = x.index_select(0, sources) * _shares(sources, old // places).view(-1, *[1] * (x.dim() - 1))
+    old = x.shape[axis]
+    pixels = old // widths[0] if x.dim() == 2 and old % widths[0] == 0 else 1
+    x = x.transpose(0, axis)
+    x = x.reshape(old // pixels, pixels, *x.shape[1:])  # (channels, pixels, …)
+    sources = _sources(old // pixels, size // pixels)
+    x = x.index_select(0, sources) * _shares(sources, old // pixels).view(-1, *[1] * (x.dim() - 1))
     return x.flatten(0, 1).transpose(0, axis).contiguous()
 
 
 def _shares(sources: Tensor, old: int) -> Tensor:
-    """Of each copy in its channel: random, the same in every process."""
+    """The share of each copy in its channel: random, but the same in every process."""
     if len(sources) <= old:
         return torch.ones(len(sources))
     generator = torch.Generator().manual_seed(old)
-    parts = torch.rand(len(sources), generator=generator) + 0.5
-    return parts / torch.zeros(old).index_add(0, sources, parts)[sources]
+    shares = torch.rand(len(sources), generator=generator) + 0.5
+    return shares / torch.zeros(old).index_add(0, sources, shares)[sources]

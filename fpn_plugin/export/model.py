@@ -1,5 +1,5 @@
-"""What is exported: a bottom-up network with its pyramid, or a whole detector, as a module from one
-tensor to named tensors. Shapes are `(N, C, H, W)`, sizes in pixels."""
+"""The exported model, a module from one tensor to named tensors: a bottom-up network with its
+pyramid, or a whole detector. Shapes are `(N, C, H, W)`, sizes in pixels."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
 WHAT = ("backbone", "detector")
-BATCH = 2  # of the example: torch.export takes a size of 1 for a constant
+BATCH = 2  # of the example, as torch.export specializes on a size of 1
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportModel:
     """A model to export.
 
     Attributes:
         what: one of `WHAT`.
-        module: takes images, `(N, 3, H, W)` normalised or, a detector, `(3, H, W)` as they are; in
-            evaluation mode, on the CPU.
-        outputs: the names of what it gives, in order.
-        step: a backbone's: its images' sides must be multiples of this.
-        least: the smallest side that it takes at any size.
-        windowed: the first submodule that cuts maps into windows, a transformer's; "" for none.
+        module: the network, in evaluation mode on the CPU. A backbone takes normalised images
+            `(N, 3, H, W)`, a detector takes pixels `(3, H, W)`.
+        outputs: the names of its outputs, in order.
+        step: the sides of a backbone's images must be multiples of this.
+        least: the smallest side that a file for any size takes.
+        windowed: the first submodule with attention in windows; "" for none.
         info: what inference needs to know, for the JSON beside the file.
     """
 
@@ -42,7 +42,7 @@ class Subject:
     info: Mapping[str, Any]
 
     def example(self, size: Sequence[int], batch: int) -> Tensor:
-        """Random images of a size, with edges at several scales; the batch is a backbone's."""
+        """Random images of a size, with edges at several scales; `batch` is for a backbone."""
         count = batch if self.what == "backbone" else 1
         images = torch.zeros(count, 3, *size)
         for side in (2, 5, 13, 34):
@@ -52,18 +52,18 @@ class Subject:
         return self.normalise(pixels) if self.what == "backbone" else pixels[0]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """What a backbone is given for images `(N, 3, H, W)` from 0 to 255."""
+        """The input of a backbone for images `(N, 3, H, W)` from 0 to 255."""
         mean, std = (torch.tensor(self.info[key]).view(-1, 1, 1) for key in ("mean", "std"))
         return (pixels - mean) / std
 
     def run(self, images: Tensor) -> List[Tensor]:
-        """Eagerly: the outputs, in order."""
+        """The outputs of the eager model, in order."""
         with torch.no_grad():
-            given = self.module(images)
-        return list(given.values()) if isinstance(given, Mapping) else list(given)
+            outputs = self.module(images)
+        return list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
 
 
-def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
+def export_backbone(cfg: CfgNode, model: Any) -> ExportModel:
     """The backbone of a model: a dict of maps by name, from high to low resolution.
 
     Raises:
@@ -79,12 +79,12 @@ def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
     coarsest = max(strides.values())
     facts = {"strides": strides, "channels": channels, "normalised": True}
     square = backbone.padding_constraints.get("square_size", 0)
-    return Subject(
+    return ExportModel(
         "backbone",
         backbone.eval(),
         tuple(strides),
         step=_step(network),
-        # torch.export takes a map of one pixel for a constant, and estimates sizes from below
+        # torch.export specializes on a map of one pixel, and estimates sizes from below
         least=2 * coarsest + 2,
         windowed=_find_windows(backbone),
         info={
@@ -97,9 +97,10 @@ def backbone_subject(cfg: CfgNode, model: Any) -> Subject:
     )
 
 
-def detector_subject(cfg: CfgNode, model: nn.Module) -> Subject:
-    """A whole detector for one image of any size, by Detectron2's `TracingAdapter`: boxes, classes,
-    scores and masks before they are pasted into the image.
+def export_detector(cfg: CfgNode, model: nn.Module) -> ExportModel:
+    """A whole detector for one image of any size, by Detectron2's `TracingAdapter`.
+
+    Its outputs are boxes, classes, scores, and masks before they are pasted into the image.
 
     Raises:
         ValueError: for a model that Detectron2 cannot trace.
@@ -110,37 +111,37 @@ def detector_subject(cfg: CfgNode, model: nn.Module) -> Subject:
             f" {type(model).__name__}; take --what backbone"
         )
     adapter = TracingAdapter(model.eval(), [{"image": torch.zeros(3, 128, 160)}], _detect).eval()
-    adapter(torch.rand(3, 128, 160) * 255)  # it learns what the outputs are called
+    adapter(torch.rand(3, 128, 160) * 255)  # sets outputs_schema
     names = tuple(adapter.outputs_schema.keys)
     facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
     info = {**_pixels(cfg), **facts}
-    return Subject("detector", adapter, names, 1, 32, _find_windows(model), info)
+    return ExportModel("detector", adapter, names, 1, 32, _find_windows(model), info)
 
 
 def _detect(model: Any, inputs: List[Any]) -> dict[str, Tensor]:
-    """The fields of the detections in the one image that there is."""
+    """The fields of the detections in a single image."""
     if isinstance(model, GeneralizedRCNN):
-        found = model.inference(inputs, do_postprocess=False)[0]
+        instances = model.inference(inputs, do_postprocess=False)[0]
     else:
-        found = model(inputs)[0]["instances"]
+        instances = model(inputs)[0]["instances"]
     return {
         name: getattr(value, "tensor", value)
-        for name, value in sorted(found.get_fields().items())
+        for name, value in sorted(instances.get_fields().items())
         if isinstance(getattr(value, "tensor", value), Tensor)
     }
 
 
 def _pixels(cfg: CfgNode) -> dict[str, Any]:
-    """Mean and deviation per channel, of pixels from 0 to 255, and the channels' order."""
+    """Mean and standard deviation per channel, of pixels from 0 to 255, and the channel order."""
     mean, std = (list(map(float, values)) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
     return {"mean": mean, "std": std, "format": cfg.INPUT.FORMAT}
 
 
 def _step(network: Any) -> int:
-    """What the sides of images must be multiples of, in pixels.
+    """The number of pixels that the sides of images must be multiples of.
 
-    Layers that pad as TensorFlow does for "same" ask at every stride how much is missing. What that
-    comes to at any size is more than torch.export can work out; at multiples it is a constant.
+    Layers that pad as TensorFlow does for "same" pad by an amount that depends on the size. For any
+    size it is too complicated for torch.export; at multiples of the stride it is a constant.
     """
     same = any(type(part).__name__.endswith("Same") for part in network.modules())
     stride = max(shape.stride for shape in network.output_shape().values()) if same else 1
@@ -148,7 +149,7 @@ def _step(network: Any) -> int:
 
 
 def _find_windows(network: nn.Module) -> str:
-    """The first submodule with attention in windows, by the name that Detectron2 and timm share."""
+    """The first submodule with attention in windows, found by Detectron2's and timm's attribute."""
     for name, module in network.named_modules():
         if getattr(module, "window_size", None) not in (None, 0, (0, 0)):
             return name

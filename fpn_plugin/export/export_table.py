@@ -1,4 +1,4 @@
-"""What exports: every config in every format, compared like any export, as a table."""
+"""The work of `tools/export_table.py`: every config in every format, verified, as a table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.report.tables import Table
 from fpn_plugin.analysis.visualize.detector import read_config
+from fpn_plugin.export.export import Settings, export, json_path
 from fpn_plugin.export.formats import FORMATS
-from fpn_plugin.export.run import Settings, export, json_path
 from fpn_plugin.pyramid.build import REGISTRIES
 
-# the key of each kind of operator, and a topology in which it has work to do
+# the key of each kind of operator, and a topology that uses it
 _KEYS = {
     "up": ("MODEL.FPN.UPSAMPLE", "fpn"),
     "down": ("MODEL.FPN.DOWNSAMPLE", "pafpn"),
@@ -44,7 +44,7 @@ class Case:
 
 
 def operator_cases(config_file: str, opts: Sequence[str]) -> List[Case]:
-    """Each operator of every kind, in a config."""
+    """A case for each registered operator, in a config."""
     return [
         Case(f"{kind} {name}", config_file, (*opts, "MODEL.FPN.TOPOLOGY", topology, key, name))
         for kind, (key, topology) in _KEYS.items()
@@ -53,13 +53,13 @@ def operator_cases(config_file: str, opts: Sequence[str]) -> List[Case]:
 
 
 def measure(cases: Sequence[Case], formats: Sequence[str], limit: int, bar: Bar) -> Iterator[Table]:
-    """Export, with random weights.
+    """Export each case with random weights in each format.
 
     Args:
-        limit: of an export, in seconds.
+        limit: the time limit of an export, in seconds.
 
     Yields:
-        the table after each case; what is refused says why in place of its numbers.
+        the table after each case; where an export fails, it has the reason instead of numbers.
     """
     rows: list[list[str]] = []
     for case in cases:
@@ -67,33 +67,33 @@ def measure(cases: Sequence[Case], formats: Sequence[str], limit: int, bar: Bar)
             bar.say(case.name)
             weights = Path(name, "model.pth")
             _write_weights(case, weights)
-            for kind in formats:
-                output = Path(name, f"model{FORMATS[kind].suffix}")
-                settings = Settings(case.config_file, kind, output, str(weights), opts=case.opts)
-                rows.append([case.name, kind, *_cells(replace(settings, time_limit=limit))])
+            for format in formats:
+                output = Path(name, f"model{FORMATS[format].suffix}")
+                settings = Settings(case.config_file, format, output, str(weights), opts=case.opts)
+                rows.append([case.name, format, *_cells(replace(settings, time_limit=limit))])
         yield Table("Exports", HEADER, rows, left=2)
 
 
 def _write_weights(case: Case, path: Path) -> None:
-    path.touch()  # which is looked for
+    path.touch()  # read_config checks that it exists
     cfg = read_config(case.config_file, str(path), case.opts)
     cfg.MODEL.DEVICE, cfg.MODEL.BOTTOM_UP.WEIGHTS = "cpu", ""
     torch.manual_seed(0)
     model: nn.Module = build_model(cfg)
     with torch.no_grad():
-        for parameter in model.parameters():  # offsets and gates that start at zero have to count
+        for parameter in model.parameters():  # offsets and gates start at zero, but should matter
             parameter.add_(0.02 * torch.randn_like(parameter))
     torch.save({"model": model.state_dict()}, path)
 
 
 def _cells(settings: Settings) -> list[str]:
-    """Sizes, difference, seconds and megabytes of one export; or why there is none."""
+    """Sizes, difference, seconds and megabytes of one export, or the reason why it failed."""
     try:
-        found = export(settings, Bar(True))
+        differences = export(settings, Bar(True))
     except (ValueError, TimeoutError) as error:
         return ["", f"refused: {str(error)[:200]}", "", ""]
-    sizes = ", ".join("x".join(map(str, (item.shape[0], *item.shape[2:]))) for item in found)
+    sizes = ", ".join("x".join(map(str, (item.shape[0], *item.shape[2:]))) for item in differences)
     how = re.search(r"([\d.]+) s$", json.loads(json_path(settings.output).read_text())["how"])
     megabytes = settings.output.stat().st_size / 1e6
-    worst = max(item.relative for item in found)
+    worst = max(item.relative for item in differences)
     return [sizes, f"{worst:.1e}", how[1] if how else "", f"{megabytes:.1f}"]

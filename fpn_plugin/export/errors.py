@@ -1,4 +1,4 @@
-"""What cannot be exported, said so that one knows what to do instead; and a limit on time."""
+"""Errors for what cannot be exported, with what to do instead, and a time limit."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ import signal
 import threading
 from typing import Any, Iterator, List, Sequence, Tuple
 
-# which submodule an operation comes from, and the operator
-Operation = Tuple[str, str]
-# how torch.onnx says that it knows no function for an operator: its exporter, and the one of traces
-_REFUSED = (
+Operation = Tuple[str, str]  # the submodule that it comes from, and the operator
+# how torch.onnx reports an operator without a counterpart: its exporter, and the one of traces
+_UNSUPPORTED = (
     r"No ONNX function found for <OpOverload\(op='([\w.:]+)'",
     r"Exporting the operator '([\w.:]+)' to ONNX",
     r"an operator with unrecognized namespace ([\w:]+)",
 )
 
 
-def refuse_windows(name: str, module: str) -> ValueError:
-    """For a transformer whose windows depend on the image's size."""
+def window_error(name: str, module: str) -> ValueError:
+    """For a transformer whose windows depend on the image's size.
+
+    Args:
+        name: of the format.
+        module: the submodule with the windows.
+    """
     return ValueError(
         f"--format {name}: {module!r} has attention in windows, whose number is fixed in the file:"
         " give --fixed-size HxW"
     )
 
 
-def refuse_detector(name: str) -> ValueError:
-    """For a whole detector, which runs Python on the boxes that it finds."""
+def detector_error(name: str) -> ValueError:
+    """For a whole detector, which runs Python code on the boxes that it finds."""
     return ValueError(
         f"--what detector --format {name}: torch.export does not follow what Detectron2 does around"
         " the backbone, where sizes are tensors and loops depend on how many boxes there are; take"
@@ -35,11 +39,11 @@ def refuse_detector(name: str) -> ValueError:
     )
 
 
-def refuse_program(name: str, error: BaseException, dynamic: bool) -> ValueError:
-    """For what torch.export failed at.
+def program_error(name: str, error: BaseException, dynamic: bool) -> ValueError:
+    """For a model that torch.export failed on.
 
     Args:
-        dynamic: whether it was to take any size.
+        dynamic: whether the file was to take any size.
     """
     choices = "--fixed-size HxW, or --format torchscript" if dynamic else "--format torchscript"
     text = " ".join(str(error).split())[:300]
@@ -48,14 +52,14 @@ def refuse_program(name: str, error: BaseException, dynamic: bool) -> ValueError
     )
 
 
-def refuse_onnx(error: BaseException, operations: Sequence[Operation]) -> ValueError:
-    """For what torch.onnx failed at: the nodes whose operators have no counterpart, if that is why.
+def onnx_error(error: BaseException, operations: Sequence[Operation]) -> ValueError:
+    """For a model that torch.onnx failed on; names the nodes whose operators have no counterpart.
 
     Args:
-        operations: of the whole model.
+        operations: those of the whole model.
     """
     texts = _chain(error)
-    unknown = {name for pattern in _REFUSED for name in re.findall(pattern, "\n".join(texts))}
+    unknown = {name for pattern in _UNSUPPORTED for name in re.findall(pattern, "\n".join(texts))}
     if not unknown:
         return ValueError(f"--format onnx: torch.onnx fails: {texts[-1].strip()[:500]}")
     named = [f"node {node!r}: {name}" for node, name in operations if name in unknown]
@@ -67,24 +71,24 @@ def refuse_onnx(error: BaseException, operations: Sequence[Operation]) -> ValueE
 
 
 def operations_of_program(program: Any) -> List[Operation]:
-    """Of a `torch.export` program."""
-    found = []
+    """The operations of a `torch.export` program."""
+    operations = []
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {"": ("", None)}
         name = getattr(node.target, "name", lambda: "")() if node.op == "call_function" else ""
-        found.append((str(list(stack.values())[-1][0]), name.replace("::", ".")))
-    return found
+        operations.append((str(list(stack.values())[-1][0]), name.replace("::", ".")))
+    return operations
 
 
 def operations_of_trace(traced: Any) -> List[Operation]:
-    """Of a TorchScript trace."""
+    """The operations of a TorchScript trace."""
     nodes = traced.inlined_graph.nodes()
     scopes = [(node.scopeName().split("/")[-1], node.kind()) for node in nodes]
     return [(scope.replace("__module.", ""), kind) for scope, kind in scopes]
 
 
 def _chain(error: BaseException | None) -> List[str]:
-    """The messages of an error and of what it came from, the first cause last."""
+    """The messages of an error and its causes, the first cause last."""
     texts = []
     while error is not None:
         texts.append(str(error))
@@ -93,15 +97,18 @@ def _chain(error: BaseException | None) -> List[str]:
 
 
 class _Alarm(BaseException):
-    """No `Exception`, which the exporters catch on their way."""
+    """Not an `Exception`, as the exporters catch these."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: int, hint: str) -> Iterator[None]:
-    """Stop what takes longer, in the main thread of a system that has alarms; 0 for no limit.
+    """A context that is stopped if it takes longer; for the main thread on systems with alarms.
 
-    torch may be left in the middle of a trace: a process that was stopped should compile and export
-    no more.
+    torch may be left in the middle of a trace, so the process should not compile or export again.
+
+    Args:
+        seconds: 0 for no limit.
+        hint: what to do instead.
 
     Raises:
         TimeoutError: with the hint.

@@ -1,4 +1,4 @@
-"""What a training run shows of its pyramid in TensorBoard: `TEST.VIS_PERIOD`."""
+"""`TEST.VIS_PERIOD`: pictures, fusion weights and gradient norms of a pyramid in TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ logger = logging.getLogger(__name__)
 
 IMAGES = 2  # of the validation set, always the same
 SCORE = 0.5
-_WRITERS = 20  # iterations between two lines of Detectron2's writers
+_WRITERS = 20  # iterations between two calls of Detectron2's writers
 _DPI = 75
 
 
 class VisualizeHook(HookBase):
     """Puts pictures, fusion weights and gradient norms into Detectron2's event storage.
 
-    - `visualize/<image>`: a few validation images as `tools/visualize.py` draws them, each period;
-    - `grad_norm/<node>`: the norm of the gradient of a node's parameters, before any clipping and
-      without the scale of mixed precision, each period;
-    - `fusion/<node>/<input>`: the learned weight, each time that the writers write.
+    - `visualize/<image>`: a few validation images as `tools/visualize.py` draws them, every period;
+    - `grad_norm/<node>`: the norm of the gradient of a node's parameters, before clipping and
+      without the scale of mixed precision, every period;
+    - `fusion/<node>/<input>`: the learned weight, whenever the writers write.
 
-    Training goes on as if nothing had been: the numbers that it draws, its modes and gradients stay
-    as they are. For the main process alone, before the writers' hook.
+    Training is not affected: its random numbers, modes and gradients stay the same. For the main
+    process only; register it before the hook of the writers.
 
     Args:
-        model: the model itself, not what wraps it.
-        records: the images.
+        model: the model itself, not a wrapper.
+        records: the dataset dicts of the images.
         period: in iterations.
-        names: of the classes.
+        names: the names of the classes.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class VisualizeHook(HookBase):
         self.names = names
 
     def before_train(self) -> None:
-        """Ask the trainer of single steps to tell when gradients are there."""
+        """Register with the step trainer, the only one that calls `after_backward`."""
         steps = getattr(self.trainer, "_trainer", None)
         if steps is not None and isinstance(self.pyramid, GraphExecutor):
             steps.register_hooks([_AfterBackward(self)])
@@ -77,24 +77,24 @@ class VisualizeHook(HookBase):
         return getattr(self.model, "backbone", None)
 
     def put_gradients(self, scale: float) -> None:
-        """The norm per node.
+        """Put the norm of each node's gradient.
 
         Args:
-            scale: by which the gradients are too large.
+            scale: the gradient scaler's factor in the gradients.
         """
         if not self._is_due(self.period):
             return
         for name, norm in gradient_norms(self.pyramid).items():
             value = float(norm) / scale
-            if value < float("inf"):  # else the step is one that mixed precision skips
+            if value < float("inf"):  # else the gradient scaler skips this step
                 self._put(f"grad_norm/{name}", value)
 
     def after_step(self) -> None:
         """Called by the trainer after each iteration."""
         last = self.trainer.iter == self.trainer.max_iter - 1
         if isinstance(self.pyramid, GraphExecutor) and (self._is_due(_WRITERS) or last):
-            for node, item in fusion_weights(self.pyramid).items():
-                for name, value in named_weights(item).items():
+            for node, weights in fusion_weights(self.pyramid).items():
+                for name, value in named_weights(weights).items():
                     self._put(f"fusion/{node}/{name}", value)
         if self._is_due(self.period):
             for number, record in enumerate(self.records, 1):
@@ -116,7 +116,7 @@ class VisualizeHook(HookBase):
 
 
 class _AfterBackward(HookBase):
-    """Lives in the trainer of single steps, which alone tells when gradients are there."""
+    """The part of a :class:`VisualizeHook` that the step trainer calls."""
 
     def __init__(self, hook: VisualizeHook) -> None:
         self.hook = hook
@@ -130,7 +130,7 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
     """The hook of `TEST.VIS_PERIOD`, with the first images of `DATASETS.TEST` that have objects.
 
     Args:
-        model: the model itself, not what wraps it.
+        model: the model itself, not a wrapper.
     """
     names = list(cfg.DATASETS.TEST[:1])
     records = [record for name in names for record in dataset_records(name, IMAGES)]
@@ -141,13 +141,14 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
 
 
 def gradient_norms(pyramid: GraphExecutor) -> dict[str, Tensor]:
-    """The L2 norm of the gradient of each node's parameters; nodes without any are left out."""
+    """The L2 norm of the gradient of each node's parameters, for nodes that have gradients."""
     norms = {}
     for step in pyramid.steps:
         grads = [p.grad for p in _parameters(pyramid, step) if p.grad is not None]
         if grads:
-            each = [torch.linalg.vector_norm(grad.detach().float()) for grad in grads]
-            norms[step.node.name] = torch.linalg.vector_norm(torch.stack(each))
+            # in float32, as norms of half-precision gradients overflow early
+            total = torch.nn.utils.get_total_norm([grad.detach().float() for grad in grads])
+            norms[step.node.name] = total
     return norms
 
 
@@ -155,10 +156,15 @@ def _parameters(pyramid: GraphExecutor, step: ResolvedNode) -> list[nn.Parameter
     return [x for part in step.parts() for x in pyramid.get_submodule(part.path).parameters()]
 
 
-def named_weights(item: FusionWeights) -> dict[str, float]:
-    """A fusion's weights by input, the mean over the channels if there are many; none if none are
-    learned. An input that comes twice is told apart by its number."""
-    found: dict[str, float] = {}
-    for number, (name, value) in enumerate(zip(item.inputs, item.means())):
-        found[name if item.inputs.count(name) == 1 else f"{name}_{number}"] = value
-    return found
+def named_weights(fusion: FusionWeights) -> dict[str, float]:
+    """A fusion's weights by input, as means over channels; empty if none are learned.
+
+    An input that occurs twice gets its position as a suffix.
+    """
+    if fusion.weights is None:
+        return {}
+    values = fusion.weights.reshape(len(fusion.inputs), -1).mean(dim=1).tolist()
+    return {
+        name if fusion.inputs.count(name) == 1 else f"{name}_{position}": value
+        for position, (name, value) in enumerate(zip(fusion.inputs, values))
+    }

@@ -1,5 +1,5 @@
-"""What `tools/export.py` does: build, export, run the file at several sizes, compare, and only then
-put it in its place, with a JSON of what inference needs to know."""
+"""The work of `tools/export.py`: export a model, and verify the file at several sizes before it is
+put in its place, with a JSON of what inference needs to know."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from detectron2.layers import DeformConv
 
 from fpn_plugin.analysis.report.bar import Bar
 from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.engine.checkpoint import StrictCheckpointer, write_atomically
-from fpn_plugin.export.compare import Difference, compare, make_inputs
+from fpn_plugin.engine.checkpoint import write_atomically
+from fpn_plugin.export.errors import time_limit
+from fpn_plugin.engine.checkpoint import StrictCheckpointer
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
-from fpn_plugin.export.refuse import time_limit
-from fpn_plugin.export.subject import WHAT, Subject, backbone_subject, detector_subject
+from fpn_plugin.export.model import WHAT, ExportModel, export_backbone, export_detector
+from fpn_plugin.export.verify import Difference, make_inputs, verify
 from fpn_plugin.pyramid.blocks import ModulatedConv
 from fpn_plugin.registry import unknown_name
 
-# keys that change nothing of what is computed, but how, in ways that no export can follow
-_PLAIN = ("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN")
+# keys that only change how the model computes, in ways that exporters cannot follow
+_FAST_PATHS = ("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN")
 
 
 @dataclass(frozen=True)
@@ -67,52 +68,52 @@ def export(settings: Settings, bar: Bar) -> List[Difference]:
     """Write the file and its JSON.
 
     Returns:
-        how far the file's numbers are from the eager ones, per size.
+        the differences between the file and the eager model, per size.
 
     Raises:
         FileExistsError: if the file is there already, unless `overwrite`.
         ImportError: for a format whose packages are missing.
-        ValueError: (KeyError, FileNotFoundError) for a bad argument; for what cannot be exported,
-            naming it; if the file does not give what the model gives. Then nothing is written.
-        TimeoutError: if the export takes longer than it may.
+        ValueError: (KeyError, FileNotFoundError) for a bad argument; naming what cannot be
+            exported; or if the file does not compute what the model computes. Nothing is written.
+        TimeoutError: if the export takes longer than `time_limit`.
     """
-    kind = _check(settings)
-    subject = _build(settings, bar)
-    shape, sizes = _shapes(settings, subject)
-    images = make_inputs(subject, sizes, shape.batch, settings.inputs)
-    part = settings.output.with_name(f".{settings.output.stem}.part{kind.suffix}")
+    format = _check(settings)
+    model = _build(settings, bar)
+    shape, sizes = _shapes(settings, model)
+    images = make_inputs(model, sizes, shape.batch, settings.inputs)
+    part = settings.output.with_name(f".{settings.output.stem}.part{format.suffix}")
     try:
-        bar.say(f"Exporting the {subject.what} as {settings.format}")
-        begun = time.monotonic()
+        bar.say(f"Exporting the {model.what} as {settings.format}")
+        start = time.monotonic()
         with time_limit(settings.time_limit, "give --fixed-size HxW, or another --format"):
-            how = kind.write(subject, shape, part)
-        how = f"{how} in {time.monotonic() - begun:.1f} s"
+            how = format.write(model, shape, part)
+        how = f"{how} in {time.monotonic() - start:.1f} s"
         bar.say(f"Comparing the file with the model at {len(images)} sizes")
-        found = compare(subject, kind.load(part), images)
-        text = json.dumps(_info(settings, subject, shape, how, found), indent=2) + "\n"
-        json_path(settings.output).unlink(missing_ok=True)  # never another file's beside this one
+        differences = verify(model, format.load(part), images)
+        text = json.dumps(_info(settings, model, shape, how, differences), indent=2) + "\n"
+        json_path(settings.output).unlink(missing_ok=True)  # the file never has another's JSON
         os.replace(part, settings.output)
     finally:
         part.unlink(missing_ok=True)
     write_atomically(json_path(settings.output), lambda file: file.write(text.encode()))
-    return found
+    return differences
 
 
 def json_path(output: Path) -> Path:
-    """Where the JSON of an exported file is."""
+    """The path of the JSON beside an exported file."""
     return output.with_name(output.name + ".json")
 
 
 def _check(settings: Settings) -> Format:
-    """The format, once the arguments are seen to make sense."""
+    """The format, after a check of the arguments."""
     if settings.format not in FORMATS:
         raise unknown_name("--format", settings.format, FORMATS)
     if settings.what not in WHAT:
         raise unknown_name("--what", settings.what, WHAT)
-    kind, output = FORMATS[settings.format], settings.output
-    if output.suffix != kind.suffix:
+    format, output = FORMATS[settings.format], settings.output
+    if output.suffix != format.suffix:
         raise ValueError(
-            f"--output {str(output)!r}: files of --format {settings.format} end in {kind.suffix}"
+            f"--output {str(output)!r}: files of --format {settings.format} end in {format.suffix}"
         )
     present = [str(path) for path in (output, json_path(output)) if path.exists()]
     if present and not settings.overwrite:
@@ -124,80 +125,84 @@ def _check(settings: Settings) -> Format:
             raise FileNotFoundError(
                 f"--input {str(path)!r}: there is no such file (config overrides go before --input)"
             )
-    kind.require(settings.format)
+    format.require(settings.format)
     output.parent.mkdir(parents=True, exist_ok=True)
-    return kind
+    return format
 
 
-def _build(settings: Settings, bar: Bar) -> Subject:
+def _build(settings: Settings, bar: Bar) -> ExportModel:
     cfg = read_config(settings.config_file, settings.weights, settings.opts)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list([item for key in _PLAIN for item in (key, False)])
+    cfg.merge_from_list([item for key in _FAST_PATHS for item in (key, False)])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     part = "backbone." if settings.what == "backbone" else ""
     model = load_detector(cfg, lambda model: StrictCheckpointer(model, part)).model
-    return (backbone_subject if settings.what == "backbone" else detector_subject)(cfg, model)
+    return (export_backbone if settings.what == "backbone" else export_detector)(cfg, model)
 
 
-def _shapes(settings: Settings, subject: Subject) -> tuple[Shape, list[tuple[int, int]]]:
-    """What is fixed in the file, and the sizes to compare at."""
-    fixed = _size(settings.fixed_size, "--fixed-size", subject) if settings.fixed_size else None
+def _shapes(settings: Settings, model: ExportModel) -> tuple[Shape, list[tuple[int, int]]]:
+    """The input that the file takes, and the sizes to verify it at."""
+    fixed = _size(settings.fixed_size, "--fixed-size", model) if settings.fixed_size else None
     if fixed and settings.sizes:
         raise ValueError("--sizes: with --fixed-size there is one size; leave one of the two out")
-    if fixed and subject.what == "detector":
+    if fixed and model.what == "detector":
         raise ValueError("--fixed-size: a detector's file takes any size; leave it out")
-    if settings.batch and subject.what == "detector":
+    if settings.batch and model.what == "detector":
         raise ValueError("--batch: a detector's file takes one image at a time; leave it out")
     texts = settings.sizes.split(",") if settings.sizes else []
-    sizes = [_size(text, "--sizes", subject) for text in texts] or default_sizes(subject)
+    sizes = [_size(text, "--sizes", model) for text in texts] or default_sizes(model)
     sizes = [fixed] * 3 if fixed else sizes
     batch = settings.batch or (1 if fixed else 0)
     return Shape(fixed, batch, sizes[0]), sizes
 
 
-def _size(text: str, flag: str, subject: Subject) -> tuple[int, int]:
+def _size(text: str, flag: str, model: ExportModel) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise ValueError(f"{flag}: {text!r} is not HxW, such as 320x416")
     size = (int(match[1]), int(match[2]))
-    if any(side % subject.step for side in size):
-        raise ValueError(f"{flag}: {text}: the network takes sides divisible by {subject.step}")
-    if flag == "--sizes" and min(size) < subject.least:
-        raise ValueError(f"{flag}: {text}: sides below {subject.least} pixels are too small")
+    if any(side % model.step for side in size):
+        raise ValueError(f"{flag}: {text}: the network takes sides divisible by {model.step}")
+    if flag == "--sizes" and min(size) < model.least:
+        raise ValueError(f"{flag}: {text}: sides below {model.least} pixels are too small")
     return size
 
 
-def default_sizes(subject: Subject) -> list[tuple[int, int]]:
-    """Three sizes of different shape: two as images are padded for the network, and an odd one if
-    it takes any."""
-    unit = math.lcm(subject.step, subject.info["size_divisibility"] or 32)
-    side = -(-max(256, subject.least) // unit) * unit
-    last = (side + unit, side + 3 * unit) if subject.step > 1 else (side + 45, side + unit - 11)
+def default_sizes(model: ExportModel) -> list[tuple[int, int]]:
+    """Three sizes of different aspect ratios: two that need no padding, and an odd one if the model
+    takes any size."""
+    unit = math.lcm(model.step, model.info["size_divisibility"] or 32)
+    side = -(-max(256, model.least) // unit) * unit
+    last = (side + unit, side + 3 * unit) if model.step > 1 else (side + 45, side + unit - 11)
     return [(side, side + unit), (side + 2 * unit, side), last]
 
 
 def _info(
-    settings: Settings, subject: Subject, shape: Shape, how: str, found: Sequence[Difference]
+    settings: Settings,
+    model: ExportModel,
+    shape: Shape,
+    how: str,
+    differences: Sequence[Difference],
 ) -> dict[str, Any]:
-    """What the JSON says."""
+    """The content of the JSON."""
     packages = ("torch", "torchvision", *FORMATS[settings.format].packages)
     return {
-        "what": subject.what,
+        "what": model.what,
         "format_of_file": settings.format,
         "how": how,
         "input": INPUT,
-        "outputs": list(subject.outputs),
-        **subject.info,
-        "step": subject.step,
-        "smallest_side": subject.least,
+        "outputs": list(model.outputs),
+        **model.info,
+        "step": model.step,
+        "smallest_side": model.least,
         "fixed_size": shape.size,
-        "batch": shape.batch if subject.what == "backbone" else 1,
-        "torchvision": subject.what == "detector" or _is_deformable(subject.module),
+        "batch": shape.batch if model.what == "backbone" else 1,
+        "torchvision": model.what == "detector" or _is_deformable(model.module),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "compared": [asdict(item) for item in found],
+        "compared": [asdict(difference) for difference in differences],
     }
 
 
 def _is_deformable(network: torch.nn.Module) -> bool:
     """Whether a network uses torchvision's own operators."""
-    return any(isinstance(part, (ModulatedConv, DeformConv)) for part in network.modules())
+    return any(isinstance(x, (ModulatedConv, DeformConv)) for x in network.modules())

@@ -1,0 +1,218 @@
+"""Hooks and writers of a training run.
+
+They keep metrics.json complete and without repetitions, also where the run is killed and resumed,
+evaluate what was missed, and put what a dense detector counts into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Callable
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
+from torch import nn
+
+from fpn_plugin.engine.run_record import METRICS, RESULT_KEY, metric_lines
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 20  # iterations of a loss whose median is written, as in Detectron2
+
+
+class MetricsWriter(EventWriter):
+    """Detectron2's JSONWriter, but it may be called several times in one iteration.
+
+    What is measured later in an iteration (the results of an evaluation) becomes another line.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "a")
+        self._written: dict[str, int] = {}
+
+    def write(self) -> None:
+        """Append what is new, a line per iteration, and sync the file to the disk."""
+        fresh: dict[int, dict[str, Any]] = defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(_WINDOW)
+        for name, (value, iteration) in latest.items():
+            if self._written.get(name, -1) < iteration:
+                self._written[name] = iteration
+                fresh[iteration][name] = value
+        for iteration in sorted(fresh):
+            # CommonMetricPrinter adds the ETA after the iteration's line was written
+            if fresh[iteration].keys() != {"eta_seconds"}:
+                line = {**fresh[iteration], "iteration": iteration}
+                self._file.write(json.dumps(line, sort_keys=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TolerantWriter(EventWriter):
+    """Lets the run go on when a writer cannot write: the weights are worth more than the curves.
+
+    Each failure is logged as an error. Lines of metrics.json are kept in memory and written as soon
+    as there is room again.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self.writer = writer
+
+    def write(self) -> None:
+        """Write, or log why not."""
+        self._attempt(self.writer.write)
+
+    def close(self) -> None:
+        """Close, or log why not."""
+        self._attempt(self.writer.close)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except OSError as error:
+            name = type(self.writer).__name__
+            logger.error("%s could not write (%s); the run goes on without", name, error)
+            storage = get_event_storage()
+            storage.clear_images()  # they would accumulate
+            storage.clear_histograms()
+
+
+def build_writers(folder: str, max_iter: int) -> list[EventWriter]:
+    """Detectron2's writers for the terminal, metrics.json and TensorBoard, each tolerant."""
+    os.makedirs(folder, exist_ok=True)
+    metrics = MetricsWriter(os.path.join(folder, METRICS))
+    writers = (CommonMetricPrinter(max_iter), metrics, TensorboardXWriter(folder))
+    return [TolerantWriter(writer) for writer in writers]
+
+
+def trim_metrics(folder: str, start: int) -> None:
+    """Remove from metrics.json what the resumed run will write again, and an incomplete last line.
+
+    For the main process only. The file may be open for appending.
+
+    Args:
+        start: the first iteration to come.
+    """
+    path = Path(folder, METRICS)
+    if not path.is_file():
+        return
+    kept = [line for line in metric_lines(folder) if line.get("iteration", -1) < start]
+    content = "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept).encode()
+    before = path.read_bytes()
+    common = len(os.path.commonprefix([before, content]))
+    if common == len(before):
+        return
+    logger.info("%s: lines from iteration %d on are removed, they come again", path, start)
+    os.truncate(path, common)  # not replaced, as the writer has it open
+    with open(path, "ab") as file:
+        file.write(content[common:])
+
+
+class FlushMetrics(HookBase):
+    """Writes metrics.json before each checkpoint, so that a run resumed from it lacks no line.
+
+    Args:
+        writers: of :func:`build_writers`.
+        period: `SOLVER.CHECKPOINT_PERIOD`.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int) -> None:
+        self._writers = [w for w in writers if isinstance(getattr(w, "writer", w), MetricsWriter)]
+        self._period = period
+
+    def after_step(self) -> None:
+        """Called by the trainer after each iteration, before the checkpoint's hook."""
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done >= self.trainer.max_iter:
+            for writer in self._writers:
+                writer.write()
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, but a run that fails in its last iteration is not evaluated.
+
+    Detectron2 evaluates even then, and waits for all processes, some of which may be gone.
+    """
+
+    def after_train(self) -> None:
+        """Called by the trainer after the last iteration, or after an error."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
+def replace_eval_hooks(given: list[HookBase | None]) -> list[HookBase | None]:
+    """Hooks with Detectron2's EvalHook replaced by :class:`EvalHook`."""
+    return [
+        EvalHook(hook._period, hook._func) if hook and type(hook) is hooks.EvalHook else hook
+        for hook in given
+    ]
+
+
+class MissedEvaluation(hooks.EvalHook):
+    """Evaluates the checkpoint that a run is resumed from, if the run was killed before it could.
+
+    For the evaluations during training; the one at the end is :class:`EvalHook`'s.
+
+    Args:
+        period: `TEST.EVAL_PERIOD`.
+        evaluate: gives the results.
+        folder: the run's; its metrics.json shows which evaluations were finished.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], Any], folder: str) -> None:
+        super().__init__(period, evaluate, eval_after_train=False)
+        self._folder = folder
+
+    def before_train(self) -> None:
+        """Called by the trainer at the start."""
+        start = self.trainer.start_iter
+        due = self._period > 0 and 0 < start < self.trainer.max_iter and start % self._period == 0
+        if due and not comm.all_gather(self._has_results(start - 1))[0]:
+            logger.info("The evaluation after iteration %d was not finished: again", start - 1)
+            self.trainer.storage.iter = start - 1
+            self._do_eval()
+            self.trainer.storage.iter = start
+
+    def after_step(self) -> None:
+        """Nothing: evaluations that are due are :class:`EvalHook`'s."""
+
+    def _has_results(self, iteration: int) -> bool:
+        lines = metric_lines(self._folder)
+        names = [name for line in lines if line.get("iteration") == iteration for name in line]
+        return any(map(RESULT_KEY.search, names))
+
+
+class LossNormalizerHook(HookBase):
+    """Keeps a dense detector's running number of positives in the checkpoint.
+
+    In Detectron2's `DenseDetector` it is a plain attribute and no part of the state dict, but an
+    exact resume of RetinaNet and FCOS needs it.
+
+    Args:
+        model: the model itself, not a wrapper.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"loss_normalizer": value}`, or nothing for a model without it."""
+        value = getattr(self.model, "loss_normalizer", None)
+        return {} if value is None else {"loss_normalizer": value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the value of the checkpoint."""
+        self.model.loss_normalizer = state["loss_normalizer"]

@@ -1,0 +1,133 @@
+"""What takes a training step: the optimizer, and the trainer of single steps that guards it.
+
+`SOLVER.OPTIMIZER` selects Detectron2's SGD, or AdamW with the same parameter groups and clipping;
+`SOLVER.FUSED` selects their fused kernels. `SOLVER.AMP` selects the precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.solver import build_optimizer as build_detectron2_sgd
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from fpn_plugin.engine.faults.divergence import (
+    DivergenceRules,
+    LossGuard,
+    StepRecorder,
+    divergence_rules,
+)
+from fpn_plugin.engine.precision import Autocast, amp_dtype, device_type
+from fpn_plugin.registry import unknown_name
+
+
+def _parameters(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Detectron2's parameter groups."""
+    solver = cfg.SOLVER
+    return get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+
+
+def _build_sgd(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    solver = cfg.SOLVER
+    if not solver.FUSED:
+        return build_detectron2_sgd(cfg, model)
+    return torch.optim.SGD(
+        _parameters(cfg, model),
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+        weight_decay=solver.WEIGHT_DECAY,
+        fused=True,
+    )
+
+
+def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    solver = cfg.SOLVER
+    return torch.optim.AdamW(
+        _parameters(cfg, model),
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        fused=solver.FUSED or None,
+    )
+
+
+_BUILDERS: dict[str, Callable[[CfgNode, nn.Module], torch.optim.Optimizer]] = {
+    "SGD": _build_sgd,
+    "AdamW": _build_adamw,
+}
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `SOLVER.OPTIMIZER` names, over Detectron2's parameter groups.
+
+    Raises:
+        KeyError: if the name is unknown.
+        ValueError: if `SOLVER.FUSED` is set and torch has no fused kernel for the parameters.
+    """
+    name = cfg.SOLVER.OPTIMIZER
+    if name not in _BUILDERS:
+        raise unknown_name("SOLVER.OPTIMIZER", name, _BUILDERS)
+    try:
+        optimizer = _BUILDERS[name](cfg, model)
+    except RuntimeError as error:
+        raise ValueError(f"SOLVER.FUSED: {error}; choose False") from None
+    if cfg.SOLVER.FUSED:
+        # With a gradient scaler a fused step unscales gradients itself, and so after they were
+        # clipped. Switched off where they are clipped, the scaler unscales them before the step.
+        optimizer._step_supports_amp_scaling = (  # type: ignore[attr-defined]
+            not cfg.SOLVER.CLIP_GRADIENTS.ENABLED
+        )
+    if isinstance(optimizer, torch.optim.SGD) and not cfg.SOLVER.FUSED:
+        return optimizer  # build_detectron2_sgd has added the clipping
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def build_step_trainer(
+    cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer
+) -> SimpleTrainer:
+    """Detectron2's trainer of single steps, with autocast and without a scaler for AMP on the CPU.
+
+    Raises:
+        KeyError: if `SOLVER.AMP.PRECISION` is unknown.
+        ValueError: for fp16 on the CPU, or a bad `SOLVER.MAX_LOSS_RATIO`.
+    """
+    rules, device = divergence_rules(cfg), device_type(cfg)
+    return make_step_trainer(model, data_loader, optimizer, device, amp_dtype(cfg), rules)
+
+
+def make_step_trainer(
+    model: nn.Module,
+    data_loader: Any,
+    optimizer: torch.optim.Optimizer,
+    device: str,
+    dtype: torch.dtype | None,
+    rules: DivergenceRules,
+) -> SimpleTrainer:
+    """:func:`build_step_trainer` without a config.
+
+    Args:
+        device: the type of the device, such as "cpu".
+        dtype: what autocast computes in; None for full precision.
+    """
+    recorder = StepRecorder(model, device, dtype, rules)
+    if dtype is None:
+        trainer = SimpleTrainer(recorder, data_loader, optimizer)
+    elif device != "cuda":
+        trainer = SimpleTrainer(Autocast(recorder, device, dtype), data_loader, optimizer)
+    else:
+        # bfloat16 has the range of float32: there is nothing to scale
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        trainer = AMPTrainer(recorder, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
+    trainer.register_hooks([LossGuard(recorder)])
+    return trainer
