@@ -19,7 +19,7 @@ from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRESETS = sorted(CONFIGS.glob("presets/*.yaml"))  # parts, for other configs to stand on
-STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))  # of several configs: tests/analysis/study
+STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))  # of several configs: tests/study
 YAML = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in PRESETS + STUDIES)
 QUICK = [path for path in YAML if path.parent.name == "quickstart" and path.stem[:4] != "Base"]
 LAZY = sorted(path for path in CONFIGS.glob("lazy/*.py") if path.stem != "common")

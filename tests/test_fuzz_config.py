@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.config import load_config, validate_config
 from fpn_plugin.config.files import leaves, merge_overrides
-from fpn_plugin.engine.precision import choose_dtype
 from fpn_plugin.engine.data import loader_options
 from fpn_plugin.engine.step import build_optimizer
+from fpn_plugin.modeling.precision import choose_dtype
 from fpn_plugin.pyramid.blocks import ACTIVATIONS
 from fpn_plugin.pyramid.compose import EXTRA_LEVELS
 from fpn_plugin.pyramid.pyramid import REGISTRIES

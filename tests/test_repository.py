@@ -58,9 +58,13 @@ def test_every_file_in_the_pages_commands_and_links_exists() -> None:
     missing, seen = [], 0
     for page in PAGES:
         text = page.read_text()
-        commands = [line for tag, code in BLOCK.findall(text) if not tag for line in code.splitlines()]
+        commands = [
+            line for tag, code in BLOCK.findall(text) if not tag for line in code.splitlines()
+        ]
         words = [word for line in commands for word in line.split()]
-        paths = {ROOT / word for word in words if re.match(r"(tools|configs|datasets/\w+\.py)", word)}
+        paths = {
+            ROOT / word for word in words if re.match(r"(tools|configs|datasets/\w+\.py)", word)
+        }
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
         paths |= {page.parent / link for link in links if not link.startswith("http")}
         missing += [f"{page.name}: {path}" for path in paths if not path.exists()]

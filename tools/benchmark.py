@@ -18,16 +18,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import sys  # noqa: E402
 
-from fpn_plugin.analysis.benchmark.measure import benchmark  # noqa: E402
-from fpn_plugin.analysis.benchmark.options import argument_parser, settings_of  # noqa: E402
-from fpn_plugin.analysis.benchmark.report import (  # noqa: E402
+from fpn_plugin.benchmark.measure import benchmark  # noqa: E402
+from fpn_plugin.benchmark.options import argument_parser, settings_of  # noqa: E402
+from fpn_plugin.benchmark.report import (  # noqa: E402
     check_folder,
     compare_reports,
     read_report,
     terminal_text,
     write_report,
 )
-from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
+from fpn_plugin.report.bar import Bar  # noqa: E402
 
 
 def main() -> int:

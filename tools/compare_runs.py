@@ -20,7 +20,7 @@ for text in ("`torch.jit.script`", "pkg_resources"):  # deprecated; said at each
 import argparse  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.analysis.compare.comparison import compare  # noqa: E402
+from fpn_plugin.compare.comparison import compare  # noqa: E402
 
 
 def _edges(text: str) -> list[float]:

@@ -19,11 +19,11 @@ import sys  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from fpn_plugin.analysis.visualize.results import draw_results  # noqa: E402
-from fpn_plugin.analysis.progress import ap_table, show_training  # noqa: E402
 from fpn_plugin.engine.run_folder import METRICS, claim_demo_dir  # noqa: E402
 from fpn_plugin.engine.setup import load_config  # noqa: E402
 from fpn_plugin.paths import dataset_root  # noqa: E402
+from fpn_plugin.report.progress import ap_table, show_training  # noqa: E402
+from fpn_plugin.visualize.results import draw_results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "datasets"))

@@ -19,10 +19,10 @@ from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_backbone  # noqa: E402
 
 from fpn_plugin import PyramidBackbone  # noqa: E402
-from fpn_plugin.analysis.visualize import complexity, draw, fusion_weights  # noqa: E402
 from fpn_plugin.config import extra_levels_for  # noqa: E402
 from fpn_plugin.config import load_config  # noqa: E402
 from fpn_plugin.config.heads import head_features  # noqa: E402
+from fpn_plugin.visualize import complexity, draw, fusion_weights
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
 

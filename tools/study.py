@@ -27,10 +27,10 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.analysis.progress import TrainingProgress  # noqa: E402
-from fpn_plugin.analysis.study import execute  # noqa: E402
-from fpn_plugin.analysis.study.config import Study, parse_seeds, read_study  # noqa: E402
-from fpn_plugin.analysis.study.plan import plan_runs  # noqa: E402
+from fpn_plugin.report.progress import TrainingProgress  # noqa: E402
+from fpn_plugin.study import execute
+from fpn_plugin.study.config import Study, parse_seeds, read_study  # noqa: E402
+from fpn_plugin.study.plan import plan_runs  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent / "train_net.py"
 

@@ -20,7 +20,7 @@ from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.engine.checkpoint import Checkpointer  # noqa: E402
+from fpn_plugin.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from fpn_plugin.engine.launch import launch_ranks  # noqa: E402
 from fpn_plugin.engine.run_folder import remove_old_run  # noqa: E402
 from fpn_plugin.engine.setup import argument_parser, begin, setup  # noqa: E402

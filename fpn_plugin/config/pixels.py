@@ -9,9 +9,9 @@ from typing import NamedTuple, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
-from fpn_plugin.bottom_up.weight_files import KEY, is_remote, read_weights
+from fpn_plugin.checkpoint.files import KEY, is_remote, read_weights
+from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.config.defaults import OWN_BUILDERS
-from fpn_plugin.engine.run_record import recorded_config
 from fpn_plugin.paths import find_file
 from fpn_plugin.registry import unknown_name
 

@@ -7,13 +7,13 @@ import os
 
 from detectron2.config import CfgNode, get_cfg
 
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
 from fpn_plugin.config.validate import validate_config
 from fpn_plugin.config.warm_start import resolve_warm_start
-from fpn_plugin.engine.checkpoint import find_checkpoint
 
 # Flags for one's own data, each for a key of DATASETS.OWN
 DATA_FLAGS = ("train_json", "train_images", "val_json", "val_images")

@@ -9,7 +9,8 @@ from typing import Any, Mapping
 
 from detectron2.config import CfgNode, get_cfg
 
-from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.checkpoint.files import read_state_dict
+from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import drop_gone_keys
 from fpn_plugin.config.settings import (
@@ -18,7 +19,6 @@ from fpn_plugin.config.settings import (
     read_settings,
     settings_from_keys,
 )
-from fpn_plugin.engine.run_record import CONFIG, recorded_config
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)

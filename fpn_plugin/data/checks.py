@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from fpn_plugin.plain_files import read_pickle
+from fpn_plugin.checkpoint.plain import read_pickle
 
 from .annotation_checks import check_annotations, check_categories, check_images
 from .coco_json import DatasetError, Findings, read_json

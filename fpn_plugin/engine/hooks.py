@@ -23,7 +23,7 @@ from detectron2.utils.events import (
 )
 from torch import nn
 
-from fpn_plugin.engine.run_record import METRICS, RESULT_KEY, metric_lines
+from fpn_plugin.checkpoint.run_folder import METRICS, RESULT_KEY, metric_lines
 
 logger = logging.getLogger(__name__)
 

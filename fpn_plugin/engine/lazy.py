@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
-from fpn_plugin.bottom_up.weights import load_weights
-from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint
+from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
+from fpn_plugin.checkpoint.load import load_weights
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -36,12 +36,12 @@ from fpn_plugin.engine.hooks import (
     build_writers,
     trim_metrics,
 )
-from fpn_plugin.engine.precision import choose_dtype
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, remove_old_run
 from fpn_plugin.engine.setup import prepare_process, require_file
-from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
 from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
+from fpn_plugin.modeling.precision import choose_dtype
+from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Mapping
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.engine.checkpoint import find_checkpoint
-from fpn_plugin.engine.run_record import METRICS, config_changes, run_results
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.run_folder import METRICS, config_changes, run_results
 
 logger = logging.getLogger(__name__)
 
@@ -140,5 +140,3 @@ def _is_evaluated(root: Path) -> bool:
     if not final.is_file() or not results.is_file():
         return False
     return results.stat().st_mtime_ns >= final.stat().st_mtime_ns
-
-

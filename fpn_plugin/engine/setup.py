@@ -12,16 +12,16 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, load_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.engine.checkpoint import find_checkpoint
-from fpn_plugin.engine.evaluation import check_evaluators
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, warn_of_changes
-from fpn_plugin.engine.run_record import recorded_config
+from fpn_plugin.evaluation.build import check_evaluators
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from fpn_plugin.engine.faults.divergence import (
     StepRecorder,
     divergence_rules,
 )
-from fpn_plugin.engine.precision import Autocast, amp_dtype, device_type
+from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.registry import unknown_name
 
 

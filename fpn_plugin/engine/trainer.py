@@ -16,10 +16,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.config.heads import check_heads_when_built
-from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.data import build_train_loader, start_at
-from fpn_plugin.engine.evaluation import build_evaluator
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
     evaluation_hints,
@@ -35,11 +34,12 @@ from fpn_plugin.engine.hooks import (
     replace_eval_hooks,
     trim_metrics,
 )
-from fpn_plugin.engine.precision import device_type
 from fpn_plugin.engine.rng import SeedHook
-from fpn_plugin.engine.speed import prepare_for_inference, prepare_for_training
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
+from fpn_plugin.evaluation.build import build_evaluator
+from fpn_plugin.modeling.precision import device_type
+from fpn_plugin.modeling.speed import prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,18 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-from fpn_plugin.analysis.visualize.detector import Mapper
-from fpn_plugin.analysis.visualize.fusion_weights import FusionWeights, fusion_weights
-from fpn_plugin.analysis.visualize.images import (
+from fpn_plugin.pyramid.pyramid import GraphExecutor
+from fpn_plugin.pyramid.resolve import ResolvedNode
+from fpn_plugin.visualize.detector import Mapper
+from fpn_plugin.visualize.fusion_weights import FusionWeights, fusion_weights
+from fpn_plugin.visualize.images import (
     Record,
     class_names,
     dataset_records,
     inspect_image,
 )
-from fpn_plugin.analysis.visualize.maps import map_rows
-from fpn_plugin.analysis.visualize.picture import as_pixels, draw_image, select_objects
-from fpn_plugin.pyramid.pyramid import GraphExecutor
-from fpn_plugin.pyramid.resolve import ResolvedNode
+from fpn_plugin.visualize.maps import map_rows
+from fpn_plugin.visualize.picture import as_pixels, draw_image, select_objects
 
 logger = logging.getLogger(__name__)
 

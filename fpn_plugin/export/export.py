@@ -16,16 +16,15 @@ from typing import Any, List, Sequence
 import torch
 from detectron2.layers import DeformConv
 
-from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.engine.checkpoint import write_atomically
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer, write_atomically
 from fpn_plugin.export.errors import time_limit
-from fpn_plugin.engine.checkpoint import StrictCheckpointer
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.model import WHAT, ExportModel, export_backbone, export_detector
 from fpn_plugin.export.verify import Difference, make_inputs, verify
 from fpn_plugin.pyramid.blocks import ModulatedConv
 from fpn_plugin.registry import unknown_name
+from fpn_plugin.report.bar import Bar
+from fpn_plugin.visualize.detector import load_detector, read_config
 
 # keys that only change how the model computes, in ways that exporters cannot follow
 _FAST_PATHS = ("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN")

@@ -13,12 +13,12 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.analysis.report.tables import Table
-from fpn_plugin.analysis.visualize.detector import read_config
 from fpn_plugin.export.export import Settings, export, json_path
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.pyramid.build import REGISTRIES
+from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.tables import Table
+from fpn_plugin.visualize.detector import read_config
 
 # the key of each kind of operator, and a topology that uses it
 _KEYS = {

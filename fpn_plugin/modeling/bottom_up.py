@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from fpn_plugin.bottom_up import torchvision as torchvision_networks
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
-from fpn_plugin.bottom_up.weights import KEY, load_weights
+from fpn_plugin.checkpoint.load import KEY, load_weights
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.config.heads import head_features, require_resolved_heads, validate_heads
 from fpn_plugin.config.pixels import require_pixels

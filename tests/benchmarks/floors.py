@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
-from fpn_plugin.analysis.benchmark.inputs import Inputs
-from fpn_plugin.analysis.benchmark.measure import Pair, Section
-from fpn_plugin.analysis.benchmark.models import BenchmarkModel, prepare
-from fpn_plugin.analysis.benchmark.report import milliseconds
-from fpn_plugin.analysis.benchmark.timing import FirstCall, Lap
-from fpn_plugin.analysis.benchmark.workloads import Workload, neck_inputs
-from fpn_plugin.analysis.report.tables import Table
+from fpn_plugin.benchmark.inputs import Inputs
+from fpn_plugin.benchmark.measure import Pair, Section
+from fpn_plugin.benchmark.models import BenchmarkModel, prepare
+from fpn_plugin.benchmark.report import milliseconds
+from fpn_plugin.benchmark.timing import FirstCall, Lap
+from fpn_plugin.benchmark.workloads import Workload, neck_inputs
+from fpn_plugin.report.tables import Table
 
 _CONVOLUTIONS = (torch.conv2d, torch.conv_transpose2d)
 

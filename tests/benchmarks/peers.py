@@ -14,23 +14,23 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor, nn
 from torchvision.ops import feature_pyramid_network as torchvision_fpn
 
-from fpn_plugin.analysis.benchmark.inputs import Inputs
-from fpn_plugin.analysis.benchmark.measure import Pair, Section
-from fpn_plugin.analysis.benchmark.models import (
+from fpn_plugin.benchmark.inputs import Inputs
+from fpn_plugin.benchmark.measure import Pair, Section
+from fpn_plugin.benchmark.models import (
     BenchmarkModel,
     GivenMaps,
     PreparedModel,
     prepare,
 )
-from fpn_plugin.analysis.benchmark.workloads import (
+from fpn_plugin.benchmark.workloads import (
     backward_workload,
     forward_workload,
     neck_inputs,
 )
-from fpn_plugin.analysis.visualize.complexity import count_parameters, padded_size
 from fpn_plugin.config import extra_levels_for
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.registry import Registry
+from fpn_plugin.visualize.complexity import count_parameters, padded_size
 
 
 class NoPeer(ValueError):

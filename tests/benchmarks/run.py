@@ -26,24 +26,24 @@ from peers import PEERS, PeersOfModels  # noqa: E402
 from startup import STARTUP, TITLE, measure_startup  # noqa: E402
 from sweeps import SWEEPS, check_sweep, draw_sweeps, sweep, sweeps_table  # noqa: E402
 
-from fpn_plugin.analysis.benchmark.configs import gather_configs  # noqa: E402
-from fpn_plugin.analysis.benchmark.inputs import Inputs  # noqa: E402
-from fpn_plugin.analysis.benchmark.measure import Section, Settings, benchmark  # noqa: E402
-from fpn_plugin.analysis.benchmark.models import BenchmarkModel  # noqa: E402
-from fpn_plugin.analysis.benchmark.options import (  # noqa: E402
+from fpn_plugin.benchmark.configs import gather_configs  # noqa: E402
+from fpn_plugin.benchmark.inputs import Inputs  # noqa: E402
+from fpn_plugin.benchmark.measure import Section, Settings, benchmark  # noqa: E402
+from fpn_plugin.benchmark.models import BenchmarkModel  # noqa: E402
+from fpn_plugin.benchmark.options import (  # noqa: E402
     argument_parser,
     plan_of,
     settings_of,
     split_names,
 )
-from fpn_plugin.analysis.benchmark.report import (  # noqa: E402
+from fpn_plugin.benchmark.report import (  # noqa: E402
     check_folder,
     terminal_text,
     timing_tables,
     write_report,
 )
-from fpn_plugin.analysis.report.bar import Bar  # noqa: E402
-from fpn_plugin.analysis.report.tables import Table  # noqa: E402
+from fpn_plugin.report.bar import Bar  # noqa: E402
+from fpn_plugin.report.tables import Table  # noqa: E402
 
 
 def main() -> int:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from typing import Any, Callable
 
-from fpn_plugin.analysis.benchmark.measure import Pair, time_pairs
-from fpn_plugin.analysis.benchmark.timing import Lap, Plan, WallClock, Work
+from fpn_plugin.benchmark.measure import Pair, time_pairs
+from fpn_plugin.benchmark.timing import Lap, Plan, WallClock, Work
 
 STARTUP = "startup"
 TITLE = "Start: importing in fresh processes"

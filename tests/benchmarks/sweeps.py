@@ -14,17 +14,17 @@ from detectron2.layers import ShapeSpec
 from matplotlib.figure import Figure
 from torch import nn
 
-from fpn_plugin.analysis.benchmark.configs import BenchmarkConfig
-from fpn_plugin.analysis.benchmark.counts import peak_bytes
-from fpn_plugin.analysis.benchmark.inputs import Inputs
-from fpn_plugin.analysis.benchmark.models import BenchmarkModel
-from fpn_plugin.analysis.benchmark.timing import Plan, clock_for, no_lap, time_interleaved
-from fpn_plugin.analysis.benchmark.workloads import Workload, neck_workload
-from fpn_plugin.analysis.visualize.complexity import padded_size, totals
-from fpn_plugin.analysis.report.figures import COLOURS, save
-from fpn_plugin.analysis.report.tables import Table
+from fpn_plugin.benchmark.configs import BenchmarkConfig
+from fpn_plugin.benchmark.counts import peak_bytes
+from fpn_plugin.benchmark.inputs import Inputs
+from fpn_plugin.benchmark.models import BenchmarkModel
+from fpn_plugin.benchmark.timing import Plan, clock_for, no_lap, time_interleaved
+from fpn_plugin.benchmark.workloads import Workload, neck_workload
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.topologies import INNER_LEVELS
+from fpn_plugin.report.figures import COLOURS, save
+from fpn_plugin.report.tables import Table
+from fpn_plugin.visualize.complexity import padded_size, totals
 
 WIDTHS, REPEATS, SCALES = (32, 64, 128, 256), (1, 2, 3, 4), (0.25, 0.375, 0.5, 0.75, 1.0)
 

@@ -12,9 +12,9 @@ from detectron2.layers import ShapeSpec
 from peers import PEERS, NoPeer, OurPyramid
 
 from fpn_plugin import PyramidBackbone
-from fpn_plugin.analysis.benchmark.configs import load
-from fpn_plugin.analysis.benchmark.equality import EQUAL, compare_outputs
-from fpn_plugin.analysis.benchmark.models import neck_of
+from fpn_plugin.benchmark.configs import load
+from fpn_plugin.benchmark.equality import EQUAL, compare_outputs
+from fpn_plugin.benchmark.models import neck_of
 
 SIZE = (128, 128)
 # the heads follow whatever the pyramid gives

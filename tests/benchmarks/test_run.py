@@ -14,7 +14,7 @@ import startup
 from startup import FLOOR, OURS, THEIRS, import_work
 from sweeps import SWEEPS, fit
 
-from fpn_plugin.analysis.benchmark.timing import no_lap
+from fpn_plugin.benchmark.timing import no_lap
 
 FAST = ["--rounds", 1, "--max-spread", 1e9, "--min-sample", 0, "--quiet"]
 

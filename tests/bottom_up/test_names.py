@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fpn_plugin.bottom_up.names import canonical_key, holder_prefixes, match_keys, surplus_blocks
+from fpn_plugin.checkpoint.key_matching import (
+    canonical_key,
+    holder_prefixes,
+    match_keys,
+    surplus_blocks,
+)
 
 OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 

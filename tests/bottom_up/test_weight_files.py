@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.weight_files import read_state_dict, read_weights
+from fpn_plugin.checkpoint.files import read_state_dict, read_weights
 
 
 def arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:

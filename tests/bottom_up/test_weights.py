@@ -13,7 +13,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from networks import RESNET18, SMALL_SWIN, Case
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.weights import load_weights
+from fpn_plugin.checkpoint.load import load_weights
 
 
 def network() -> nn.Module:

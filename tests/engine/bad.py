@@ -16,8 +16,8 @@ from detectron2.utils import comm
 from tiny import register, tiny_config
 from torch import Tensor, nn
 
+from fpn_plugin.checkpoint.finite import DivergedError
 from fpn_plugin.engine.data import build_train_loader
-from fpn_plugin.engine.faults.finite import DivergedError
 from fpn_plugin.engine.trainer import Trainer
 
 OURS = {"MODEL__BACKBONE__NAME": "build_pyramid_backbone", "SOLVER__MAX_ITER": 2}

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from fpn_plugin.engine.checkpoint import Checkpointer, find_checkpoint, is_whole, write_atomically
+from fpn_plugin.checkpoint.checkpointer import (
+    Checkpointer,
+    find_checkpoint,
+    is_whole,
+    write_atomically,
+)
 
 FIRST, SECOND = "model_0000001.pth", "model_0000003.pth"
 

@@ -16,7 +16,7 @@ from test_resume import assert_same
 from tiny import tiny_config
 from warm_models import MASKS, RETINANET, TARGETS, a_config, a_model, image, keys, seen
 
-from fpn_plugin.engine.checkpoint import Checkpointer
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
 
 
 def convert(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:

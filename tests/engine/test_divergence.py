@@ -27,7 +27,14 @@ from detectron2.utils import comm
 from tiny import VAL
 from torch import Tensor, nn
 
-from fpn_plugin.engine.checkpoint import Checkpointer
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.finite import (
+    DivergedError,
+    broken_weights,
+    is_finite,
+    non_finite,
+    tensors_of,
+)
 from fpn_plugin.engine.faults.diagnose import (
     ForwardTrace,
     _has_non_finite,
@@ -35,13 +42,6 @@ from fpn_plugin.engine.faults.diagnose import (
     random_state,
 )
 from fpn_plugin.engine.faults.divergence import DivergenceRules, StepRecorder, divergence_rules
-from fpn_plugin.engine.faults.finite import (
-    DivergedError,
-    broken_weights,
-    is_finite,
-    non_finite,
-    tensors_of,
-)
 from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.trainer import Trainer
 

@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scene_data import POINTS, extreme_points
 
-from fpn_plugin.engine.evaluation import (
+from fpn_plugin.evaluation.build import (
     InstanceEvaluator,
     build_evaluator,
     check_evaluators,

@@ -27,10 +27,9 @@ from test_resume import assert_same, final_state
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
+from fpn_plugin.checkpoint.checkpointer import Checkpointer, SaveError, write_atomically
 from fpn_plugin.engine import launch
-from fpn_plugin.engine.checkpoint import Checkpointer, write_atomically
 from fpn_plugin.engine.faults.actionable import actionable_errors
-from fpn_plugin.engine.checkpoint import SaveError
 from fpn_plugin.engine.hooks import MetricsWriter, TolerantWriter
 from fpn_plugin.engine.launch import RankError, _describe, launch_ranks
 

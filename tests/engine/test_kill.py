@@ -11,7 +11,7 @@ from typing import Any
 from crash_child import OVERRIDES, Child, is_alive, waits
 from test_resume import assert_same, final_state
 
-from fpn_plugin.engine.run_record import metric_lines
+from fpn_plugin.checkpoint.run_folder import metric_lines
 
 PHASES = ("step", "saving", "evaluating")
 KILLS = 10

@@ -15,8 +15,8 @@ from folders import load_tool
 from omegaconf import DictConfig
 from tiny import TRAIN, VAL
 
+from fpn_plugin.checkpoint.finite import DivergedError
 from fpn_plugin.engine import lazy
-from fpn_plugin.engine.faults.finite import DivergedError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from helpers import zoo_config
 from torch import Tensor
 
-from fpn_plugin.engine.pooling import GatherPooler, gather_poolers
+from fpn_plugin.modeling.pooling import GatherPooler, gather_poolers
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -119,7 +119,7 @@ def test_half_precision_is_nearer_to_float32_than_detectron2s() -> None:
 def test_what_is_left_to_the_pooler(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = pooler(ratio=2 if case == "ratio" else 0)
     x = [item.double() if case == "float64" else item for item in maps()]
-    monkeypatch.setattr("fpn_plugin.engine.pooling._plan", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr("fpn_plugin.modeling.pooling._plan", lambda *_: pytest.fail("gathered"))
     boxes = [usual(3), usual(3)]
     assert torch.equal(GatherPooler(theirs)(x, boxes), theirs(x, boxes))
 

@@ -15,9 +15,9 @@ from detectron2.data.datasets import register_coco_instances
 from folders import DATA, MINE, RUN_FILES, digest, fill, load_tool, run_setup
 from tiny import VAL
 
+from fpn_plugin.checkpoint.run_folder import metric_lines, run_results
 from fpn_plugin.data import DatasetError
 from fpn_plugin.engine.run_folder import claim_demo_dir, remove_old_run
-from fpn_plugin.engine.run_record import metric_lines, run_results
 from fpn_plugin.engine.setup import argument_parser, setup
 from fpn_plugin.engine.trainer import Trainer
 

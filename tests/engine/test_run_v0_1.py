@@ -16,12 +16,12 @@ import torch
 from folders import DATA, run_setup
 from torch import Tensor
 
-from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.analysis.visualize.detector import load_detector, read_config
-from fpn_plugin.engine.run_record import metric_lines
+from fpn_plugin.checkpoint.run_folder import metric_lines
 from fpn_plugin.engine.setup import argument_parser, begin
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.export.export import Settings, export
+from fpn_plugin.report.bar import Bar
+from fpn_plugin.visualize.detector import load_detector, read_config
 
 RUN = Path(__file__).parent / "data" / "run_v0_1"
 CONFIG, WEIGHTS = str(RUN / "config.yaml"), str(RUN / "model_0000001.pth")

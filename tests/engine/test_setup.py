@@ -13,9 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from folders import DATA, digest, load_tool, run_setup
 
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.engine import launch
-from fpn_plugin.engine.checkpoint import find_checkpoint
-from fpn_plugin.engine.run_record import recorded_config
 from fpn_plugin.engine.run_folder import warn_of_changes
 from fpn_plugin.engine.setup import argument_parser, begin, load_config, setup
 from fpn_plugin.engine.trainer import Trainer

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from folders import DATA, run_setup
 
-from fpn_plugin.engine.run_record import recorded_config
+from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.engine.setup import argument_parser, begin, setup
 
 FEATURES = ["res2", "res3", "res4", "res5"]

@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import tiny_config
 
-from fpn_plugin.engine.evaluation import build_evaluator, check_evaluators
-from fpn_plugin.engine.size_bins import area_ranges, bin_names, check_edges
+from fpn_plugin.evaluation.build import build_evaluator, check_evaluators
+from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, check_edges
 
 NAME = "size_bins_val"
 

@@ -15,11 +15,11 @@ from helpers import small_maps, small_pyramid, zoo_config
 from tiny import VAL
 from torch import Tensor, nn
 
-from fpn_plugin.engine.fold import cast_weights, fold_norms, fold_traced
-from fpn_plugin.engine.precision import Autocast
-from fpn_plugin.engine.speed import Speed, prepare_for_inference, prepare_for_training
 from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.engine.trainer import Trainer
+from fpn_plugin.modeling.fold import cast_weights, fold_norms, fold_traced
+from fpn_plugin.modeling.precision import Autocast
+from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
 from fpn_plugin.pyramid.graph import op
 
 MakeConfig = Callable[..., CfgNode]

@@ -13,9 +13,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.engine.checkpoint import TAG, Checkpointer, find_checkpoint
-from fpn_plugin.plain_files import read_plain
+from fpn_plugin.checkpoint.checkpointer import TAG, Checkpointer, find_checkpoint
+from fpn_plugin.checkpoint.files import read_state_dict
+from fpn_plugin.checkpoint.plain import read_plain
 
 Write = Callable[[Any, Path], object]
 

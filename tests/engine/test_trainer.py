@@ -19,11 +19,11 @@ from detectron2.solver import build_optimizer as detectron2_optimizer
 from tiny import VAL
 from torch import nn
 
-from fpn_plugin.engine import evaluation
-from fpn_plugin.engine.evaluation import EVALUATORS, build_evaluator, check_evaluators
-from fpn_plugin.engine.precision import Autocast, amp_dtype
 from fpn_plugin.engine.step import build_optimizer
 from fpn_plugin.engine.trainer import Trainer
+from fpn_plugin.evaluation import build as evaluation
+from fpn_plugin.evaluation.build import EVALUATORS, build_evaluator, check_evaluators
+from fpn_plugin.modeling.precision import Autocast, amp_dtype
 
 MakeConfig = Callable[..., CfgNode]
 

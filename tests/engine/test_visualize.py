@@ -18,7 +18,6 @@ from test_resume import assert_same
 from tiny import VAL, tiny_config
 from torch import nn
 
-from fpn_plugin.analysis.visualize.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.engine.rng import seed_all
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.visualize_hook import (
@@ -27,6 +26,7 @@ from fpn_plugin.engine.visualize_hook import (
     gradient_norms,
     named_weights,
 )
+from fpn_plugin.visualize.fusion_weights import FusionWeights, fusion_weights
 
 MakeConfig = Callable[..., CfgNode]
 RUN: dict[str, Any] = {

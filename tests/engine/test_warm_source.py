@@ -17,7 +17,7 @@ from test_resume import assert_same
 from tiny import tiny_config
 from warm_models import BIFPN, RETINANET, TARGETS, a_config, a_model, image, keys, seen
 
-from fpn_plugin.analysis.visualize.detector import load_detector, read_config
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.config import load_config
 from fpn_plugin.config.warm_start import (
     NO_PYRAMID,
@@ -25,9 +25,9 @@ from fpn_plugin.config.warm_start import (
     pyramid_settings,
     resolve_warm_start,
 )
-from fpn_plugin.engine.checkpoint import Checkpointer
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.warm.start import start_warm
+from fpn_plugin.visualize.detector import load_detector, read_config
 
 PAFPN = TARGETS["pafpn"]
 

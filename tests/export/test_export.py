@@ -15,12 +15,12 @@ import torch
 from models import write_detector
 from PIL import Image
 
-from fpn_plugin.analysis.report.bar import Bar
-from fpn_plugin.analysis.visualize.detector import load_detector, read_config
 from fpn_plugin.export import export as export_module
 from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.verify import TOLERANCE
+from fpn_plugin.report.bar import Bar
+from fpn_plugin.visualize.detector import load_detector, read_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "run_exported.py"

@@ -15,8 +15,7 @@ from PIL import Image
 from runs import HEADS, PYRAMIDS, check_run, config
 from scene_data import SEM_SEG
 
-from fpn_plugin.engine.evaluation import build_evaluator
-
+from fpn_plugin.evaluation.build import build_evaluator
 
 OTHERS = [name for name in PYRAMIDS if name not in ("fpn", "simple")]
 # Each head on every other pyramid of these, so that each pyramid has half of the heads; on the fpn

@@ -16,7 +16,7 @@ from effdet.efficientdet import BiFpn
 from peers import effdet_names, rename_effdet
 from torch import Tensor, nn
 
-from fpn_plugin.analysis.benchmark.counts import peak_bytes
+from fpn_plugin.benchmark.counts import peak_bytes
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.graph import op
 from fpn_plugin.pyramid.pyramid import Pyramid

@@ -11,7 +11,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from detectron2.config import CfgNode
 
-from fpn_plugin.engine.checkpoint import SaveError, disk_full_error
+from fpn_plugin.checkpoint.checkpointer import SaveError, disk_full_error
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from fpn_plugin.engine.faults.finite import (
+from fpn_plugin.checkpoint.finite import (
     broken_weights,
     is_finite,
     listed,

@@ -20,14 +20,14 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fpn_plugin.engine.checkpoint import find_checkpoint
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.finite import DivergedError, listed, non_finite
 from fpn_plugin.engine.faults.diagnose import (
     LARGE,
     find_origin,
     random_state,
     rerun_needs_other_processes,
 )
-from fpn_plugin.engine.faults.finite import DivergedError, listed, non_finite
 
 WINDOW = 20  # iterations whose median loss the next loss is compared with
 # A gradient scaler starts at 65536 and halves its scale at each skipped step. After 20 of them the

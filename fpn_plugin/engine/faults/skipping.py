@@ -12,8 +12,8 @@ from typing import Any, Callable, Iterator
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from fpn_plugin.checkpoint.checkpointer import write_atomically
 from fpn_plugin.data.image_checks import READ_ERRORS
-from fpn_plugin.engine.checkpoint import write_atomically
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from fpn_plugin.bottom_up.weight_files import read_state_dict
+from fpn_plugin.checkpoint.checkpointer import write_atomically
+from fpn_plugin.checkpoint.files import read_state_dict
+from fpn_plugin.checkpoint.run_folder import CONFIG
 from fpn_plugin.config.warm_start import FROM, WEIGHTS, describe_checkpoint, recorded_model
-from fpn_plugin.engine.checkpoint import write_atomically
-from fpn_plugin.engine.run_record import CONFIG
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.engine.warm.start import start_warm
 

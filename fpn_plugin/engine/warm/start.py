@@ -15,9 +15,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.weight_files import read_state_dict
-from fpn_plugin.config.warm_start import FROM
-from fpn_plugin.config.warm_start import KEY, WEIGHTS
+from fpn_plugin.checkpoint.files import read_state_dict
+from fpn_plugin.config.warm_start import FROM, KEY, WEIGHTS
 from fpn_plugin.engine.warm.widths import INEXACT, resize, shapes_at_width
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.warm import GATE, PREFIX, Origin, WarmPyramid

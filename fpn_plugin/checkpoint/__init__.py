@@ -1,0 +1,1 @@
+"""Weights and checkpoints: reading them without running their code, matching names, writing."""

@@ -1,0 +1,100 @@
+"""What a run left in its folder: its config, its metrics, and whether it has results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import yaml
+from detectron2.config import CfgNode
+
+from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
+from fpn_plugin.yaml_files import read_yaml
+
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+# a result of Detectron2's evaluators among the metrics; a dataset's name may come before it
+RESULT_KEY = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
+# where a run runs, and what it checks, draws and saves on the way: nothing that changes its numbers
+OUTER_KEYS = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.PERSISTENT_WORKERS",
+    "DATALOADER.PIN_MEMORY",
+    "DATALOADER.PREFETCH_FACTOR",
+    "DATASETS.CHECK",
+    "DATASETS.OUTSIDE_FILES",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.SIZE_BINS",
+    "TEST.VIS_PERIOD",
+    "VIS_PERIOD",
+)
+
+
+def run_results(folder: str) -> list[Path]:
+    """The results in a folder, which another run would replace.
+
+    A config and a log alone are no results: a run that failed before its first step leaves them.
+    """
+    root = Path(folder)
+    metrics, inference = root / METRICS, root / "inference"
+    results = [*list_checkpoints(folder), *root.glob("events.out.tfevents.*")]
+    results += [root / TAG] if (root / TAG).is_file() else []
+    results += [metrics] if metrics.is_file() and metrics.stat().st_size else []
+    results += [inference] if inference.is_dir() else []
+    return sorted(results)
+
+
+def recorded_config(folder: str) -> dict[str, Any]:
+    """The config that the run in a folder was started with, or {} if there is none.
+
+    Raises:
+        ValueError: naming the file, if it is no plain YAML.
+    """
+    path = Path(folder, CONFIG)
+    return read_yaml(str(path)) if path.is_file() else {}
+
+
+def metric_lines(folder: str) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.json; a run that writes or was killed may have cut one.
+
+    A run that resumes after a kill writes its first line behind the rest of the last one.
+    """
+    path = Path(folder, METRICS)
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        start = text.rfind("{")  # the objects are flat
+        with contextlib.suppress(json.JSONDecodeError):
+            lines += [json.loads(text[start:])] if start >= 0 else []
+    return lines
+
+
+def config_changes(
+    folder: str, cfg: CfgNode, ignore: Sequence[str], sections: Sequence[str] = ()
+) -> list[str]:
+    """The differences of a config from that of the run in a folder, as texts "KEY old -> new".
+
+    Args:
+        ignore: keys that are not compared.
+        sections: the first parts of the keys that are compared; empty for all.
+    """
+    before, now = flatten(recorded_config(folder)), flatten(yaml.safe_load(cfg.dump()))
+    keys = [key for key in now if key not in ignore]
+    keys = [key for key in keys if not sections or key.split(".")[0] in sections]
+    # a key that the record lacks is newer than the run
+    changed = [key for key in keys if before.get(key, now[key]) != now[key]]
+    return [f"{key} {before[key]!r} -> {now[key]!r}" for key in changed]
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their full keys, with dots."""
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        leaves.update(
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return leaves

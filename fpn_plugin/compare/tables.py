@@ -1,0 +1,323 @@
+"""A comparison's tables, and its summary in a few sentences.
+
+Each function takes the report of :mod:`fpn_plugin.compare.comparison`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any, Callable, Mapping, Sequence
+
+from fpn_plugin.compare.scores import METRICS
+from fpn_plugin.report.tables import Table
+
+TASK_NAMES = {"bbox": "box", "segm": "mask"}
+_METRIC_NAMES = dict(zip(METRICS, ("AP", "AP50", "AP75", "small", "medium", "large")))
+_UNKNOWN = "–"
+_MAX_METRICS = 12  # columns; more metrics become rows
+_MAX_SIDE_BY_SIDE = 3  # configs with a column of values each; with more, each value has a row
+_MAX_NAMED = 5  # configs that columns are named after; with more, columns have numbers
+
+
+def all_tables(report: Mapping[str, Any]) -> list[Table]:
+    """All tables that have content."""
+    tables: list[Table | None] = []
+    for task in report["tasks"]:
+        tables += [_ap(report, task), _significance(report, task), _pairs(report, task)]
+        tables += [_by_bin(report, task), _by_category(report, task)]
+    tables += [_differences(report), _costs(report), _runs(report)]
+    return [table for table in tables if table is not None and table.rows]
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A dash for an unknown value."""
+    return _UNKNOWN if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _with_spread(group: Mapping[str, Any], key: str) -> str:
+    """A metric's "mean ± standard deviation"."""
+    metric = group["metrics"].get(key)
+    if metric is None:
+        return _UNKNOWN
+    spread = metric["spread"]
+    return number(metric["mean"]) + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+
+
+def mean(group: Mapping[str, Any], key: str) -> float:
+    """A metric's mean; nan if it is unknown."""
+    return group["metrics"].get(key, {}).get("mean", math.nan)
+
+
+def summarise(report: Mapping[str, Any]) -> str:
+    """Which config is best, by how much, and whether that is significant."""
+    sentences = [_best_config(report, task) for task in report["tasks"]]
+    return " ".join([*sentences, _spread_of_seeds(report)]).strip()
+
+
+def _best_config(report: Mapping[str, Any], task: str) -> str:
+    ranks = _ranking(report, task)
+    if not ranks:
+        return f"No {TASK_NAMES[task]} AP is known."
+    best, value = ranks[0]
+    if len(ranks) == 1:
+        return f"There is one config with a {TASK_NAMES[task]} AP, {best}: {value:.1f}."
+    second, others = ranks[1][0], [name for name, _ in ranks[1:]]
+    compared = [report["baseline"]] if report["baseline"] in others else []
+    compared += [second] if second not in compared else []
+    lead = f"Of {len(ranks)} configs, {best} has the highest {TASK_NAMES[task]} AP, {value:.1f}"
+    return f"{lead}: {'; '.join(_against(report, task, best, name) for name in compared)}."
+
+
+def _ranking(report: Mapping[str, Any], task: str) -> list[tuple[str, float]]:
+    """The configs with their mean AP, the best first; without those that have none."""
+    means = [(group["name"], mean(group, f"{task}/AP")) for group in report["groups"]]
+    known = [(name, value) for name, value in means if not math.isnan(value)]
+    return sorted(known, key=lambda rank: -rank[1])
+
+
+def _against(report: Mapping[str, Any], task: str, best: str, other: str) -> str:
+    pair = report["pairs"].get(task, {}).get(best, {}).get(other)
+    if pair is None:
+        values = dict(_ranking(report, task))
+        return f"{values[best] - values[other]:.1f} above {other}, of unknown significance"
+    value, low, high = pair["value"], pair["low"], pair["high"]
+    if pair["significant"]:
+        return f"{value:.1f} above {other} (95% interval {low:.1f} … {high:.1f})"
+    return f"the difference to {other} is inconclusive, {value:+.1f} ({low:+.1f} … {high:+.1f})"
+
+
+def _spread_of_seeds(report: Mapping[str, Any]) -> str:
+    """What the interval, which is over images, does not hold: what another seed would give."""
+    groups = report["groups"]
+    if len(groups) < 2 and len(groups[0]["runs"]) == 1:
+        return ""
+    task = report["tasks"][0]
+    spreads = [
+        group["metrics"].get(f"{task}/AP", {}).get("spread", math.nan)
+        for group in groups
+        if _has_several_seeds(group["seeds"])
+    ]
+    known = [spread for spread in spreads if not math.isnan(spread)]
+    if not known:
+        return (
+            "One seed each: what another seed of the training would change is not in these numbers."
+        )
+    text = f"Seeds of one config spread by up to ±{max(known):.1f}"
+    ranks = _ranking(report, task)
+    if len(ranks) > 1 and ranks[0][1] - ranks[1][1] < max(known):
+        text += ", which is more than the two best configs differ by"
+    return f"{text}."
+
+
+def _has_several_seeds(seeds: Sequence[int]) -> bool:
+    """A seed that was not set, -1, was drawn anew for each run."""
+    return len({seed for seed in seeds if seed >= 0}) + sum(seed < 0 for seed in seeds) > 1
+
+
+def _title(task: str, rest: str = "") -> str:
+    return f"{TASK_NAMES[task].capitalize()} AP{rest}"
+
+
+def _best(
+    columns: Mapping[int, Sequence[float]], choose: Callable[[Sequence[float]], float] = max
+) -> set[tuple[int, int]]:
+    """Row and column of each column's best value, where there are several to choose from."""
+    best = set()
+    for column, values in columns.items():
+        known = [value for value in values if not math.isnan(value)]
+        if len(known) > 1 and len(set(known)) > 1:
+            best |= {(row, column) for row, value in enumerate(values) if value == choose(known)}
+    return best
+
+
+def _ap(report: Mapping[str, Any], task: str) -> Table:
+    groups = report["groups"]
+    keys = [f"{task}/{name}" for name in METRICS]
+    rows = [
+        [group["name"], str(len(group["runs"])), *(_with_spread(group, key) for key in keys)]
+        for group in groups
+    ]
+    columns = {i: [mean(group, key) for group in groups] for i, key in enumerate(keys, 2)}
+    several = any(len(group["runs"]) > 1 for group in groups)
+    note = "small: below 32² pixels, large: above 96²."
+    note += " Mean of the runs ± their standard deviation." if several else ""
+    header = ["config", "runs", *_METRIC_NAMES.values()]
+    return Table(_title(task), header, rows, note, _best(columns))
+
+
+def _significance(report: Mapping[str, Any], task: str) -> Table:
+    baseline = report["baseline"]
+    rows = []
+    for name, pairs in report["pairs"].get(task, {}).items():
+        if baseline in pairs:
+            pair = pairs[baseline]
+            rows.append(
+                [
+                    *(name, f"{pair['value']:+.2f}", f"{pair['low']:+.2f} … {pair['high']:+.2f}"),
+                    *(f"{100 * pair['better']:.1f}%", _verdict(pair)),
+                ]
+            )
+    note = (
+        f"Paired bootstrap: {report['resamples']} draws of {report['images']} images with"
+        " replacement, the same for all runs; AP is the mean of a config's runs. The interval is"
+        " that of the images: what other seeds would give is not in it."
+    )
+    if len(rows) > 2:
+        note += (
+            " Not corrected for multiple comparisons: of twenty configs that are equal, about one"
+            " comes out as significant."
+        )
+    header = ["config", "difference", "95% interval", "better in", "verdict"]
+    return Table(_title(task, f" against {baseline}"), header, rows, note)
+
+
+def _verdict(pair: Mapping[str, Any]) -> str:
+    if pair["significant"]:
+        return "better" if pair["low"] > 0 else "worse"
+    return "equal" if pair["low"] == pair["high"] == 0 else "inconclusive"
+
+
+def _pairs(report: Mapping[str, Any], task: str) -> Table | None:
+    pairs = report["pairs"].get(task, {})
+    if len(pairs) < 3:
+        return None
+    names = list(pairs)
+    heads = names if len(names) <= _MAX_NAMED else [str(i) for i, _ in enumerate(names, 1)]
+    labels = names if heads == names else [f"{i} {name}" for i, name in enumerate(names, 1)]
+    rows = [
+        [
+            label,
+            *(
+                _UNKNOWN if column == row else f"{100 * row_pairs[column]['better']:.0f}%"
+                for column in names
+            ),
+        ]
+        for label, (row, row_pairs) in zip(labels, pairs.items(), strict=True)
+    ]
+    title = _title(task, ": how often the row is better than the column")
+    return Table(title, ["config", *heads], rows)
+
+
+def _by_bin(report: Mapping[str, Any], task: str) -> Table:
+    names = {f"{task}/AP@{name}": name for name in report["objects"]}
+    counts = ["objects", *map(str, report["objects"].values())] if names else []
+    note = (
+        "Bins: sides in pixels, the square root of an object's area. COCO's rules with these areas."
+    )
+    return _by_key(report, _title(task, " by size"), names, counts, note)
+
+
+def _by_category(report: Mapping[str, Any], task: str) -> Table:
+    start = f"{task}/AP-"
+    names = {
+        key: key[len(start) :]
+        for group in report["groups"]
+        for key in group["metrics"]
+        if key.startswith(start)
+    }
+    table = _by_key(report, _title(task, " by category"), names)
+    return table if len(names) <= max(_MAX_METRICS, len(report["groups"])) else _transposed(table)
+
+
+def _by_key(
+    report: Mapping[str, Any],
+    title: str,
+    names: Mapping[str, str],
+    first: Sequence[str] = (),
+    note: str = "",
+) -> Table:
+    """A row for each config, below the row `first`, and a column for each metric.
+
+    Args:
+        names: of the columns, by metric.
+    """
+    rows = [list(first)] if first else []
+    best = {
+        (row + len(rows), column)
+        for row, column in _best(
+            {i: [mean(group, key) for group in report["groups"]] for i, key in enumerate(names, 1)}
+        )
+    }
+    if names:
+        rows += [
+            [group["name"], *(_with_spread(group, key) for key in names)]
+            for group in report["groups"]
+        ]
+    return Table(title, ["config", *names.values()], rows, note, best)
+
+
+def _transposed(table: Table) -> Table:
+    header, *rows = zip(table.header, *table.rows)
+    return replace(table, header=header, rows=rows, best={(j - 1, i + 1) for i, j in table.best})
+
+
+def _costs(report: Mapping[str, Any]) -> Table | None:
+    groups = report["groups"]
+    scales = {"parameters": 1e-6, "gflops": 1.0, "seconds": 1e3}
+    values = {
+        key: [group.get(key) * scale if group.get(key) else math.nan for group in groups]
+        for key, scale in scales.items()
+    }
+    rows = [
+        [group["name"], *(number(column[i], 2) for column in values.values())]
+        for i, group in enumerate(groups)
+    ]
+    height, width = report["size"]
+    note = (
+        f"GFLOPs: 10⁹ multiply-accumulates of the backbone with its pyramid, an image of {height} ×"
+        f" {width}. Parameters of the whole detector."
+    )
+    note += f" Time: {report['latency']}, from the benchmark." if report["latency"] else ""
+    header = ["config", "million parameters", "GFLOPs", "milliseconds"]
+    if not report["latency"]:
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return Table("Costs", header, rows, note, _best(dict(enumerate(values.values(), 1)), min))
+
+
+def _differences(report: Mapping[str, Any]) -> Table:
+    names = [group["name"] for group in report["groups"]]
+    title = "What the configs differ in"
+    note = "All others are equal, but for the seed, where it runs and what is kept on the way."
+    if len(names) <= _MAX_SIDE_BY_SIDE:
+        rows = [[key, *map(_text, values)] for key, values in report["differences"].items()]
+        return Table(title, ["key", *names], rows, note, left=len(names) + 1)
+    rows = []
+    for key, values in report["differences"].items():
+        owners: dict[str, list[str]] = {}
+        for name, value in zip(names, values, strict=True):
+            owners.setdefault(_text(value), []).append(name)
+        # the baseline's value first
+        ordered = sorted(owners.items(), key=lambda owner: report["baseline"] not in owner[1])
+        for i, (text, configs) in enumerate(ordered):
+            baseline = "" if i else report["baseline"]
+            rows.append(["" if i else key, text, _listed(configs, baseline)])
+    return Table(title, ["key", "value", "configs"], rows, note, left=3)
+
+
+def _text(value: Any) -> str:
+    """A config's value in a table."""
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _listed(names: Sequence[str], baseline: str) -> str:
+    """Names, the baseline's first; many with the baseline's value are only counted."""
+    others = [name for name in names if name != baseline]
+    if baseline and len(others) > _MAX_SIDE_BY_SIDE:
+        return f"{baseline} and {len(others)} others"
+    return ", ".join([baseline] * bool(baseline) + others)
+
+
+def _runs(report: Mapping[str, Any]) -> Table:
+    keys = [f"{task}/{name}" for task in report["tasks"] for name in METRICS[:3]]
+    heads = [f"{TASK_NAMES[task]} {name}" for task in report["tasks"] for name in METRICS[:3]]
+    rows = [
+        [
+            *(run["name"], run["group"], _UNKNOWN if run["seed"] < 0 else str(run["seed"])),
+            *(_UNKNOWN if run["iteration"] < 0 else str(run["iteration"]),),
+            *(number(run["metrics"].get(key)) for key in keys),
+        ]
+        for run in report["runs"]
+    ]
+    return Table("Runs", ["run", "config", "seed", "iteration", *heads], rows, left=2)

@@ -1,0 +1,250 @@
+"""Evaluators by a dataset's `evaluator_type`, as Detectron2's own training script chooses them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any, Callable, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.evaluation.coco_evaluation import COCOeval_opt, _evaluate_predictions_on_coco
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from fpn_plugin.evaluation.size_bins import SizeBinEvaluator, check_size_bins
+from fpn_plugin.registry import Registry
+
+EvaluatorBuilder = Callable[[CfgNode, str, str], "list[DatasetEvaluator]"]
+EVALUATORS: Registry[EvaluatorBuilder] = Registry("evaluator_type")
+# What Detectron2's evaluators import, some only while they evaluate, and what to give pip.
+# panopticapi is on no package index.
+_CITYSCAPES = ("cityscapesscripts", "'fpn_plugin[cityscapes]'")
+_PACKAGES = {
+    "lvis": ("lvis", "'fpn_plugin[lvis]'"),
+    "cityscapes_instance": _CITYSCAPES,
+    "cityscapes_sem_seg": _CITYSCAPES,
+    "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
+}
+
+
+class InstanceEvaluator(SizeBinEvaluator):
+    """Detectron2's `COCOEvaluator` with AP by size bins and any `COCOeval`.
+
+    It also takes proposals that were scored in bfloat16, which numpy does not have.
+
+    Args:
+        tasks: some of bbox, segm and keypoints; None for those that the predictions have.
+        cocoeval: the class that computes the metrics; see :func:`coco_eval_class`.
+        options: of Detectron2's evaluator, and `size_bins`.
+
+    Raises:
+        ValueError: if `TEST.FAST_COCO_EVAL` cannot have the dataset's image ids.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        *,
+        cocoeval: type[COCOeval] = COCOeval_opt,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset_name, **options)
+        self._requested_tasks = tasks
+        self._cocoeval = cocoeval
+        self._use_fast_impl = cocoeval is not COCOeval  # for Detectron2's log
+        others = [key for key in self._coco_api.getImgIds() if not isinstance(key, int)]
+        if others and cocoeval not in (COCOeval, COCOeval_opt):
+            raise ValueError(
+                f"TEST.FAST_COCO_EVAL: image ids of {dataset_name!r} must be whole numbers, but one"
+                f" is {others[0]!r}; choose False"
+            )
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Add the outputs for a batch of images."""
+        super().process(inputs, outputs)
+        for prediction in self._predictions[-len(inputs) :]:
+            if "proposals" in prediction:
+                proposals = prediction["proposals"]
+                proposals.objectness_logits = proposals.objectness_logits.float()
+
+    def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
+        super()._eval_predictions(predictions, img_ids)  # does all but compute metrics
+        if not self._do_evaluation:
+            return
+        # It has also replaced the category ids by the dataset's.
+        results = [result for prediction in predictions for result in prediction["instances"]]
+        for task in sorted(self._requested_tasks or super()._tasks_from_predictions(results)):
+            evaluated = results and _evaluate_predictions_on_coco(
+                self._coco_api,
+                results,
+                task,
+                kpt_oks_sigmas=self._kpt_oks_sigmas,
+                cocoeval_fn=self._cocoeval,
+                img_ids=img_ids,
+                max_dets_per_image=self._max_dets_per_image,
+            )
+            names = self._metadata.get("thing_classes")
+            self._results[task] = self._derive_coco_results(evaluated or None, task, names)
+
+    def _tasks_from_predictions(self, predictions: Any) -> list[str]:
+        """None, to skip Detectron2's loop over the tasks, which has its `COCOeval` built in."""
+        return []
+
+
+def coco_eval_class(cfg: CfgNode) -> type[COCOeval]:
+    """The class that computes COCO's metrics; all give the same numbers.
+
+    It is Detectron2's compiled one, or pycocotools' `COCOeval` where that is not compiled. With
+    `TEST.FAST_COCO_EVAL` it is faster-coco-eval's, whose `evaluate()` computes everything: `params`
+    are set before it, and there is no `evalImgs`.
+
+    Raises:
+        ImportError: if faster-coco-eval is not installed; the message names the key.
+    """
+    if not cfg.TEST.FAST_COCO_EVAL:
+        return COCOeval_opt
+    _require("faster_coco_eval", "'fpn_plugin[fast_eval]'", "TEST.FAST_COCO_EVAL: True")
+    return _fast_coco_eval()
+
+
+@functools.cache
+def _fast_coco_eval() -> type[COCOeval]:
+    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+
+    class FastCOCOeval(COCOeval_faster):
+        """faster-coco-eval's class on pycocotools' annotations, in place of its own `COCO`."""
+
+        def __init__(self, truth: COCO, detections: COCO, iou_type: str) -> None:
+            # Given the annotations here, it would take the categories of keypoints from what only
+            # its own COCO class has, and leave out categories without annotations.
+            super().__init__(iouType=iou_type, print_function=print)
+            self.cocoGt, self.cocoDt = truth, detections
+            self.params.imgIds = sorted(truth.getImgIds())
+            self.params.catIds = sorted(truth.getCatIds())
+
+    return FastCOCOeval
+
+
+@EVALUATORS.register("coco")
+def _coco(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [
+        InstanceEvaluator(
+            name,
+            output_dir=folder,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            cocoeval=coco_eval_class(cfg),
+            size_bins=cfg.TEST.SIZE_BINS,
+        )
+    ]
+
+
+@EVALUATORS.register("sem_seg")
+def _sem_seg(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [
+        SemSegEvaluator(name, distributed=True, output_dir=folder, sem_seg_loading_fn=_read_labels)
+    ]
+
+
+def _read_labels(path: str, dtype: Any = None) -> np.ndarray:
+    """Read an image of class labels `(H, W)` into an array that the evaluator may write to.
+
+    Replaces Detectron2's function, whose `np.array(..., copy=False)` is an error in numpy 2.
+    """
+    with PathManager.open(path, "rb") as file:
+        return np.array(Image.open(file), dtype=dtype)
+
+
+@EVALUATORS.register("coco_panoptic_seg")
+def _panoptic(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [
+        *_sem_seg(cfg, name, folder),
+        *_coco(cfg, name, folder),
+        COCOPanopticEvaluator(name, folder),
+    ]
+
+
+@EVALUATORS.register("lvis")
+def _lvis(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [LVISEvaluator(name, output_dir=folder)]
+
+
+@EVALUATORS.register("cityscapes_instance")
+def _cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [CityscapesInstanceEvaluator(name)]
+
+
+@EVALUATORS.register("cityscapes_sem_seg")
+def _cityscapes_sem_seg(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [CityscapesSemSegEvaluator(name)]
+
+
+@EVALUATORS.register("pascal_voc")
+def _pascal_voc(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    return [PascalVOCDetectionEvaluator(name)]
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str = "") -> DatasetEvaluator:
+    """The evaluator of a registered dataset.
+
+    Args:
+        output_folder: where it writes its files. By default `OUTPUT_DIR/inference`, or a folder per
+            dataset in it if `DATASETS.TEST` names several.
+
+    Raises:
+        KeyError: if the dataset's `evaluator_type` is missing or unknown.
+        ImportError: if the evaluator needs a package that is not installed.
+    """
+    if not output_folder:
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            output_folder = os.path.join(output_folder, dataset_name)
+    evaluators = _find_builder(dataset_name)(cfg, dataset_name, output_folder)
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Check that every dataset of `DATASETS.TEST` can be evaluated, before hours of training.
+
+    Raises:
+        KeyError: if a dataset's `evaluator_type` is missing or unknown.
+        ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
+        ValueError: for a bad `TEST.SIZE_BINS`.
+    """
+    check_size_bins(cfg)
+    for name in cfg.DATASETS.TEST:
+        _find_builder(name)
+    coco_eval_class(cfg)
+
+
+def _find_builder(dataset_name: str) -> EvaluatorBuilder:
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    build = EVALUATORS.get(
+        evaluator_type, f"MetadataCatalog.get({dataset_name!r}).evaluator_type (DATASETS.TEST)"
+    )
+    if evaluator_type in _PACKAGES:
+        user = f"DATASETS.TEST {dataset_name!r}: its evaluator_type {evaluator_type!r}"
+        _require(*_PACKAGES[evaluator_type], user)
+    return build
+
+
+def _require(module: str, source: str, user: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{user} needs {module}: pip install {source}") from error

@@ -1,0 +1,175 @@
+"""The images that are shown, and what a model makes of each."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from fpn_plugin.registry import unknown_name
+from fpn_plugin.visualize.detector import Mapper
+from fpn_plugin.visualize.levels import FIELD, record_levels
+from fpn_plugin.visualize.maps import RecordedMaps, record_maps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+Record = Mapping[str, Any]  # one of Detectron2's dataset dicts; `file_name` is all that it needs
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """The images that files, folders (not those below them) and patterns name, each once.
+
+    Raises:
+        FileNotFoundError: naming the input that is or has no image.
+    """
+    images: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_file():
+            files = [path]
+        else:
+            matches = (
+                path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            )
+            files = sorted(match for match in matches if match.suffix.lower() in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(
+                f"--input {name!r}: no such image, or none in it ({', '.join(SUFFIXES)})"
+            )
+        images.update(dict.fromkeys(files))
+    return list(images)
+
+
+def dataset_records(name: str, num: int) -> list[dict[str, Any]]:
+    """At most `num` images of a registered dataset, evenly spread, with their annotations.
+
+    Raises:
+        KeyError: if there is no such dataset.
+        ValueError: if `num` is not positive.
+    """
+    if num < 1:
+        raise ValueError(f"--num: {num} is not a number of images of 1 or more")
+    return spread(all_records(name), num)
+
+
+def all_records(dataset: str) -> list[dict[str, Any]]:
+    """All records of a registered dataset.
+
+    Raises:
+        KeyError: if there is no such dataset.
+    """
+    if dataset not in DatasetCatalog.list():
+        raise unknown_name("--dataset", dataset, DatasetCatalog.list())
+    return DatasetCatalog.get(dataset)
+
+
+def spread(records: Sequence[dict[str, Any]], num: int) -> list[dict[str, Any]]:
+    """At most `num` of the images, evenly spread; images without objects only if all are."""
+    candidates = [record for record in records if record.get("annotations")] or list(records)
+    count = min(num, len(candidates))
+    return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
+
+
+def records_of(paths: Sequence[Path], datasets: Sequence[str]) -> list[dict[str, Any]]:
+    """A record for each file: that of a dataset which has the file, else one without annotations.
+
+    Datasets whose files are not there are skipped: their images then have no ground truth.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for name in datasets:
+        try:
+            records = DatasetCatalog.get(name)
+        except (FileNotFoundError, KeyError):
+            continue
+        known.update({os.path.realpath(record["file_name"]): record for record in records})
+    return [known.get(os.path.realpath(path), {"file_name": str(path)}) for path in paths]
+
+
+def class_names(datasets: Sequence[str]) -> list[str]:
+    """The class names of the first dataset that has them."""
+    for name in datasets:
+        if names := MetadataCatalog.get(name).get("thing_classes"):
+            return list(names)
+    return []
+
+
+@dataclass(frozen=True)
+class InspectedImage:
+    """One image, and what a model made of it.
+
+    Attributes:
+        name: of the image, for titles.
+        pixels: `(H, W, 3)`, RGB, 0 to 255.
+        detections: in pixels of the image, on the CPU; with `pred_levels` if the levels are known.
+        annotations: Detectron2's; None if the ground truth is unknown.
+        maps: the pyramid's.
+        size: height and width that the model saw the image at.
+    """
+
+    name: str
+    pixels: np.ndarray
+    detections: Instances
+    annotations: Sequence[Mapping[str, Any]] | None
+    maps: RecordedMaps
+    size: tuple[int, int]
+
+    def levels(self) -> list[int] | None:
+        """The level of each detection, or None if they are unknown."""
+        return self.detections.get(FIELD).tolist() if self.detections.has(FIELD) else None
+
+
+@torch.no_grad()
+def inspect_image(model: Any, mapper: Mapper, record: Record) -> InspectedImage:
+    """Run a model on an image, and record the levels and maps.
+
+    The model and the states of the random number generators are left as they were.
+
+    Args:
+        model: a detector, without any wrapper.
+        mapper: from a record to the model's input: Detectron2's `DatasetMapper` for tests.
+    """
+    path = record["file_name"]
+    model_input = mapper(dict(record))
+    with _evaluation_mode(model), record_levels(model), record_maps(model.backbone) as maps:
+        output = model([model_input])[0]
+    height, width = model_input["image"].shape[-2:]
+    pixels = utils.read_image(path, "RGB")
+    detections = _detections(output, pixels.shape[:2])
+    annotations = record.get("annotations")
+    return InspectedImage(Path(path).name, pixels, detections, annotations, maps, (height, width))
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, all of the model is in evaluation mode; after it, each module in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _detections(output: Mapping[str, Any], size: tuple[int, int]) -> Instances:
+    """The detections; of RPN alone its proposals as objects of one class; else none."""
+    if "instances" in output:
+        return output["instances"].to("cpu")
+    detections = Instances(size)
+    proposals = output.get("proposals")
+    boxes = torch.zeros(0, 4) if proposals is None else proposals.proposal_boxes.tensor.cpu()
+    logits = torch.zeros(0) if proposals is None else proposals.objectness_logits.cpu()
+    detections.pred_boxes = Boxes(boxes)
+    detections.scores = logits.float().sigmoid()
+    detections.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)
+    return detections

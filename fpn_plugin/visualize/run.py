@@ -1,0 +1,271 @@
+"""What `tools/visualize.py` does: a picture per image and one of the graph, a table of which level
+finds objects of which size, one page with all; or pictures of an evaluation's results."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping, Sequence
+
+import torch
+from detectron2.structures import Boxes, pairwise_iou
+from PIL import Image
+
+from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.engine.setup import load_config
+from fpn_plugin.pyramid.pyramid import GraphExecutor
+from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
+from fpn_plugin.report.tables import Table
+from fpn_plugin.visualize.detector import Detector, load_detector, read_config
+from fpn_plugin.visualize.draw import draw_graph
+from fpn_plugin.visualize.fusion_weights import fusion_weights
+from fpn_plugin.visualize.images import (
+    Record,
+    class_names,
+    dataset_records,
+    find_images,
+    inspect_image,
+    records_of,
+)
+from fpn_plugin.visualize.maps import map_rows
+from fpn_plugin.visualize.objects import ImageObject
+from fpn_plugin.visualize.picture import (
+    Level,
+    Selection,
+    draw_image,
+    octave,
+    select_objects,
+)
+from fpn_plugin.visualize.results import draw_results
+
+GRAPH, PAGE, SIZES = "graph.png", "index.html", "sizes.md"
+MISSED = -1  # the level of a true object that no detection matches
+_IOU = 0.5
+_DPI = 130
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to draw.
+
+    Attributes:
+        config_file: of the model; with `results` only needed for `DATASETS.OWN`.
+        output: a folder; it is created if it does not exist.
+        weights: a checkpoint; "" for `MODEL.WEIGHTS`.
+        inputs: images, folders, patterns; or none, and a dataset.
+        dataset: a registered dataset's name.
+        results: a file of an evaluation's detections on `dataset`, to draw in place of a model's.
+        num: of the dataset's images, at most.
+        score: detections below it are not shown.
+        html: whether to write the page too.
+        pictures: whether to draw at all, or only to count which level finds which sizes.
+        overwrite: whether files of an earlier call may be replaced.
+        opts: `KEY VALUE` pairs for the config.
+    """
+
+    config_file: str
+    output: Path
+    weights: str = ""
+    inputs: Sequence[str] = ()
+    dataset: str = ""
+    results: str = ""
+    num: int = 4
+    score: float = 0.5
+    html: bool = False
+    pictures: bool = True
+    overwrite: bool = False
+    opts: Sequence[str] = ()
+
+
+def visualize(settings: Settings, bar: Bar) -> list[Path]:
+    """Write the pictures, the table of sizes and levels where the truth is known, and the page if
+    it is asked for; with `results` only the pictures of these.
+
+    Returns:
+        the files.
+
+    Raises:
+        FileExistsError: if one of them is there already, unless `overwrite`; pictures of results
+            are replaced.
+        FileNotFoundError: if the config, the weights, the results or an input does not exist.
+        KeyError: for an unknown dataset or config key.
+        ValueError: for another bad argument, naming it.
+    """
+    if settings.results:
+        return _draw_results(settings)
+    if not 0 <= settings.score <= 1:
+        raise ValueError(f"--score: {settings.score} is not from 0 to 1")
+    cfg = read_config(settings.config_file, settings.weights, settings.opts)
+    datasets = [settings.dataset] if settings.dataset else list(cfg.DATASETS.TEST)
+    if settings.dataset:
+        records = dataset_records(settings.dataset, settings.num)
+    else:
+        records = records_of(find_images(settings.inputs), datasets)
+    pictures = dict(zip(_names(records), records)) if settings.pictures else {}
+    others = [*([GRAPH] if settings.pictures else []), SIZES, *([PAGE] if settings.html else [])]
+    _check_output(settings, [*pictures, *others])
+    bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
+    detector = load_detector(cfg)
+    selections = _draw_images(
+        detector, records, list(pictures), class_names(datasets), settings, bar
+    )
+    names = [Path(record["file_name"]).name for record in records]
+    titles = {settings.output / file: name for file, name in zip(pictures, names)}
+    backbone = detector.model.backbone
+    if settings.pictures and isinstance(backbone, GraphExecutor):
+        titles[settings.output / GRAPH] = "the pyramid"
+        draw_graph(backbone, settings.output / GRAPH, weights=fusion_weights(backbone))
+    written = list(titles)
+    tables = [_objects_table(names, selections)]
+    sizes = sizes_table(selections)
+    if sizes is not None:
+        tables.append(sizes)
+        written.append(settings.output / SIZES)
+        written[-1].write_text(f"{sizes.text('github')}\n\n{sizes.note}\n", encoding="utf-8")
+    if settings.html:
+        written.append(settings.output / PAGE)
+        page = _page(cfg.MODEL.WEIGHTS, titles, tables, settings)
+        written[-1].write_text(page, encoding="utf-8")
+    return written
+
+
+def _draw_results(settings: Settings) -> list[Path]:
+    """The ground truth beside the detections of an evaluation; no model is built."""
+    if settings.config_file:
+        # the weights need not be there any more
+        opts = [*settings.opts, "MODEL.WEIGHTS", ""]
+        register_own(load_config(argparse.Namespace(config_file=settings.config_file, opts=opts)))
+    return draw_results(
+        settings.results, settings.dataset, settings.output, settings.num, settings.score
+    )
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    digits = len(str(len(records)))
+    return [
+        f"{number:0{digits}}_{Path(record['file_name']).stem}.png"
+        for number, record in enumerate(records, 1)
+    ]
+
+
+def _check_output(settings: Settings, names: Sequence[str]) -> None:
+    if settings.output.exists() and not settings.output.is_dir():
+        raise NotADirectoryError(f"--output {str(settings.output)!r} is a file, not a folder")
+    present = [name for name in names if (settings.output / name).exists()]
+    if present and not settings.overwrite:
+        raise FileExistsError(
+            f"--output {str(settings.output)!r} holds {', '.join(present[:3])}"
+            f"{', …' if len(present) > 3 else ''}; give --overwrite, or another folder"
+        )
+    settings.output.mkdir(parents=True, exist_ok=True)
+
+
+def _draw_images(
+    detector: Detector,
+    records: Sequence[Record],
+    files: Sequence[str],
+    names: Sequence[str],
+    settings: Settings,
+    bar: Bar,
+) -> list[Selection]:
+    """Draw the images into files; without `files` only find their objects."""
+    selections = []
+    bar.begin("Images", len(records))
+    for number, record in enumerate(records):
+        image = inspect_image(detector.model, detector.mapper, record)
+        selections.append(select_objects(image, names, settings.score))
+        if files:
+            rows = map_rows(detector.model.backbone, image.maps)
+            figure = draw_image(image, selections[-1], rows, settings.score)
+            figure.savefig(settings.output / files[number], dpi=_DPI)
+        bar.step(number + 1)
+    bar.end()
+    return selections
+
+
+def _page(
+    weights: str, titles: Mapping[Path, str], tables: Sequence[Table], settings: Settings
+) -> str:
+    """The page; pictures are in it as JPEG, a fifth of the PNG's size."""
+    parts = [paragraph(f"{settings.config_file}, {weights}"), *map(html_table, tables)]
+    with tempfile.TemporaryDirectory() as folder:
+        for path, title in titles.items():
+            small = Path(folder) / f"{path.stem}.jpg"
+            with Image.open(path) as picture:
+                picture.convert("RGB").save(small, quality=85)
+            parts.append(html_figure(title, path if path.name == GRAPH else small))
+    return html_page("What the detector sees", parts)
+
+
+def _objects_table(names: Sequence[str], selections: Sequence[Selection]) -> Table:
+    """A row per image: how many true objects and detections it has, and from which levels."""
+    found = {level for selection in selections for level in selection.levels}
+    levels = sorted(level for level in found if level is not None)
+    header = ["image", "ground truth", "found", *(f"level {level}" for level in levels)]
+    rows = []
+    for name, selection in zip(names, selections):
+        truth = "?" if selection.truth is None else str(len(selection.truth))
+        counts = [str(list(selection.levels).count(level)) for level in levels]
+        rows.append([name, truth, str(len(selection.detections)), *counts])
+    return Table("Objects", header, rows, "By the level that each detection was made from.")
+
+
+def sizes_table(selections: Sequence[Selection]) -> Table | None:
+    """Which level finds objects of which size, over many images.
+
+    A row per octave of sizes of the true objects (the square root of the box's area, in pixels of
+    the image): how many there are, and how many were found from each level; None if the truth is
+    known for no image.
+    """
+    known = [selection for selection in selections if selection.truth is not None]
+    if not known:
+        return None
+    counts: Counter[tuple[int, Level]] = Counter()
+    for selection in known:
+        for obj, level in zip(selection.truth or (), matched_levels(selection)):
+            counts[octave(obj.size), level] += 1
+    levels = sorted(
+        {level for _, level in counts if level != MISSED}, key=lambda level: (level is None, level)
+    )
+    rows = []
+    for place in sorted({place for place, _ in counts}):
+        total = sum(number for (other, _), number in counts.items() if other == place)
+        cells = [str(counts[place, level]) for level in (*levels, MISSED)]
+        rows.append([f"{2**place} to {2**(place + 1)} px", str(total), *cells])
+    names = ["level unknown" if level is None else f"level {level}" for level in levels]
+    note = (
+        f"True objects of {len(known)} images by the square root of their box's area, and the"
+        f" level that the detection came from that found them (IoU ≥ {_IOU}, the same class)."
+    )
+    return Table("Sizes and levels", ["size", "objects", *names, "missed"], rows, note)
+
+
+def matched_levels(selection: Selection) -> list[Level]:
+    """The level of the detection that matches each true object of an image, or MISSED.
+
+    Detections choose in the order of their scores, as in COCO's evaluation: each takes the object
+    of its class that it overlaps most, by an IoU of 0.5 or more, among those that are still free.
+    """
+    truth, detections = selection.truth or (), selection.detections
+    levels: list[Level] = [MISSED] * len(truth)
+    free = set(range(len(truth)))
+    overlaps = pairwise_iou(_boxes(detections), _boxes(truth))  # (detections, objects)
+    for i in sorted(range(len(detections)), key=lambda i: -detections[i].score):
+        candidates = [
+            j
+            for j in free
+            if overlaps[i, j] >= _IOU and truth[j].category == detections[i].category
+        ]
+        if candidates:
+            best = max(candidates, key=lambda j: float(overlaps[i, j]))
+            free.remove(best)
+            levels[best] = selection.levels[i]
+    return levels
+
+
+def _boxes(objects: Sequence[ImageObject]) -> Boxes:
+    return Boxes(torch.tensor([obj.box for obj in objects], dtype=torch.float32).reshape(-1, 4))

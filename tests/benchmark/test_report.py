@@ -1,0 +1,156 @@
+"""The report: every section in it, on disk and in the terminal, and what can be read from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpn_plugin.benchmark import measure
+from fpn_plugin.benchmark.configs import gather_configs
+from fpn_plugin.benchmark.inputs import Inputs
+from fpn_plugin.benchmark.measure import (
+    SCHEMA,
+    Settings,
+    benchmark,
+    measure_section,
+    section_of,
+)
+from fpn_plugin.benchmark.models import build_models
+from fpn_plugin.benchmark.report import (
+    check_folder,
+    compare_reports,
+    latency_points,
+    neck_shares,
+    report_tables,
+    terminal_text,
+    write_report,
+)
+from fpn_plugin.benchmark.timing import Plan
+from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.environment import collect_environment, environment_warnings
+
+
+def test_every_model_is_in_every_section(report: dict[str, Any]) -> None:
+    names = {"baseline base", "fpn", "fpn [bf16]", "bifpn", "bifpn [bf16]"}
+    assert set(report["contestants"]) == set(report["counts"]) == names
+    for section, data in report["timings"].items():
+        assert set(data["times"]) == names, section
+        assert all(row["peak_bytes"] > 0 for row in data["times"].values())
+        references = {"fpn": ["baseline base"], "fpn [bf16]": ["baseline base", "fpn"]}
+        for name, expected in references.items():
+            rows = [row for row in data["ratios"] if row["contestant"] == name]
+            assert [row["reference"] for row in rows] == expected
+            assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert report["failures"] == []
+    phases = report["timings"]["train"]["times"]["fpn"]["phases"]
+    assert set(phases) == {"forward", "backward", "step"}
+
+
+def test_the_pyramids_share_of_the_whole(report: dict[str, Any]) -> None:
+    shares = neck_shares(report)
+    assert set(shares) == set(report["contestants"])
+    assert shares["fpn"]["pyramid"] == report["timings"]["neck"]["times"]["fpn"]["seconds"]
+    seconds = {"neck": 1.0, "backbone": 3.0}
+    timings = {name: {"times": {"a": {"seconds": value}}} for name, value in seconds.items()}
+    assert neck_shares({"timings": timings}) == {"a": {"network": 2.0, "pyramid": 1.0}}
+
+
+def test_files(report: dict[str, Any], tmp_path: Path) -> None:
+    run = {"folder": "somewhere", "contestant": "bifpn", "AP": {"bbox": 12.5, "segm": 9.0}}
+    report = {**report, "runs": [run], "notes": ["<b>bold & bad</b>"], "failures": ["<i>"]}
+    page = write_report(report, str(tmp_path / "out"))
+    folder = page.parent
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["schema"] == SCHEMA
+    text = (folder / "report.md").read_text()
+    assert "## Counts" in text and "| fpn " in text and "![" in text
+    assert sorted(path.name for path in folder.glob("*.png")) == ["latency_ap.png", "share.png"]
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 2 and "prefers-color-scheme: dark" in html
+    assert not re.search(r"https?:|<script|<link|src=\"(?!data:)|@import|url\(", html)
+    for name in report["contestants"]:
+        assert name in html
+    assert "&lt;b&gt;bold &amp; bad" in html and "<i>" not in html
+    seconds = report["timings"]["inference"]["times"]["bifpn"]["seconds"]
+    assert latency_points(report) == {"bifpn, bbox": (seconds, 12.5), "bifpn, segm": (seconds, 9.0)}
+    with pytest.raises(FileExistsError, match=re.escape(f"--report {str(folder)!r}")):
+        check_folder(str(folder), overwrite=False)
+    check_folder(str(folder), overwrite=True)
+    check_folder(str(tmp_path / "new"), overwrite=False)
+    with pytest.raises(NotADirectoryError):
+        check_folder(str(page), overwrite=True)
+
+
+def test_terminal(report: dict[str, Any]) -> None:
+    text = terminal_text(report)
+    assert all(table.title in text for table in report_tables(report))
+    assert "· backward" in text and "different model" in text
+
+
+def test_what_differs_is_not_timed(
+    configs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = Inputs((64, 64))
+    models = build_models(gather_configs([configs["fpn"]], baseline=configs["base"]), inputs)
+    models["fpn"].model.backbone.fpn_output2.weight.data.mul_(1.01)
+    timed: list[str] = []
+    real = measure.time_interleaved
+    monkeypatch.setattr(
+        measure, "time_interleaved", lambda works, *rest: timed.extend(works) or real(works, *rest)
+    )
+    section = section_of("neck", models, inputs, trained=False)
+    measured = measure_section(section, "cpu", Plan(1, 1, 0.001, 0))
+    assert timed == ["baseline base"] and measured["ratios"] == []
+    assert "neck: fpn does not equal baseline base: p2 is off by" in measured["failures"][0]
+
+
+def test_an_inconclusive_ratio_is_refused(configs: dict[str, str]) -> None:
+    plan = Plan(2, 2, 0.0, 0, max_spread=0.0)
+    settings = Settings([configs["fpn"]], baseline=configs["base"], size=(64, 64), plan=plan)
+    report = benchmark(replace(settings, what=["neck"]), Bar(quiet=True))
+    (row,) = report["timings"]["neck"]["ratios"]
+    assert row["value"] is row["low"] is row["high"] is None and row["verdict"] == "too wide"
+    text = "neck: fpn against baseline base is too wide after 2 rounds"
+    assert any(text in failure for failure in report["failures"])
+    assert "too wide" in terminal_text(report) and "REFUSED neck: fpn" in terminal_text(report)
+
+
+def test_compare(report: dict[str, Any]) -> None:
+    assert compare_reports(report, report, 0.01) == ([], [])
+    old = copy.deepcopy(report)
+    old["counts"]["bifpn"]["neck_gflops"] /= 1.05
+    old["counts"]["fpn"]["neck_peak_bytes"] /= 1.05
+    old["counts"]["gone"] = dict(old["counts"]["fpn"])
+    for row in old["timings"]["neck"]["ratios"]:
+        row["value"] *= 1000
+    (regression,), warnings = compare_reports(old, report, 0.01)
+    assert regression.startswith("bifpn: neck_gflops grew from") and "+5.0%" in regression
+    assert warnings[0] == "gone is in the old report only"
+    assert warnings[1].startswith("neck: fpn was")  # times are no regression
+    assert compare_reports(old, report, 0.06)[0] == []
+    old["counts"]["fpn"]["neck_peak_bytes"] /= 1.1
+    assert len(compare_reports(old, report, 0.01)[0]) == 2
+
+
+def test_reports_that_cannot_be_compared(report: dict[str, Any]) -> None:
+    other = {**report, "settings": {**report["settings"], "size": [1, 2]}}
+    with pytest.raises(ValueError, match=r"--compare: .* size \[1, 2\]"):
+        compare_reports(other, report, 0.01)
+    with pytest.raises(ValueError, match="--compare: .* no counts"):
+        compare_reports({**report, "counts": {}}, report, 0.01)
+
+
+def test_environment() -> None:
+    environment = collect_environment("cpu")
+    assert environment["threads"] >= 1 and environment["versions"]["torch"]
+    json.dumps(environment)
+    assert environment_warnings({**environment, "load_average": 0.0, "commit": "abc"}) == []
+    busy = {**environment, "load_average": 3.0 * environment["cores"], "commit": "abc+dirty"}
+    warnings = environment_warnings(busy)
+    assert "busy" in warnings[0] and "uncommitted" in warnings[1]

@@ -1,0 +1,161 @@
+"""AP on drawn images equals pycocotools' on such a set; differences that can be worked out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comparing import detect, write_truth
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from fpn_plugin.compare.bootstrap import (
+    Matches,
+    average_precision,
+    difference,
+    draw_images,
+    matches_of,
+)
+
+
+def coco_of(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco
+
+
+def evaluated(truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
+    coco = coco_of(copy.deepcopy(truth))
+    evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+def ap(evaluation: COCOeval) -> float:
+    precision = evaluation.eval["precision"][..., 0, -1]
+    return float(precision[precision > -1].mean() * 100)
+
+
+def repeated(
+    truth: dict[str, Any], results: list[dict[str, Any]], weights: np.ndarray
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Each image as often as its weight says, with what is in it, under new ids."""
+    made: dict[str, Any] = {**truth, "images": [], "annotations": []}
+    found = []
+    for image, times in zip(truth["images"], weights):
+        for _ in range(times):
+            key = len(made["images"]) + 1
+            made["images"].append({**image, "id": key})
+            for one in truth["annotations"]:
+                if one["image_id"] == image["id"]:
+                    number = len(made["annotations"]) + 1
+                    made["annotations"].append({**one, "id": number, "image_id": key})
+            mine = [one for one in results if one["image_id"] == image["id"]]
+            found += [{**one, "image_id": key} for one in mine]
+    return made, found
+
+
+def ap_of_draws(matches: list[Matches], draws: np.ndarray) -> np.ndarray:
+    return np.array([average_precision(matches, weights) for weights in draws])
+
+
+@pytest.mark.parametrize("weights", [[1] * 6, [0, 3, 1, 0, 2, 0], [6, 0, 0, 0, 0, 0]])
+@pytest.mark.parametrize("categories", [2, 1])
+def test_it_equals_pycocotools_on_a_set_with_the_images_repeated(
+    tmp_path: Path, weights: list[int], categories: int
+) -> None:
+    """With one category the draws have no object of the other, which does not count then."""
+    truth = write_truth(tmp_path / "truth.json")
+    if categories == 1:
+        truth["annotations"] = [
+            one
+            for one in truth["annotations"]
+            if not weights[one["image_id"] - 1] or one["category_id"] == 3
+        ]
+    results = detect(truth, 0.3)
+    matches = matches_of(evaluated(truth, results))
+    wanted = ap(evaluated(*repeated(truth, results, np.array(weights))))
+    assert 5 < wanted < 95
+    found = average_precision(matches[:categories], np.array(weights))
+    assert found == average_precision(matches, np.array(weights))
+    assert found == pytest.approx(wanted, abs=1e-10)
+
+
+def one_object_each(found: list[int]) -> list[Matches]:
+    """Two images with an object in each, one IoU threshold; `found` are those with a detection."""
+    hits = np.ones((1, len(found)), dtype=bool)
+    return [Matches(np.array(found, dtype=int), hits, ~hits, np.array([1, 1]))]
+
+
+def test_a_tiny_example_worked_out_by_hand() -> None:
+    all_found, first_found = one_object_each([0, 1]), one_object_each([0])
+    half = 100 * 51 / 101  # of the recalls 0, 0.01 … 1 those up to 0.5 are reached
+    wanted = {(2, 0): (100, 100), (1, 1): (100, half), (0, 2): (100, 0)}
+    for weights, (both, one) in wanted.items():
+        assert average_precision(all_found, np.array(weights)) == pytest.approx(both)
+        assert average_precision(first_found, np.array(weights)) == pytest.approx(one)
+    draws = np.array(list(wanted))
+    ours, theirs = ap_of_draws(all_found, draws), ap_of_draws(first_found, draws)
+    found = difference(100 - half, ours, theirs)
+    # differences of 0, 100 - half and 100: better in two draws, equal in one
+    assert found.better == pytest.approx(2.5 / 3)
+    assert found.low == pytest.approx(0.05 * (100 - half))
+    assert found.high == pytest.approx(100 - 0.05 * half)
+
+
+def test_a_false_detection_that_ranks_first_halves_the_precision() -> None:
+    image = np.array([1, 0])
+    hits = np.array([[False, True]])
+    one = [Matches(image, hits, ~hits, np.array([1, 0]))]
+    assert average_precision(one, np.array([1, 1])) == pytest.approx(50)
+    assert average_precision(one, np.array([1, 0])) == pytest.approx(100)
+    assert average_precision(one, np.array([1, 3])) == pytest.approx(25)
+    assert math.isnan(average_precision(one, np.array([0, 2])))
+
+
+def test_equal_runs_differ_by_exactly_nothing(tmp_path: Path) -> None:
+    truth = write_truth(tmp_path / "truth.json")
+    matches = matches_of(evaluated(truth, detect(truth, 0.3)))
+    draws = draw_images(6, 50)
+    aps = ap_of_draws(matches, draws)
+    found = difference(0.0, aps, aps.copy())
+    assert (found.value, found.low, found.high, found.better) == (0, 0, 0, 0.5)
+    assert not found.significant
+    assert aps.std() > 0
+
+
+def test_a_run_that_is_better_in_every_image_is_better_in_every_draw(tmp_path: Path) -> None:
+    truth = write_truth(tmp_path / "truth.json")
+    draws = draw_images(6, 50)
+    good, bad = (
+        ap_of_draws(matches_of(evaluated(truth, detect(truth, error))), draws)
+        for error in (0.0, 0.5)
+    )
+    found = difference(1.0, good, bad)
+    assert found.better == 1.0
+    assert found.significant and found.low > 0
+    turned = difference(-1.0, bad, good)
+    assert turned.better == 0
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_draws_without_objects_say_nothing() -> None:
+    found = difference(1.0, np.array([math.nan, 3.0]), np.array([math.nan, 2.0]))
+    assert (found.low, found.high, found.better) == (1.0, 1.0, 1.0)
+    nothing = difference(1.0, np.array([math.nan]), np.array([math.nan]))
+    assert math.isnan(nothing.low) and not nothing.significant
+
+
+def test_draws_are_of_as_many_images_and_the_same_every_time() -> None:
+    draws = draw_images(12, 200)
+    assert draws.shape == (200, 12)
+    assert (draws.sum(axis=1) == 12).all()
+    assert (draws == draw_images(12, 200)).all()
+    # an image is left out of a draw with a probability of (11/12)^12 = 0.352
+    assert (draws == 0).mean() == pytest.approx(0.352, abs=0.03)

@@ -1,0 +1,122 @@
+"""A run seen from outside: progress on a terminal and elsewhere, failures, the table of results."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpn_plugin.report.progress import TrainingProgress, ap_table, follow, show_training
+
+STEP = {"iteration": 19, "total_loss": 1.43345, "eta_seconds": 64.2}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_off_a_terminal_there_are_lines() -> None:
+    stream = io.StringIO()
+    progress = TrainingProgress(stream=stream, interval=0)
+    progress.begin("trees", 40)
+    progress.update(STEP)
+    progress.update({"iteration": 29, "total_loss": 1.0})  # Detectron2 has no ETA yet
+    progress.update({**STEP, "iteration": 39})
+    progress.end()
+    progress.say("done")
+    assert stream.getvalue().splitlines() == [
+        "trees: iteration 20 of 40, loss 1.433, ETA 0:01:04",
+        "trees: iteration 30 of 40, loss 1",
+        "trees: iteration 40 of 40, loss 1.433, evaluating",
+        "done",
+    ]
+
+
+def test_off_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, times = io.StringIO(), iter([0.0, 0.0, 10.0, 29.0, 31.0, 31.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    progress = TrainingProgress(stream=stream, interval=30)
+    progress.begin("trees", 40)
+    for iteration in (1, 2, 3, 4):
+        progress.update({**STEP, "iteration": iteration})
+    assert [line.split()[2] for line in stream.getvalue().splitlines()] == ["2", "5"]
+
+
+def test_on_a_terminal_there_is_a_bar() -> None:
+    stream = Terminal()
+    progress = TrainingProgress(stream=stream)
+    progress.begin("run 1 of 2, fpn", 40)
+    progress.update(STEP, ", of the study 1:01:04")
+    assert stream.getvalue().rpartition("\r")[2] == (
+        "run 1 of 2, fpn:  50%|##########          | 20/40,"
+        " loss 1.433, ETA 0:01:04, of the study 1:01:04"
+    )
+    progress.end()
+    progress.say("done")
+    assert stream.getvalue().endswith("\rdone\n")
+
+
+def test_quiet_is_quiet() -> None:
+    stream = Terminal()
+    progress = TrainingProgress(quiet=True, stream=stream)
+    progress.begin("trees", 40)
+    progress.update(STEP)
+    progress.say("done")
+    progress.end()
+    assert stream.getvalue() == ""
+
+
+def follow_code(code: str, folder: Path) -> tuple[list[Any], list[str]]:
+    """The lines of metrics.json and of the output that a program's run gave."""
+    metrics: list[Any] = []
+    lines: list[str] = []
+    with open(folder / "log.txt", "wb") as log:
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        output = folder / "log.txt"
+        follow(process, output, folder / "metrics.json", metrics.append, lines.append)
+    return metrics, lines
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_follow_gives_new_metrics_and_output(tmp_path: Path, mode: str) -> None:
+    """Both of a run that goes on and of one that replaces an old one."""
+    old = "".join(f'{{"iteration": {i}, "total_loss": 9.0}}\n' for i in range(20))
+    (tmp_path / "metrics.json").write_text(old + '{"half')
+    new = json.dumps(STEP) + "\n" + '{"iteration": 19, "bbox/AP": 3.0}\n{"iteration"'
+    metrics, lines = follow_code(
+        f"import time; print('beware', flush=True); time.sleep(1.2);"
+        f"open('metrics.json', {mode!r}).write({new!r})",
+        tmp_path,
+    )
+    assert metrics == [STEP]
+    assert lines == ["beware"]
+
+
+def test_a_training_is_shown_with_its_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "metrics.json"
+    code = f"open({str(metrics)!r}, 'w').write({json.dumps(STEP)!r} + chr(10)); print('chatter');"
+    warning = "print('[1 d2]: WARNING beware');"
+    show_training([sys.executable, "-c", code + warning], "trees", 40, metrics)
+    step = "trees: iteration 20 of 40, loss 1.433, ETA 0:01:04"
+    assert sorted(capsys.readouterr().out.splitlines()) == ["[1 d2]: WARNING beware", step]
+    with pytest.raises(RuntimeError, match="exit code 3(.|\n)*last words"):
+        code = "print('last words'); raise SystemExit(3)"
+        show_training([sys.executable, "-c", code], "trees", 40, metrics)
+
+
+def test_ap_table() -> None:
+    metrics = {"bbox/AP": 14.24, "bbox/AP50": 45.4, "bbox/APl": float("nan"), "segm/AP": 7.0}
+    text = ap_table(metrics)
+    assert text.splitlines()[2].split()[:3] == ["boxes", "14.2", "45.4"]
+    assert "masks" in text and "nan" in text
+    with pytest.raises(ValueError, match="no AP among the metrics loss"):
+        ap_table({"loss": 1.0})
