@@ -22,7 +22,7 @@ from fpn_plugin import PyramidBackbone  # noqa: E402
 from fpn_plugin.config import extra_levels_for  # noqa: E402
 from fpn_plugin.config import load_config  # noqa: E402
 from fpn_plugin.config.heads import head_features  # noqa: E402
-from fpn_plugin.visualize import complexity, draw, fusion_weights
+from fpn_plugin.visualize import complexity, draw, fusion_weights  # noqa: E402
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
 

@@ -28,7 +28,7 @@ from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.report.progress import TrainingProgress  # noqa: E402
-from fpn_plugin.study import execute
+from fpn_plugin.study import execute  # noqa: E402
 from fpn_plugin.study.config import Study, parse_seeds, read_study  # noqa: E402
 from fpn_plugin.study.plan import plan_runs  # noqa: E402
 

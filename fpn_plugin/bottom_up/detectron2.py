@@ -57,7 +57,6 @@ class Detectron2Backbone(AdaptedBackbone):
         return super().forward(x)
 
 
-@BACKBONE_REGISTRY.register()
 def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
     """RegNet (arXiv:2003.13678); RegNetX-4GF by default.
 
@@ -69,7 +68,6 @@ def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Bac
     return _build("build_regnet_backbone", RegNetFamily(), cfg, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
     """Swin Transformer (arXiv:2103.14030); Swin-T by default.
 
@@ -80,7 +78,6 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backb
     return _build("build_swin_backbone", SwinFamily(), cfg, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
 def build_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
     """MViTv2 (arXiv:2112.01526); MViTv2-T by default.
 
@@ -91,7 +88,6 @@ def build_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backb
     return _build("build_mvit_backbone", MViTFamily(), cfg, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
     """ViT as in ViTDet (arXiv:2203.16527); ViT-B by default.
 
@@ -102,6 +98,19 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbo
         ValueError: (KeyError for an unknown argument or map) naming the config key.
     """
     return _build("build_vit_backbone", ViTFamily(), cfg, input_shape)
+
+
+def register_builders() -> None:
+    """Enter the builders of this module into `BACKBONE_REGISTRY`, if its names are free: a user may
+    have registered builders of their own under them."""
+    for build in (
+        build_regnet_backbone,
+        build_swin_backbone,
+        build_mvit_backbone,
+        build_vit_backbone,
+    ):
+        if build.__name__ not in BACKBONE_REGISTRY:
+            BACKBONE_REGISTRY.register(build)
 
 
 def _build(name: str, family: Family, cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:

@@ -25,8 +25,8 @@ def load_weights(module: nn.Module, path: str, key: str = KEY, prefix: str = "")
     """Load a weight file into `module`, and log what matched, was missing or left over.
 
     The file may have another library's keys for the same network, and prefixes of modules around
-    it: see :func:`fpn_plugin.checkpoint.key_matching.match_keys`. No code of the file is run. Counters of
-    batches are neither required nor reported.
+    it: see :func:`fpn_plugin.checkpoint.key_matching.match_keys`. No code of the file is run.
+    Counters of batches are neither required nor reported.
 
     Args:
         path: see :func:`fpn_plugin.checkpoint.files.read_weights`.

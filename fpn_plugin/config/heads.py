@@ -88,7 +88,7 @@ def require_resolved_heads(cfg: CfgNode) -> None:
     for key in _keys_read(cfg):
         if AUTO in cfg_get(cfg, key):
             raise ValueError(
-                f"{key}: {AUTO!r} is not worked out yet: call fpn_plugin.resolve_config(cfg) when the"
+                f"{key}: {AUTO!r} is not resolved yet: call fpn_plugin.resolve_config(cfg) when the"
                 " config is complete, before the model is built"
             )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
@@ -14,6 +16,8 @@ from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
 from fpn_plugin.config.validate import validate_config
 from fpn_plugin.config.warm_start import resolve_warm_start
+
+logger = logging.getLogger(__name__)
 
 # Flags for one's own data, each for a key of DATASETS.OWN
 DATA_FLAGS = ("train_json", "train_images", "val_json", "val_images")
@@ -71,3 +75,10 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     is_resumed = getattr(args, "resume", False) and not args.overwrite
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if is_resumed else ""
     return resolve_config(cfg, checkpoint, getattr(args, "eval_only", False))
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Set `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place."""
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.info("MODEL.DEVICE is 'cuda' but no GPU is available: using 'cpu'")

@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
-from fpn_plugin.config.resolve import DATA_FLAGS, load_config
+from fpn_plugin.config.resolve import DATA_FLAGS, choose_device, load_config
 from fpn_plugin.data.checks import check_config_datasets
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.folder_lock import hold
@@ -76,13 +76,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
                 warn_of_changes(cfg)
     cfg.freeze()
     return cfg
-
-
-def choose_device(cfg: CfgNode) -> None:
-    """Set `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place."""
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-        logger.info("MODEL.DEVICE is 'cuda' but no GPU is available: using 'cpu'")
 
 
 def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:

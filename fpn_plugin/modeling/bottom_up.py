@@ -3,15 +3,16 @@ others."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Callable
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from fpn_plugin.bottom_up import torchvision as torchvision_networks
+from fpn_plugin.bottom_up.detectron2 import register_builders
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.timm import TimmBackbone
+from fpn_plugin.bottom_up.torchvision import TorchvisionBackbone
 from fpn_plugin.checkpoint.load import KEY, load_weights
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.config.heads import head_features, require_resolved_heads, validate_heads
@@ -19,9 +20,12 @@ from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.registry import unknown_name
 
 NAME = "MODEL.BOTTOM_UP.NAME"
-# Libraries whose networks are named <library>/<model>. Their names are also values of
-# MODEL.BOTTOM_UP.WEIGHTS: the weights that they publish
-LIBRARIES = ("timm", "torchvision")
+# Adapters for libraries whose networks are named <library>/<model>. These names are also values of
+# MODEL.BOTTOM_UP.WEIGHTS: the weights that the library publishes
+LIBRARIES: dict[str, Callable[..., Backbone]] = {
+    "timm": TimmBackbone,
+    "torchvision": TorchvisionBackbone,
+}
 # Builders of backbones that hold a bottom-up network, and so are none
 HOLDERS = (
     *OWN_BUILDERS,
@@ -55,7 +59,7 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """A network of another library."""
     library, _, model = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
-    return _adapter(library)(
+    return LIBRARIES[library](
         model,
         out_features=cfg.MODEL.FPN.IN_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
@@ -64,14 +68,6 @@ def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         args=dict(cfg.MODEL.BOTTOM_UP.ARGS),
         pretrained=cfg.MODEL.BOTTOM_UP.WEIGHTS == library,
     )
-
-
-def _adapter(library: str) -> Callable[..., Backbone]:
-    if library == "torchvision":
-        return torchvision_networks.TorchvisionBackbone
-    from fpn_plugin.bottom_up.timm import TimmBackbone  # timm is an extra
-
-    return TimmBackbone
 
 
 def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -91,8 +87,7 @@ def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
-    # Registers its builders, only now: a user may have registered others of these names
-    import_module("fpn_plugin.bottom_up.detectron2")
+    register_builders()  # only now, after those of the user
     if name in HOLDERS:
         raise ValueError(
             f"{NAME}: {name!r} is a value of MODEL.BACKBONE.NAME: it holds the network that"

@@ -58,7 +58,7 @@ def fold_traced(network: nn.Module) -> int:
             continue
         if calls[node.target] == calls[source.target] == 1:
             owner, _, name = node.target.rpartition(".")
-            conv = network.get_submodule(source.target)
+            conv = network.get_submodule(str(source.target))
             count += _fold(conv, network.get_submodule(owner), name, uses)
     return count
 
@@ -92,16 +92,21 @@ def _neighbours(owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield conv, name
 
 
-def _fold(conv: nn.Module, owner: nn.Module, name: str, uses: Counter[int]) -> bool:
+def _fold(conv: Any, owner: nn.Module, name: str, uses: Counter[int]) -> bool:
     """Fold the child `name` of `owner` into a convolution, if that is possible."""
     norm = getattr(owner, name)
     if not (_is_plain(conv) and _is_fixed(norm)):
         return False
-    weight: Any = conv.weight
-    if max(uses[id(conv)], uses[id(weight)], uses[id(norm)]) > 1:
+    if max(uses[id(conv)], uses[id(conv.weight)], uses[id(norm)]) > 1:
         return False  # shared: another reader would get the norm too
     conv.weight, conv.bias = fuse_conv_bn_weights(
-        weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
     )
     # timm's batch norms also have a dropout and an activation
     rest = [getattr(norm, part, nn.Identity()) for part in ("drop", "act")]

@@ -9,9 +9,10 @@ from typing import Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.run_folder import OUTER_KEYS, RESULT_KEY, metric_lines
+from fpn_plugin.config.resolve import choose_device
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.run_folder import config_changes, run_results
-from fpn_plugin.engine.setup import argument_parser, choose_device, load_config
+from fpn_plugin.engine.setup import argument_parser, load_config
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.study.config import NamedConfig, Study, StudyError
 

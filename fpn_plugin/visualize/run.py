@@ -14,8 +14,8 @@ import torch
 from detectron2.structures import Boxes, pairwise_iou
 from PIL import Image
 
+from fpn_plugin.config import load_config
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.engine.setup import load_config
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.bar import Bar
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph

@@ -12,6 +12,8 @@ from detectron2.modeling import build_backbone
 from networks import RESNET18, Case
 from torch import nn
 
+from fpn_plugin.modeling.bottom_up import LIBRARIES
+
 RGB = ShapeSpec(channels=3)
 R18 = Case("build_resnet_backbone", keys=RESNET18)
 TIMM = Case("timm/test_resnet")
@@ -58,8 +60,7 @@ def test_published_weights_are_asked_for(library: str, monkeypatch: pytest.Monke
         given.update(settings, model=model)
         return nn.Identity()
 
-    kind = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}[library]
-    monkeypatch.setattr(f"fpn_plugin.bottom_up.{library}.{kind}", adapter)
+    monkeypatch.setitem(LIBRARIES, library, adapter)
     Case(f"{library}/resnet18", args={"a": 1}).build(BOTTOM_UP__WEIGHTS=library)
     assert given == {
         "model": "resnet18",
@@ -131,7 +132,7 @@ def test_the_heads_together_say_which_maps_are_given() -> None:
         (["p4"], ["res4"], r"MODEL.RPN.IN_FEATURES: \['p4'\] are not among the backbone's maps"),
         (["p4"], ["p4"], r"MODEL.RPN.IN_FEATURES: \['p4'\] are not among"),
         (["res6"], ["res4"], "maps of timm/test_resnet.*'res6'.*res1, res2"),
-        (["auto"], ["res4"], "MODEL.RPN.IN_FEATURES: 'auto' is not worked out"),
+        (["auto"], ["res4"], "MODEL.RPN.IN_FEATURES: 'auto' is not resolved"),
     ],
 )
 def test_maps_that_the_heads_cannot_read(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Iterator
 
 import pytest
@@ -11,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from networks import CASES, Case
 from torch import Tensor, nn
 
+from fpn_plugin.bottom_up.detectron2 import register_builders
 from fpn_plugin.modeling.bottom_up import HOLDERS
 
 
@@ -31,7 +31,7 @@ def network(case: Case) -> Iterator[Backbone]:
 
 
 def test_every_builder_of_detectron2s_registry_is_here() -> None:
-    import_module("fpn_plugin.bottom_up.detectron2")  # registers its builders
+    register_builders()
     registered = {name for name, _ in BACKBONE_REGISTRY} - set(HOLDERS)
     assert {case.name for case in CASES if "/" not in case.name} == registered
 

@@ -206,9 +206,7 @@ def test_without_a_pyramid_auto_may_stand_where_nothing_reads_it() -> None:
     [(MASK, RPN), (MASK, SIZES), (RETINANET, "MODEL.RETINANET.IN_FEATURES"), (RETINANET, SIZES)],
 )
 def test_a_model_is_not_built_before(path: str, key: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"{key}: 'auto' is not worked out.*resolve_config\(cfg\)"
-    ):
+    with pytest.raises(ValueError, match=rf"{key}: 'auto' is not resolved.*resolve_config\(cfg\)"):
         build_model(config(path, auto=(key,)))
 
 
