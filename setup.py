@@ -40,13 +40,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fpn_plugin", "fpn_plugin.*"]),
-    package_data={"fpn_plugin": ["py.typed"]},
+    package_data={"fpn_plugin": ["py.typed", "report/*.html"]},
     # Detectron2 is not listed: it is not on PyPI under its own name, and the build that is
     # already installed must be kept. Without it, `import fpn_plugin` says what to install.
     install_requires=[
         "torch>=2.7",  # torch.compiler.is_exporting
         "torchvision>=0.22",
         "fvcore>=0.1.5",
+        "omegaconf>=2.1",  # study files
+        "Jinja2>=3",  # reports' pages
         "opencv-python>=4.8",
         "pycocotools>=2.0.7",
         "numpy>=1.24",

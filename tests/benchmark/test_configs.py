@@ -17,7 +17,7 @@ from fpn_plugin.benchmark.configs import (
     zoo_name,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 MASK = str(ROOT / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
 
 

@@ -95,9 +95,8 @@ def test_inline_graphs(name: str) -> None:
     assert_compiles(inline_pyramid(name, norm="GN", fuse=op("fast_normalized")))
 
 
-@pytest.mark.parametrize("topology", ["fpn", "bifpn"])
-def test_inductor_gives_the_eager_numbers(topology: str) -> None:
-    model = FromImage(small_pyramid(topology)).eval()
+def test_inductor_gives_the_eager_numbers() -> None:
+    model = FromImage(small_pyramid("bifpn")).eval()
     torch._dynamo.reset()
     x = torch.randn(1, 3, 64, 96)
     assert_same(torch.compile(model, fullgraph=True)(x), model(x), 1e-4)

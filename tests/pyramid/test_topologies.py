@@ -461,21 +461,21 @@ def test_a_stack_is_one_after_another() -> None:
 
 
 ERRORS = {
-    "five levels": (("nas_fpn", (3, 4, 5), 0), r"MODEL\.FPN\.TOPOLOGY: 'nas_fpn'.*five.*3 from"),
-    "and how many of its own": (("nas_fpn", (3, 4, 5), 0), r"MODEL\.FPN\.INNER_LEVELS"),
-    "one map": (("simple", (4, 5), -1), r"MODEL\.FPN\.TOPOLOGY: 'simple'.*MODEL\.FPN\.IN_FEATURES"),
-    "unknown": (("fpn+nope", (3, 4, 5), -1), r"MODEL\.FPN\.TOPOLOGY 'fpn\+nope'.*'nope'.*bifpn"),
-    "none of its own": (("fpn", (3, 4, 5), 2), r"MODEL\.FPN\.INNER_LEVELS: 'fpn'.*bifpn"),
-    "not a number": (("bifpn", (3, 4, 5), -2), r"MODEL\.FPN\.INNER_LEVELS: -2"),
-    "one level": (("bifpn", (5,), 0), r"MODEL\.FPN\.TOPOLOGY: 'bifpn' needs at least 2 levels"),
-    "two levels": (("qufpn", (4, 5), 0), r"MODEL\.FPN\.TOPOLOGY: 'qufpn' needs at least 3 levels"),
-    "nothing to balance": (("bfp", (5,), -1), r"MODEL\.FPN\.TOPOLOGY: 'bfp' needs at least 2"),
-    "simple in a stack": (("fpn+simple", (3, 4, 5), -1), r"MODEL\.FPN\.TOPOLOGY: 'simple'"),
+    "five levels": (("nas_fpn", (3, 4, 5), 0), r"topology: 'nas_fpn'.*five.*3 from"),
+    "and how many of its own": (("nas_fpn", (3, 4, 5), 0), r"inner_levels"),
+    "one map": (("simple", (4, 5), -1), r"topology: 'simple'.*in_features"),
+    "unknown": (("fpn+nope", (3, 4, 5), -1), r"topology 'fpn\+nope'.*'nope'.*bifpn"),
+    "none of its own": (("fpn", (3, 4, 5), 2), r"inner_levels: 2.*'fpn'.*bifpn"),
+    "not a number": (("bifpn", (3, 4, 5), -2), r"inner_levels: -2"),
+    "one level": (("bifpn", (5,), 0), r"topology: 'bifpn' needs at least 2 levels"),
+    "two levels": (("qufpn", (4, 5), 0), r"topology: 'qufpn' needs at least 3 levels"),
+    "nothing to balance": (("bfp", (5,), -1), r"topology: 'bfp' needs at least 2"),
+    "simple in a stack": (("fpn+simple", (3, 4, 5), -1), r"topology: 'simple'"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_name_the_key(case: str) -> None:
+def test_errors_name_the_argument(case: str) -> None:
     (topology, levels, inner), message = ERRORS[case]
     with pytest.raises((ValueError, KeyError), match=message):
         build_graph(topology, {f"res{level}": level for level in levels}, inner_levels=inner)
@@ -483,5 +483,5 @@ def test_errors_name_the_key(case: str) -> None:
 
 @pytest.mark.parametrize("repeats", [0, -1, True, 1.5])
 def test_repeats_must_count(repeats: Any) -> None:
-    with pytest.raises(ValueError, match=r"MODEL\.FPN\.REPEATS: "):
+    with pytest.raises(ValueError, match=r"repeats: "):
         build_graph("fpn", {"res4": 4, "res5": 5}, repeats=repeats)

@@ -40,7 +40,7 @@ from fpn_plugin.study.plan import (
     plan_runs,
 )
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SCRIPT = TOOLS / "train_net.py"
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
 # trains `a`; of the other run it makes a copy with its own config, which is faster

@@ -11,7 +11,7 @@ import yaml
 from fpn_plugin.study.config import read_study
 from fpn_plugin.study.plan import plan_runs
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = {"c4", "c5", "channel_mapper", "fpn", "fpn-avg", "fpn-concat", "fpn-fast_normalized"}
 NAMES |= {"fpn-carafe", "pafpn", "bifpn", "nas_fpn"}
 

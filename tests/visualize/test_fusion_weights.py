@@ -17,7 +17,7 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.visualize.fusion_weights import fusion_table, fusion_weights, load_backbone
 
-TOOL = Path(__file__).parents[3] / "tools" / "show_pyramid.py"
+TOOL = Path(__file__).parents[2] / "tools" / "show_pyramid.py"
 CONFIG = """
 MODEL:
   META_ARCHITECTURE: GeneralizedRCNN

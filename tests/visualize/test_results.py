@@ -21,7 +21,7 @@ from fpn_plugin.visualize import results as module
 from fpn_plugin.visualize.images import spread
 from fpn_plugin.visualize.results import draw_pair, draw_results, load_results
 
-TOOL = Path(__file__).parents[3] / "tools" / "visualize.py"
+TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
 NAME = "pictures_test"
 SQUARE = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
 

@@ -41,7 +41,7 @@ from fpn_plugin.visualize.run import (
     visualize,
 )
 
-TOOL = Path(__file__).parents[3] / "tools" / "visualize.py"
+TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
 CONFIG = """
 MODEL:
   META_ARCHITECTURE: GeneralizedRCNN
