@@ -67,6 +67,7 @@ lint: setup ## black, isort, flake8 and mypy
 	@$(PY) -m isort --check-only --quiet $(SOURCES) || { echo "isort: run 'make format'"; exit 1; }
 	@$(PY) -m flake8 $(SOURCES)
 	@$(PY) -m mypy fpn_plugin
+	@MYPYPATH=datasets $(PY) -m mypy datasets/*.py
 
 format: setup ## let black and isort rewrite the code
 	@$(PY) -m isort --quiet $(SOURCES)
