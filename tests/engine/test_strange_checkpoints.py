@@ -94,11 +94,7 @@ def test_a_run_that_goes_on_from_a_strange_folder_runs_no_code(tmp_path: Path) -
 ARRAYS = {"weight": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
 TENSORS = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}
 SOUND: dict[str, tuple[str, Write, Any]] = {
-    "zoo": (
-        "w.pkl",
-        dump,
-        {"model": ARRAYS, "__author__": "me", "matching_heuristics": True},
-    ),
+    "zoo": ("w.pkl", dump, {"model": ARRAYS, "__author__": "me", "matching_heuristics": True}),
     "tensors in a pickle": ("w.pkl", dump, {"model": TENSORS, "__author__": "me"}),
     "caffe2": ("w.pkl", dump, {"blobs": {**ARRAYS, "weight_momentum": ARRAYS["bias"]}}),
     "caffe2 of ImageNet": ("w.pkl", dump, ARRAYS),
