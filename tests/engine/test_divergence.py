@@ -150,7 +150,7 @@ def test_a_loss_that_explodes(make_config: MakeConfig) -> None:
     assert "SOLVER.BASE_LR (100)" in message
 
 
-def test_two_processes(dataset: Path, tmp_path: Path) -> None:
+def test_two_processes(dataset: Path, quick_ranks: None, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Exception):  # of one of them, whichever ends first
         launch(train_where_one_is_bad, 2, dist_url="auto", args=(str(dataset), str(tmp_path)))

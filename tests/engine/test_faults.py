@@ -146,7 +146,7 @@ def test_a_worker_that_dies_stops_the_run(dataset: Path, tmp_path: Path) -> None
     assert (tmp_path / "last_checkpoint").exists() and not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_rank_that_dies_stops_the_other(tmp_path: Path) -> None:
+def test_a_rank_that_dies_stops_the_other(quick_ranks: None, tmp_path: Path) -> None:
     """It also gathers what both ranks skipped, as starting two takes long."""
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", rank_timeout=5)
     start = time.monotonic()

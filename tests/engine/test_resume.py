@@ -85,7 +85,7 @@ def test_killed_and_resumed(name: str, dataset: Path, tmp_path: Path) -> None:
     assert_same(final_state(tmp_path / "killed"), final_state(tmp_path / "unbroken"))
 
 
-def test_two_processes_on_the_cpu(dataset: Path, tmp_path: Path) -> None:
+def test_two_processes_on_the_cpu(dataset: Path, quick_ranks: None, tmp_path: Path) -> None:
     launch(train_together, 2, dist_url="auto", args=(str(dataset), str(tmp_path)))
     whole, broken = (
         [torch.load(tmp_path / run / f"rank{rank}.pth") for rank in (0, 1)]
