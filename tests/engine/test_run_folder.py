@@ -27,9 +27,8 @@ FINISHED = ("model_final.pth", "inference/coco_instances_results.json", "metrics
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_results_of_another_run_are_refused(name: str, tmp_path: Path, log: Any) -> None:
     fill(tmp_path, (name, "config.yaml", "log.txt"))
-    with pytest.raises(
-        FileExistsError, match=f"OUTPUT_DIR.*{name.split('/')[0]}.*--resume.*--overwrite"
-    ):
+    shown = name.split("/")[0]
+    with pytest.raises(FileExistsError, match=f"OUTPUT_DIR.*{shown}.*--resume.*--overwrite"):
         run_setup("OUTPUT_DIR", str(tmp_path), *DATA)
 
 

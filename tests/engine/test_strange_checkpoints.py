@@ -161,9 +161,7 @@ def test_last_checkpoint_leads_nowhere_else(text: str, tmp_path: Path) -> None:
     run.mkdir()
     torch.save({"model": {}}, run / "model_final.pth")
     (run / TAG).write_text(text)
-    with pytest.raises(
-        ValueError, match="last_checkpoint in it says .* which is no name of a file"
-    ):
+    with pytest.raises(ValueError, match="last_checkpoint in it says .*no name of a file"):
         find_checkpoint(str(run))
     (run / TAG).write_bytes(b"\xff\xfe")  # a broken one, as after a crash, is not followed
     assert find_checkpoint(str(run)) == str(run / "model_final.pth")
