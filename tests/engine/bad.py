@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
-import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -102,18 +100,3 @@ def train_where_one_is_bad(json_file: str, output: str) -> None:
             Path(output, f"{name}{comm.get_rank()}.txt").write_text(str(error))
             if name == "rcnn":
                 raise
-
-
-def train_with_little_memory(json_file: str, output: str) -> None:
-    """Trains on images whose first map does not fit into what this process may still take."""
-    register(Path(json_file))
-    sizes = {"INPUT__MIN_SIZE_TRAIN": (3000,), "INPUT__MAX_SIZE_TRAIN": 4000}
-    trainer = Trainer(tiny_config(Path(output), **sizes))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, hard))
-    trainer.train()
-
-
-if __name__ == "__main__":
-    train_with_little_memory(*sys.argv[1:])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
+import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from tiny import register, tiny_config, write_dataset
 
@@ -48,6 +50,15 @@ def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     child = Child(str(dataset), str(folder), OVERRIDES)
     assert child.end() == 0, child.error
     return folder
+
+
+@pytest.fixture
+def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`launch` forks its processes from the server of `crash_child`, and so spares the imports."""
+    import crash_child  # noqa: F401  it says what the server has imported
+
+    start = functools.partial(mp.start_processes, start_method="forkserver")
+    monkeypatch.setattr(mp, "start_processes", start)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -33,7 +34,6 @@ CONTEXT.set_forkserver_preload(
 
 # a tiny run with AMP, workers and evaluations
 OVERRIDES: dict[str, Any] = {
-    "MODEL__RESNETS__DEPTH": 50,  # ResNet-18's widths are fixed
     "MODEL__RESNETS__STEM_OUT_CHANNELS": 16,
     "MODEL__RESNETS__WIDTH_PER_GROUP": 8,
     "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
@@ -120,21 +120,39 @@ def run(
         raise
 
 
-class FullDisk(HookBase):
-    """From an iteration on, no file can become larger than half of a checkpoint."""
+class Before(HookBase):
+    """Does something before an iteration."""
 
-    def __init__(self, iteration: int) -> None:
-        self.iteration = iteration
+    def __init__(self, iteration: int, action: Callable[[], None]) -> None:
+        self.iteration, self.action = iteration, action
 
     def before_step(self) -> None:
         if self.trainer.iter == self.iteration:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**6, 2 * 10**6))
+            self.action()
+
+
+def run_killed(pipe: Connection, *args: Any) -> None:
+    """:func:`run` that ends by SIGKILL in training: no handler and no `finally` runs."""
+    kill = Before(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(pipe, *args, prepare=lambda trainer: trainer.register_hooks([kill]))
 
 
 def run_out_of_room(pipe: Connection, *args: Any) -> None:
-    """:func:`run` in which the second checkpoint cannot be written."""
-    add_hook = lambda trainer: trainer.register_hooks([FullDisk(2)])  # noqa: E731
-    run(pipe, *args, prepare=add_hook)
+    """:func:`run` in which no file becomes as large as the second checkpoint would be."""
+    size = (2 * 10**6, 2 * 10**6)
+    fill = Before(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size))
+    run(pipe, *args, prepare=lambda trainer: trainer.register_hooks([fill]))
+
+
+def run_with_little_memory(pipe: Connection, *args: Any) -> None:
+    """:func:`run` that may take only 500 MiB more than what it has before it trains."""
+
+    def limit(trainer: Trainer) -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, hard))
+
+    run(pipe, *args, prepare=limit)
 
 
 def write_metrics(pipe: Connection, path: str) -> None:
@@ -159,6 +177,27 @@ def hold_folder(pipe: Connection, folder: str) -> None:
     if worker:
         pipe.send(("held", [worker]))
     time.sleep(PATIENCE)
+
+
+def train_together(json_file: str, folder: str) -> None:
+    """One of two processes: trains, and again from its checkpoint, as if killed after that.
+
+    Leaves the weights that both runs end with.
+    """
+    register(Path(json_file))
+    whole, broken = Path(folder, "whole"), Path(folder, "broken")
+    for output, start in ((whole, 0), (broken, 2)):
+        torch.manual_seed(0)
+        trainer = Trainer(tiny_config(output, SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2))
+        trainer.resume_or_load(resume=start > 0)
+        assert trainer.start_iter == start
+        trainer.train()
+        weights = trainer.checkpointer.model.state_dict()
+        torch.save(weights, output / f"rank{comm.get_rank()}.pth")
+        if start == 0 and comm.is_main_process():
+            broken.mkdir()
+            shutil.copy(whole / "model_0000001.pth", broken)
+        comm.synchronize()
 
 
 def lose_a_rank(folder: str) -> None:

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from folders import load_tool
 from test_resume import assert_same
 from tiny import tiny_config
-from warm_models import MASKS, RETINANET, TARGETS, a_config, a_model, image, keys, seen
+from warm_models import MASKS, NETWORK, RETINANET, TARGETS, a_config, a_model, image, keys, seen
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
 
@@ -38,10 +38,7 @@ def an_fpn(folder: Path, **overrides: Any) -> tuple[Any, Path]:
 
 @pytest.mark.parametrize(
     "heads, builder",
-    [
-        (MASKS, "build_resnet_fpn_backbone"),
-        (RETINANET, "build_retinanet_resnet_fpn_backbone"),
-    ],
+    [(MASKS, "build_resnet_fpn_backbone"), (RETINANET, "build_retinanet_resnet_fpn_backbone")],
     ids=["mask-rcnn", "retinanet"],
 )
 def test_detectron2_computes_the_same_from_our_fpn(
@@ -50,7 +47,9 @@ def test_detectron2_computes_the_same_from_our_fpn(
     ours, path = an_fpn(tmp_path / "ours", **heads)
     output = str(tmp_path / "d2.pth")
     convert(monkeypatch, "--to", "detectron2", "--weights", str(path), "--output", output)
-    theirs = build_model(tiny_config(tmp_path, **{**heads, "MODEL__BACKBONE__NAME": builder}))
+    theirs = build_model(
+        tiny_config(tmp_path, **{**NETWORK, **heads, "MODEL__BACKBONE__NAME": builder})
+    )
     incompatible = theirs.load_state_dict(torch.load(output)["model"], strict=False)
     assert not incompatible.missing_keys and not incompatible.unexpected_keys
     inputs = [image()]
@@ -62,7 +61,7 @@ def test_detectron2_computes_the_same_from_our_fpn(
 def test_a_zoo_file_becomes_ours_and_no_file_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = a_model(tiny_config(tmp_path, **MASKS))
+    theirs = a_model(tiny_config(tmp_path, **NETWORK, **MASKS))
     arrays = {name: x.numpy() for name, x in theirs.state_dict().items()}
     zoo, out = tmp_path / "zoo.pkl", tmp_path / "new" / "m.pth"
     zoo.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import torch
-from child import train, train_together
+from crash_child import Child, run_killed, train_together
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 
@@ -69,46 +67,36 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_killed_and_resumed(name: str, dataset: Path, tmp_path: Path) -> None:
-    overrides = VARIANTS[name]
-    script = str(Path(__file__).with_name("child.py"))
-    command = [sys.executable, script, str(dataset), str(tmp_path / "killed"), repr(overrides)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert (tmp_path / "killed" / "last_checkpoint").read_text() == "model_0000002.pth"
+    def args(folder: str, **overrides: Any) -> tuple[Any, ...]:
+        return str(dataset), str(tmp_path / folder), {**VARIANTS[name], **overrides}
+
+    child = Child(*args("killed"), target=run_killed)
+    assert child.end() == -signal.SIGKILL, child.error
+    checkpoint = tmp_path / "killed" / "model_0000002.pth"
+    assert checkpoint.with_name("last_checkpoint").read_text() == checkpoint.name
     # With a negative SEED the killed run drew one, and the resumed run draws another until it
     # finds the first.
-    seed = torch.load(tmp_path / "killed" / "model_0000002.pth")["trainer"]["hooks"]["SeedHook"][
-        "seed"
-    ]
-
-    trainer = train(tmp_path / "killed", overrides, resume=True)
-    assert trainer.start_iter == 3 and trainer.cfg.SEED == seed
-    train(tmp_path / "unbroken", {**overrides, "SEED": seed})
+    seed = torch.load(checkpoint)["trainer"]["hooks"]["SeedHook"]["seed"]
+    written = checkpoint.stat().st_mtime_ns
+    for run in (args("killed"), args("unbroken", SEED=seed)):
+        child = Child(*run)
+        assert child.end() == 0, child.error
+    assert checkpoint.stat().st_mtime_ns == written, "it began anew"
     assert_same(final_state(tmp_path / "killed"), final_state(tmp_path / "unbroken"))
 
 
-def test_two_processes_on_the_cpu(dataset: Path, tmp_path: Path) -> None:
-    overrides = {"SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 2}
-    for output, resume in ((tmp_path / "whole", False), (tmp_path / "broken", True)):
-        if resume:  # as if killed after the checkpoint of the second iteration
-            output.mkdir()
-            (output / "model_0000001.pth").write_bytes(
-                (tmp_path / "whole" / "model_0000001.pth").read_bytes()
-            )
-        launch(
-            train_together, 2, dist_url="auto", args=(str(dataset), str(output), overrides, resume)
-        )
+def test_two_processes_on_the_cpu(dataset: Path, quick_ranks: None, tmp_path: Path) -> None:
+    launch(train_together, 2, dist_url="auto", args=(str(dataset), str(tmp_path)))
+    whole, broken = (
+        [torch.load(tmp_path / run / f"rank{rank}.pth") for rank in (0, 1)]
+        for run in ("whole", "broken")
+    )
     # Each process keeps its own running statistics of BN (Detectron2's broadcast_buffers=False);
     # rank 0's are saved.
-    ends = [
-        torch.load(tmp_path / run / f"rank{rank}.pth")
-        for run in ("whole", "broken")
-        for rank in (0, 1)
-    ]
-    assert_same(ends[0], ends[2])
-    trained = [key for key in ends[0] if not key.endswith(("running_mean", "running_var"))]
-    for rank1 in (ends[1], ends[3]):
-        assert_same({key: ends[0][key] for key in trained}, {key: rank1[key] for key in trained})
+    assert_same(whole[0], broken[0])
+    trained = [key for key in whole[0] if not key.endswith(("running_mean", "running_var"))]
+    for rank1 in (whole[1], broken[1]):
+        assert_same({key: whole[0][key] for key in trained}, {key: rank1[key] for key in trained})
 
 
 def test_seed_of_the_run_wins(

@@ -162,9 +162,7 @@ def test_arguments_of_the_bottom_up_network_all_at_once(tmp_path: Path, log: Any
     ):
         assert dict(run_setup(*args, *opts).MODEL.BOTTOM_UP.ARGS) == expected
     for value in ("0.1", "drop=1", "{1: 2}", "[1]"):
-        with pytest.raises(
-            ValueError, match=r"ARGS: .* no dict.*MODEL.BOTTOM_UP.ARGS.<name> VALUE"
-        ):
+        with pytest.raises(ValueError, match="MODEL.BOTTOM_UP.ARGS: .*no dict"):
             run_setup(*args, ARGS, value)
 
 
@@ -192,20 +190,12 @@ def test_gpus_are_hidden_from_processes_on_the_cpu(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "args, error, text",
     [
-        (
-            ["MODEL.FPN.TOPOLGY", "fpn"],
-            KeyError,
-            "MODEL.FPN.TOPOLGY.*did you mean 'MODEL.FPN.TOPOLOGY'",
-        ),
+        (["MODEL.FPN.TOPOLGY", "fpn"], KeyError, "MODEL.FPN.TOPOLGY.*'MODEL.FPN.TOPOLOGY'"),
         (["MODLE.FPN.NORM", "GN"], KeyError, "MODLE.FPN.NORM.*DATASETS.*MODEL"),
         (["SEED"], ValueError, "'SEED' at their end has no partner"),
         (["SEED", "many"], ValueError, "SEED"),
         (["SEED", "1", "--resume"], ValueError, "--resume stands after"),
-        (
-            ["--config-file", "gone.yaml"],
-            FileNotFoundError,
-            "--config-file 'gone.yaml' does not exist",
-        ),
+        (["--config-file", "gone.yaml"], FileNotFoundError, "--config-file 'gone.yaml'"),
         (["--train-json", "gone.json"], ValueError, "DATASETS.OWN.TRAIN_IMAGES"),
     ],
 )
@@ -219,12 +209,8 @@ def test_own_data_flags() -> None:
         ["--train-json", "a.json", "--train-images", "a", "--val-json", "b.json"]
     )
     own = load_config(args).DATASETS.OWN
-    assert (own.TRAIN_JSON, own.TRAIN_IMAGES, own.VAL_JSON, own.VAL_IMAGES) == (
-        "a.json",
-        "a",
-        "b.json",
-        "",
-    )
+    paths = (own.TRAIN_JSON, own.TRAIN_IMAGES, own.VAL_JSON, own.VAL_IMAGES)
+    assert paths == ("a.json", "a", "b.json", "")
 
 
 @pytest.mark.parametrize(

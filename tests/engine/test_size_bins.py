@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny import tiny_config
 
 from fpn_plugin.evaluation.build import build_evaluator, check_evaluators
-from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, check_edges
+from fpn_plugin.evaluation.size_bins import check_edges
 
 NAME = "size_bins_val"
 
@@ -96,15 +96,6 @@ def test_each_bin_is_pycocotools_with_its_areas(
         assert [results[task][f"AP@{name}"] for name in names] == pytest.approx(expected, abs=1e-9)
 
 
-def test_with_cocos_own_edges_it_gives_cocos_own_numbers(
-    tmp_path: Path, truth: dict[str, Any]
-) -> None:
-    results = evaluate(tmp_path / "run", truth, [32, 96], detect(truth, 0.4, masks=True))
-    for task in ("bbox", "segm"):
-        ours = [results[task][f"AP@{name}"] for name in ("0-32", "32-96", "96-inf")]
-        assert ours == pytest.approx([results[task][name] for name in ("APs", "APm", "APl")])
-
-
 def test_objects_are_counted_and_an_empty_bin_is_logged_as_a_dash(
     tmp_path: Path, truth: dict[str, Any], log: pytest.LogCaptureFixture
 ) -> None:
@@ -140,9 +131,3 @@ def test_config_is_checked_before_training(tmp_path: Path, log: pytest.LogCaptur
     cfg = tiny_config(tmp_path, TEST__SIZE_BINS=[16], DATASETS__TEST=("voc_2007_test",))
     check_evaluators(cfg)
     assert "TEST.SIZE_BINS does nothing for voc_2007_test" in log.text
-
-
-def test_names_and_areas() -> None:
-    assert bin_names([8, 16.5]) == ["0-8", "8-16.5", "16.5-inf"]
-    assert area_ranges([8, 16]) == [[0, 64], [64, 256], [256, 1e10]]
-    assert bin_names([]) == area_ranges([]) == []

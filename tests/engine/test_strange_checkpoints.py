@@ -94,11 +94,7 @@ def test_a_run_that_goes_on_from_a_strange_folder_runs_no_code(tmp_path: Path) -
 ARRAYS = {"weight": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
 TENSORS = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}
 SOUND: dict[str, tuple[str, Write, Any]] = {
-    "zoo": (
-        "w.pkl",
-        dump,
-        {"model": ARRAYS, "__author__": "me", "matching_heuristics": True},
-    ),
+    "zoo": ("w.pkl", dump, {"model": ARRAYS, "__author__": "me", "matching_heuristics": True}),
     "tensors in a pickle": ("w.pkl", dump, {"model": TENSORS, "__author__": "me"}),
     "caffe2": ("w.pkl", dump, {"blobs": {**ARRAYS, "weight_momentum": ARRAYS["bias"]}}),
     "caffe2 of ImageNet": ("w.pkl", dump, ARRAYS),
@@ -165,9 +161,7 @@ def test_last_checkpoint_leads_nowhere_else(text: str, tmp_path: Path) -> None:
     run.mkdir()
     torch.save({"model": {}}, run / "model_final.pth")
     (run / TAG).write_text(text)
-    with pytest.raises(
-        ValueError, match="last_checkpoint in it says .* which is no name of a file"
-    ):
+    with pytest.raises(ValueError, match="last_checkpoint in it says .*no name of a file"):
         find_checkpoint(str(run))
     (run / TAG).write_bytes(b"\xff\xfe")  # a broken one, as after a crash, is not followed
     assert find_checkpoint(str(run)) == str(run / "model_final.pth")

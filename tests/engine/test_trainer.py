@@ -28,18 +28,6 @@ from fpn_plugin.modeling.precision import Autocast, amp_dtype
 MakeConfig = Callable[..., CfgNode]
 
 
-class Types(nn.Module):
-    """Records the type that a convolution computes in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.seen: set[tuple[bool, torch.dtype]] = set()
-        conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        conv.register_forward_hook(
-            lambda module, args, out: self.seen.add((module.training, out.dtype))
-        )
-
-
 def test_bf16_on_the_cpu_in_training_and_evaluation(make_config: MakeConfig) -> None:
     cfg = make_config(
         SOLVER__AMP__ENABLED=True,
@@ -48,10 +36,12 @@ def test_bf16_on_the_cpu_in_training_and_evaluation(make_config: MakeConfig) -> 
         DATASETS__TEST=(VAL,),
     )
     trainer = Trainer(cfg)
-    types = Types(trainer.model)
+    types: set[tuple[bool, torch.dtype]] = set()
+    conv = next(module for module in trainer.model.modules() if isinstance(module, nn.Conv2d))
+    conv.register_forward_hook(lambda module, args, out: types.add((module.training, out.dtype)))
     before = {key: value.clone() for key, value in trainer.model.named_parameters()}
     trainer.train()
-    assert types.seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert types == {(True, torch.bfloat16), (False, torch.bfloat16)}
     for key, value in trainer.model.named_parameters():
         assert value.dtype == torch.float32 and torch.isfinite(value).all()
         if value.ndim == 4:
@@ -107,14 +97,12 @@ def test_autocast_covers_the_forward_only() -> None:
     assert model.model.weight.grad is not None and model.model.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluation_with_amp_leaves_the_models_mode(
-    training: bool, make_config: MakeConfig
-) -> None:
+def test_evaluation_with_amp_leaves_the_models_mode(make_config: MakeConfig) -> None:
     cfg = make_config(SOLVER__AMP__ENABLED=True, DATASETS__TEST=(VAL,))
-    model = Trainer.build_model(cfg).train(training)
-    Trainer.test(cfg, model)
-    assert {module.training for module in model.modules()} == {training}
+    model = Trainer.build_model(cfg)
+    for training in (True, False):
+        Trainer.test(cfg, model.train(training))
+        assert {module.training for module in model.modules()} == {training}
 
 
 def test_autocast_leaves_parts_of_the_model_in_their_own_mode() -> None:
@@ -186,10 +174,7 @@ def test_evaluators(kind: str, make_config: MakeConfig, monkeypatch: pytest.Monk
         ("lvis", r"needs lvis: pip install 'fpn_plugin\[lvis\]'"),
         ("cityscapes_instance", r"needs cityscapesscripts: pip install 'fpn_plugin\[cityscapes\]'"),
         ("cityscapes_sem_seg", r"needs cityscapesscripts: pip install 'fpn_plugin\[cityscapes\]'"),
-        (
-            "coco_panoptic_seg",
-            "needs panopticapi: pip install git[+]https://github.com/cocodataset/",
-        ),
+        ("coco_panoptic_seg", r"needs panopticapi: pip install git\+https://github.com"),
     ],
 )
 def test_missing_package(
@@ -217,9 +202,7 @@ def test_coco_evaluator_of_several_datasets(make_config: MakeConfig, tmp_path: P
 def test_unknown_evaluator(make_config: MakeConfig) -> None:
     MetadataCatalog.get("engine_odd").set(evaluator_type="odd")
     for name, shown in (("engine_odd", "'odd'"), ("engine_none", "None")):
-        with pytest.raises(
-            KeyError, match=f"{name}.*evaluator_type.*{shown}.*cityscapes_instance.*sem_seg"
-        ):
+        with pytest.raises(KeyError, match=f"{name}.*evaluator_type.*{shown}.*sem_seg"):
             build_evaluator(make_config(), name)
         with pytest.raises(KeyError, match=f"{name}.*evaluator_type.*{shown}"):
             check_evaluators(make_config(DATASETS__TEST=(name,)))

@@ -25,7 +25,8 @@ TINY: dict[str, Any] = {
     "MODEL.PIXEL_STD": (58.0, 57.0, 57.0),
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.RESNETS.NORM": "BN",
-    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.DEPTH": 50,  # ResNet-18's widths are fixed
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     "MODEL.FPN.OUT_CHANNELS": 32,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
@@ -63,17 +64,8 @@ def write_dataset(folder: Path, images: int = 10) -> Path:
         records.append({"id": number + 1, "file_name": name, "width": width, "height": height})
         for category in (1, 2):
             box = [int(x) for x in (*rng.integers(0, 20, 2), *rng.integers(10, 25, 2))]
-            area, key = box[2] * box[3], len(boxes) + 1
-            boxes.append(
-                {
-                    "id": key,
-                    "image_id": number + 1,
-                    "category_id": category,
-                    "bbox": box,
-                    "area": area,
-                }
-            )
-            boxes[-1]["iscrowd"] = 0
+            place = {"id": len(boxes) + 1, "image_id": number + 1, "category_id": category}
+            boxes.append({**place, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
     path = folder / "instances.json"
     path.write_text(json.dumps({"images": records, "annotations": boxes, "categories": categories}))

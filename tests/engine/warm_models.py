@@ -15,7 +15,9 @@ from fpn_plugin.config.warm_start import pyramid_settings
 from fpn_plugin.engine.warm.start import WarmStart
 from fpn_plugin.engine.warm.widths import shapes_at_width
 
-OURS = {"MODEL__BACKBONE__NAME": "build_pyramid_backbone"}
+# its maps are small, so that biases and what is added to them count
+NETWORK = {"MODEL__RESNETS__DEPTH": 18}
+OURS = {**NETWORK, "MODEL__BACKBONE__NAME": "build_pyramid_backbone"}
 MASKS: dict[str, Any] = {
     "MODEL__MASK_ON": True,
     "MODEL__ROI_MASK_HEAD__CONV_DIM": 16,
