@@ -27,7 +27,7 @@ from fpn_plugin.benchmark.report import (  # noqa: E402
     terminal_text,
     write_report,
 )
-from fpn_plugin.report.bar import Bar  # noqa: E402
+from fpn_plugin.report.progress import Bar  # noqa: E402
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from pathlib import Path  # noqa: E402
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.export.export_table import Case, measure, operator_cases  # noqa: E402
 from fpn_plugin.export.formats import FORMATS  # noqa: E402
-from fpn_plugin.report.bar import Bar  # noqa: E402
+from fpn_plugin.report.progress import Bar  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

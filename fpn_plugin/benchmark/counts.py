@@ -50,7 +50,7 @@ def count(model: BenchmarkModel, inputs: Inputs) -> dict[str, float]:
 
 
 def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
-    """How far memory rises above where it stood, while `work` runs.
+    """Measure how far memory rises above where it stood while `work` runs.
 
     On CUDA torch's allocator counts it. On the CPU it is the highest sum of the allocations and
     frees that torch's profiler saw, temporary ones inside operators included: not the resident

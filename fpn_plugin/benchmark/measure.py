@@ -32,8 +32,8 @@ from fpn_plugin.benchmark.timing import (
     time_interleaved,
 )
 from fpn_plugin.benchmark.workloads import WORKLOADS, Workload, calibrate
-from fpn_plugin.report.bar import Bar
 from fpn_plugin.report.environment import collect_environment, environment_warnings
+from fpn_plugin.report.progress import Bar
 
 SCHEMA = 1
 COUNTS = "counts"
@@ -203,7 +203,7 @@ def section_of(
 
 
 def _set_thresholds(models: Iterable[BenchmarkModel], inputs: Inputs) -> None:
-    """One score threshold for all models of the same weights, calibrated on the first of them."""
+    """Set one score threshold for all models of the same weights, calibrated on the first."""
     thresholds: dict[str, float | None] = {}
     for model in models:
         weights = repr(sorted(model.shapes("model").items()))
@@ -276,7 +276,7 @@ def check_outputs(section: Section) -> dict[Pair, Equality]:
 def _with_detections(
     equality: Equality, workload: Workload, reference: Workload, precision: str
 ) -> Equality:
-    """Adds the share of equal detections; it decides in full precision alone, since in half
+    """Add the share of equal detections; it decides in full precision alone, since in half
     precision random weights rank the boxes differently."""
     if workload.detections is None or reference.detections is None:
         return equality
@@ -349,7 +349,7 @@ def _ratio_row(pair: tuple[str, str], measured: InterleavedTimes) -> dict[str, A
 
 
 def _ratio_values(ratio: Ratio) -> dict[str, Any]:
-    """Of an inconclusive ratio only how wide it is."""
+    """The fields of a ratio; of an inconclusive one only how wide it is."""
     values = {
         key: getattr(ratio, key) if ratio.verdict == OK else None
         for key in ("value", "low", "high")
@@ -360,7 +360,7 @@ def _ratio_values(ratio: Ratio) -> dict[str, Any]:
 def _inconclusive(
     section: str, measured: InterleavedTimes, rows: Sequence[Mapping[str, Any]], plan: Plan
 ) -> list[str]:
-    """What is too wide for a statement, in words."""
+    """Describe what is too wide for a statement."""
     texts = [
         f"{section}: {row['contestant']} against {row['reference']} is too wide after"
         f" {measured.times[row['contestant']].rounds} rounds: the rounds' ratios spread"

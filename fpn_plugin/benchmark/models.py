@@ -167,7 +167,7 @@ class PreparedModel:
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
     def autocast(self) -> ContextManager[None]:
-        """What its forward runs in. Weights are cast anew each time, as in use."""
+        """The context of its forward. Weights are cast anew each time, as in use."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device, self.dtype)

@@ -97,7 +97,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    """How much is measured, and how far apart samples may be.
+    """Plan how much is measured, and how far apart samples may be.
 
     Raises:
         ValueError: for `--device cuda` without a GPU or a negative spread.

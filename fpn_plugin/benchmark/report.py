@@ -221,7 +221,7 @@ def _format_ap(ap: Mapping[str, float]) -> str:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """As text of a table; "" for None."""
+    """Format as milliseconds; "" for None."""
     return "" if seconds is None else f"{seconds * 1e3:,.{2 if seconds < 0.1 else 1}f}"
 
 
@@ -242,7 +242,7 @@ def _machine_table(report: Mapping[str, Any]) -> Table:
 
 def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
+        return ", ".join(f"{key} {part}" for key, part in value.items())
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -339,7 +339,7 @@ def read_report(path: str) -> dict[str, Any]:
 def compare_reports(
     old: Mapping[str, Any], new: Mapping[str, Any], threshold: float
 ) -> tuple[list[str], list[str]]:
-    """What got worse.
+    """Find what got worse.
 
     Args:
         old: a report.

@@ -159,7 +159,7 @@ class Ratio:
 
     @property
     def width(self) -> float:
-        """Of the interval, relative to the ratio."""
+        """The width of the interval, relative to the ratio."""
         return (self.high - self.low) / self.value
 
 

@@ -282,7 +282,7 @@ def _count_detections(results: list[dict[str, Any]]) -> int:
 
 
 def _detections(results: list[dict[str, Any]]) -> dict[str, Tensor] | None:
-    """Of the first image."""
+    """The detections of the first image."""
     instances = results[0].get("instances")
     if instances is None:
         return None

@@ -41,7 +41,7 @@ from fpn_plugin.compare.scores import (
 )
 from fpn_plugin.compare.tables import summarise
 from fpn_plugin.evaluation.size_bins import bin_names, check_edges, count_objects
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 
 SCHEMA = 2  # 1: "told" for "significant", and losses among the curves
 _FEW_IMAGES = 30  # below it a bootstrap's percentiles are unreliable

@@ -115,7 +115,7 @@ def _title(report: Mapping[str, Any]) -> str:
 
 
 def _on_losses(report: Mapping[str, Any]) -> str:
-    """Where to see the losses, which TensorBoard shows better than a page could."""
+    """Say where to see the losses, which TensorBoard shows better than a page could."""
     folders = [os.path.abspath(run["folder"]) for run in report["runs"]]
     return f"Losses while training: tensorboard --logdir {shlex.quote(os.path.commonpath(folders))}"
 

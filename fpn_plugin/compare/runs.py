@@ -126,7 +126,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a study recorded of a run; {} if no study trained it."""
+    """Read what a study recorded of a run; {} if no study trained it."""
     path = folder / RECORD
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -166,7 +166,7 @@ def find_group(name: str, groups: Sequence[Group]) -> Group:
 
 
 def count_seeds(runs: Sequence[Run]) -> Mapping[int, int]:
-    """How many runs have each seed; a seed that was not set (below 0) differs each time."""
+    """Count the runs of each seed; a seed that was not set (below 0) differs each time."""
     return Counter(run.seed for run in runs if run.seed >= 0)
 
 

@@ -24,7 +24,7 @@ from fpn_plugin.compare.bootstrap import (
 )
 from fpn_plugin.compare.runs import Group, Run
 from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precision
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}

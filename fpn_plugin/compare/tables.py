@@ -51,7 +51,7 @@ def mean(group: Mapping[str, Any], key: str) -> float:
 
 
 def summarise(report: Mapping[str, Any]) -> str:
-    """Which config is best, by how much, and whether that is significant."""
+    """Say which config is best, by how much, and whether that is significant."""
     sentences = [_best_config(report, task) for task in report["tasks"]]
     return " ".join([*sentences, _spread_of_seeds(report)]).strip()
 
@@ -89,7 +89,7 @@ def _against(report: Mapping[str, Any], task: str, best: str, other: str) -> str
 
 
 def _spread_of_seeds(report: Mapping[str, Any]) -> str:
-    """What the interval, which is over images, does not hold: what another seed would give."""
+    """Say what another seed would change, which the interval, over images, does not hold."""
     groups = report["groups"]
     if len(groups) < 2 and len(groups[0]["runs"]) == 1:
         return ""

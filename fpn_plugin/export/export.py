@@ -23,7 +23,7 @@ from fpn_plugin.export.model import WHAT, ExportModel, export_backbone, export_d
 from fpn_plugin.export.verify import Difference, make_inputs, verify
 from fpn_plugin.pyramid.blocks import ModulatedConv
 from fpn_plugin.registry import unknown_name
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 
 # keys that only change how the model computes, in ways that exporters cannot follow

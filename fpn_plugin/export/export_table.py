@@ -16,7 +16,7 @@ from torch import nn
 from fpn_plugin.export.export import Settings, export, json_path
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.pyramid.build import REGISTRIES
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.report.tables import Table
 from fpn_plugin.visualize.detector import read_config
 

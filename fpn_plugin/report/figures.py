@@ -18,7 +18,7 @@ PAGE_COLOURS = {_TEXT: "--text", _LINE: "--line"}
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
-    """A figure of 8 x `height` inches with one plot in it."""
+    """Make a figure of 8 x `height` inches with one plot in it."""
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -26,7 +26,7 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write it as PNG on white; returns the path."""
+    """Write a figure as PNG on white; returns the path."""
     FigureCanvasAgg(figure)  # without it a Figure cannot be written in some versions
     figure.savefig(path, dpi=130, facecolor="white")
     return path

@@ -25,7 +25,7 @@ class Table:
     left: int = 1
 
     def text(self, style: str = "simple") -> str:
-        """As text; `style` is one of tabulate's formats."""
+        """Format as text; `style` is one of tabulate's formats."""
         align = ["left" if i < self.left else "right" for i in range(len(self.header))]
         return tabulate(
             self._stressed() if style == "github" else self.rows,

@@ -76,7 +76,7 @@ class Complexity:
 
 
 def count_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> int:
-    """Of a module, or of the submodules that `paths` names; shared parameters count once."""
+    """Count the parameters of submodules, by default of the whole; shared ones count once."""
     submodules = map(module.get_submodule, paths)
     parameters = {parameter for submodule in submodules for parameter in submodule.parameters()}
     return sum(parameter.numel() for parameter in parameters)
@@ -105,7 +105,7 @@ class Totals:
 
 
 def totals(backbone: Backbone, below: str, size: Sequence[int] = (800, 1344)) -> dict[str, Totals]:
-    """What any backbone costs for one image: "backbone", "bottom_up", and the rest as "neck".
+    """Count what any backbone costs for one image: "backbone", "bottom_up", and the rest as "neck".
 
     Args:
         below: the name of the submodule that is the network underneath.
@@ -154,7 +154,7 @@ def padded_size(backbone: Backbone, size: Sequence[int]) -> tuple[int, int]:
 
 
 def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Complexity:
-    """What the backbone costs for one image.
+    """Count what the backbone costs for one image.
 
     A copy of it runs on the CPU, in evaluation mode.
 
@@ -187,7 +187,7 @@ def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Com
 
 
 def _image_channels(network: nn.Module) -> int:
-    """Of the first convolution of the network underneath."""
+    """The input channels of the first convolution of the network underneath."""
     convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convs), 3)
 
@@ -271,7 +271,7 @@ def settings_text(backbone: PyramidBackbone, names: Mapping[str, str]) -> str:
 
 
 def totals_text(complexity: Complexity, readers: Mapping[str, Sequence[str]]) -> str:
-    """What it costs in all, the maps that it gives, and who reads them.
+    """Describe what it costs in all, the maps that it gives, and who reads them.
 
     Args:
         readers: the maps that each config key of the heads names.

@@ -165,7 +165,7 @@ def edge_weights(weights: Mapping[str, FusionWeights]) -> dict[tuple[str, int], 
 
 
 def line_widths(weights: EdgeWeights) -> dict[tuple[str, int], float]:
-    """In points, in proportion to a weight's size."""
+    """The width of each arrow in points, in proportion to a weight's size."""
     largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0
     return {
         key: _THINNEST + (_THICKEST - _THINNEST) * abs(weight) / largest

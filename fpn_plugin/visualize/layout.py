@@ -100,13 +100,13 @@ def is_output_mark(name: str) -> bool:
 
 
 def lay_out(graph: Graph) -> Layout:
-    """Cells and routes for a checked graph."""
+    """Find cells and routes for a checked graph."""
     node_levels = [node.level for node in graph.nodes]
     layout = Layout(sorted({*graph.inputs.values(), *node_levels}, reverse=True))
     occupied: set[Cell] = set()
 
     def place(name: str, column: int, level: int) -> None:
-        """In the first free column of the level's row from `column` on."""
+        """Place a box in the first free column of the level's row from `column` on."""
         row = layout.levels.index(level)
         while (column, row) in occupied:
             column += 1

@@ -171,7 +171,7 @@ def map_rows(backbone: Any, maps: RecordedMaps, image: int = 0) -> list[Row]:
 
 
 def _fusion_rows(executor: GraphExecutor, maps: RecordedMaps, image: int) -> list[Row]:
-    """Before the first fusion of each level, and after its fusions."""
+    """The rows before the first fusion of each level, and after its fusions."""
     by_level: dict[int, list[ResolvedNode]] = {}
     for step in executor.steps:
         if step.fuse is not None:

@@ -163,7 +163,7 @@ def draw_pair(
 
 
 def _class_colours(objects: Sequence[ImageObject], dataset: str) -> list[str]:
-    """One per class: the dataset's own, or one of ours."""
-    own = MetadataCatalog.get(dataset).get("thing_colors")
-    colours = [to_hex(np.array(rgb) / 255) for rgb in own] if own else _COLOURS
+    """The colour of each object's class: the dataset's, or one of _COLOURS."""
+    thing_colors = MetadataCatalog.get(dataset).get("thing_colors", ())
+    colours = [to_hex(np.array(rgb) / 255) for rgb in thing_colors] or _COLOURS
     return [colours[obj.category % len(colours)] for obj in objects]

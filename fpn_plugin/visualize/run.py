@@ -17,8 +17,8 @@ from PIL import Image
 from fpn_plugin.config import load_config
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.pyramid.pyramid import GraphExecutor
-from fpn_plugin.report.bar import Bar
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.report.tables import Table
 from fpn_plugin.visualize.detector import Detector, load_detector, read_config
 from fpn_plugin.visualize.draw import draw_graph
@@ -203,8 +203,9 @@ def _page(
 
 def _objects_table(names: Sequence[str], selections: Sequence[Selection]) -> Table:
     """A row per image: how many true objects and detections it has, and from which levels."""
-    found = {level for selection in selections for level in selection.levels}
-    levels = sorted(level for level in found if level is not None)
+    levels = sorted(
+        {level for selection in selections for level in selection.levels if level is not None}
+    )
     header = ["image", "ground truth", "found", *(f"level {level}" for level in levels)]
     rows = []
     for name, selection in zip(names, selections):

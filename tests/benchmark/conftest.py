@@ -12,7 +12,7 @@ from fpn_plugin.benchmark.inputs import Inputs
 from fpn_plugin.benchmark.measure import Settings, benchmark
 from fpn_plugin.benchmark.models import BenchmarkModel, build_models
 from fpn_plugin.benchmark.timing import Plan
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 
 INPUTS = Inputs((64, 128), 2)
 VARIANT = "bf16: MODEL.CHANNELS_LAST True SOLVER.AMP.ENABLED True"

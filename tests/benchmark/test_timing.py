@@ -57,6 +57,12 @@ class FakeClock:
         return run
 
 
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between rounds garbage is collected, which takes long beside all other tests' objects."""
+    monkeypatch.setattr("gc.collect", lambda: None)
+
+
 def test_spread_by_hand() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((4 - 2) / 3)
     assert spread([2.0, 2.0]) == 0

@@ -42,7 +42,7 @@ from fpn_plugin.benchmark.report import (  # noqa: E402
     timing_tables,
     write_report,
 )
-from fpn_plugin.report.bar import Bar  # noqa: E402
+from fpn_plugin.report.progress import Bar  # noqa: E402
 from fpn_plugin.report.tables import Table  # noqa: E402
 
 

@@ -36,15 +36,10 @@ def maps(ours: OurPyramid) -> dict[str, torch.Tensor]:
     }
 
 
-SIMPLE = [
-    "MODEL.FPN.TOPOLOGY",
-    "simple",
-    "MODEL.FPN.NORM",
-    "LN",
-    "MODEL.FPN.IN_FEATURES",
-    "('res4',)",
-]
-SIMPLE += ["MODEL.RPN.IN_FEATURES", "('p2', 'p3')", "MODEL.ROI_HEADS.IN_FEATURES", "('p2', 'p3')"]
+SIMPLE = ["MODEL.FPN.TOPOLOGY", "simple", "MODEL.FPN.NORM", "LN"]
+SIMPLE += ["MODEL.FPN.IN_FEATURES", "('res4',)", "MODEL.RPN.IN_FEATURES", "('p2', 'p3')"]
+SIMPLE += ["MODEL.ROI_HEADS.IN_FEATURES", "('p2', 'p3')"]
+AVERAGE = ["MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "32"]
 THREE = ["MODEL.FPN.IN_FEATURES", "('res3', 'res4', 'res5')"]
 
 
@@ -55,11 +50,7 @@ THREE = ["MODEL.FPN.IN_FEATURES", "('res3', 'res4', 'res5')"]
         ("effdet", "bifpn", THREE),
         ("effdet", "bifpn", ["MODEL.FPN.TOPOLOGY", "qufpn", "MODEL.FPN.REPEATS", "1"]),
         ("detectron2", "fpn", []),
-        (
-            "detectron2",
-            "fpn",
-            ["MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "32"],
-        ),
+        ("detectron2", "fpn", AVERAGE),
         ("detectron2", "fpn", ["MODEL.FPN.EXTRA_LEVELS", "conv_c5"]),
         ("detectron2", "fpn", ["MODEL.FPN.EXTRA_LEVELS", "conv_p5", *THREE]),
         ("detectron2", "fpn", ["MODEL.FPN.EXTRA_LEVELS", "none"]),

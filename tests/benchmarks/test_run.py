@@ -64,14 +64,17 @@ def test_peers_and_floors(
 
 
 def test_sweeps(configs: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    args = ["--config-file", configs["fpn"], "--baseline", "none", "--image-size", 128, 256, *FAST]
+    points = {"WIDTHS": (8, 16, 32), "REPEATS": (1, 2, 3), "SCALES": (0.5, 1.0, 2.0)}
+    for name, values in points.items():
+        monkeypatch.setattr(f"sweeps.{name}", values)
+    args = ["--config-file", configs["fpn"], "--baseline", "none", "--image-size", 64, 128, *FAST]
     args += ["--what", "counts", "--sweep", ",".join(SWEEPS), "--report", tmp_path]
     assert call(monkeypatch, *args) == 0
     sweeps = json.loads((tmp_path / "report.json").read_text())["sweeps"]
     assert [swept["kind"] for swept in sweeps] == list(SWEEPS)
     for number, swept in enumerate(sweeps, 1):
         x = [point["x"] for point in swept["points"]]
-        assert len(x) >= 3 and x == sorted(set(x))
+        assert len(x) == 3 and x == sorted(set(x))
         gflops = [point["gflops"] for point in swept["points"]]
         assert gflops == sorted(gflops) and all(point["bytes"] > 0 for point in swept["points"])
         assert swept["fits"]["gflops"]["r2"] > 0.9

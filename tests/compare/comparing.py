@@ -75,22 +75,22 @@ def detect(
         error: by how much of its side a box is off, at most.
     """
     rng = np.random.default_rng(seed)
-    found = []
-    for one in truth["annotations"]:
-        x, y, width, height = one["bbox"]
+    results = []
+    for annotation in truth["annotations"]:
+        x, y, width, height = annotation["bbox"]
         off = rng.uniform(-error, error, 2) * min(width, height)
         box = [x + off[0], y + off[1], width, height]
         stray = [*rng.uniform(0, SIDE / 2, 2), *rng.uniform(6, 100, 2)]
         for place, score in ((box, rng.uniform(0.3, 1)), (stray, rng.uniform(0, 0.7))):
             place = [round(float(value), 2) for value in place]
-            result = {key: one[key] for key in ("image_id", "category_id")}
+            result = {key: annotation[key] for key in ("image_id", "category_id")}
             result.update({"bbox": place, "score": float(score)})
             if masks:
                 polygon = [corners(*place)]
                 rle = masks_of.merge(masks_of.frPyObjects(polygon, SIDE, SIDE))
                 result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
-            found.append(result)
-    return found
+            results.append(result)
+    return results
 
 
 def write_run(
@@ -108,9 +108,9 @@ def write_run(
         metrics: the lines of metrics.json.
     """
     (folder / "inference").mkdir(parents=True)
-    own = {"DATASETS__TEST": ("own_val",), "DATASETS__OWN__VAL_JSON": str(truth)}
-    plain = {"MODEL__BACKBONE__NAME": "build_pyramid_backbone", "SOLVER__MAX_ITER": 40}
-    cfg = tiny_config(folder, **{**own, **plain, **overrides})
+    data = {"DATASETS__TEST": ("own_val",), "DATASETS__OWN__VAL_JSON": str(truth)}
+    model = {"MODEL__BACKBONE__NAME": "build_pyramid_backbone", "SOLVER__MAX_ITER": 40}
+    cfg = tiny_config(folder, **{**data, **model, **overrides})
     (folder / "config.yaml").write_text(cfg.dump())
     (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     if results is not None:

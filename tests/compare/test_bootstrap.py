@@ -46,19 +46,22 @@ def repeated(
     truth: dict[str, Any], results: list[dict[str, Any]], weights: np.ndarray
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Each image as often as its weight says, with what is in it, under new ids."""
-    made: dict[str, Any] = {**truth, "images": [], "annotations": []}
-    found = []
+    content: dict[str, Any] = {**truth, "images": [], "annotations": []}
+    detections = []
     for image, times in zip(truth["images"], weights):
         for _ in range(times):
-            key = len(made["images"]) + 1
-            made["images"].append({**image, "id": key})
-            for one in truth["annotations"]:
-                if one["image_id"] == image["id"]:
-                    number = len(made["annotations"]) + 1
-                    made["annotations"].append({**one, "id": number, "image_id": key})
-            mine = [one for one in results if one["image_id"] == image["id"]]
-            found += [{**one, "image_id": key} for one in mine]
-    return made, found
+            key = len(content["images"]) + 1
+            content["images"].append({**image, "id": key})
+            for annotation in truth["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    number = len(content["annotations"]) + 1
+                    content["annotations"].append({**annotation, "id": number, "image_id": key})
+            detections += [
+                {**result, "image_id": key}
+                for result in results
+                if result["image_id"] == image["id"]
+            ]
+    return content, detections
 
 
 def ap_of_draws(matches: list[Matches], draws: np.ndarray) -> np.ndarray:
@@ -74,49 +77,49 @@ def test_it_equals_pycocotools_on_a_set_with_the_images_repeated(
     truth = write_truth(tmp_path / "truth.json")
     if categories == 1:
         truth["annotations"] = [
-            one
-            for one in truth["annotations"]
-            if not weights[one["image_id"] - 1] or one["category_id"] == 3
+            annotation
+            for annotation in truth["annotations"]
+            if not weights[annotation["image_id"] - 1] or annotation["category_id"] == 3
         ]
     results = detect(truth, 0.3)
     matches = matches_of(evaluated(truth, results))
     wanted = ap(evaluated(*repeated(truth, results, np.array(weights))))
     assert 5 < wanted < 95
-    found = average_precision(matches[:categories], np.array(weights))
-    assert found == average_precision(matches, np.array(weights))
-    assert found == pytest.approx(wanted, abs=1e-10)
+    drawn = average_precision(matches[:categories], np.array(weights))
+    assert drawn == average_precision(matches, np.array(weights))
+    assert drawn == pytest.approx(wanted, abs=1e-10)
 
 
-def one_object_each(found: list[int]) -> list[Matches]:
-    """Two images with an object in each, one IoU threshold; `found` are those with a detection."""
-    hits = np.ones((1, len(found)), dtype=bool)
-    return [Matches(np.array(found, dtype=int), hits, ~hits, np.array([1, 1]))]
+def one_object_each(detected: list[int]) -> list[Matches]:
+    """Two images with an object in each, one IoU threshold; those `detected` have a detection."""
+    hits = np.ones((1, len(detected)), dtype=bool)
+    return [Matches(np.array(detected, dtype=int), hits, ~hits, np.array([1, 1]))]
 
 
 def test_a_tiny_example_worked_out_by_hand() -> None:
-    all_found, first_found = one_object_each([0, 1]), one_object_each([0])
+    both, first = one_object_each([0, 1]), one_object_each([0])
     half = 100 * 51 / 101  # of the recalls 0, 0.01 … 1 those up to 0.5 are reached
     wanted = {(2, 0): (100, 100), (1, 1): (100, half), (0, 2): (100, 0)}
-    for weights, (both, one) in wanted.items():
-        assert average_precision(all_found, np.array(weights)) == pytest.approx(both)
-        assert average_precision(first_found, np.array(weights)) == pytest.approx(one)
+    for weights, (ap_of_both, ap_of_first) in wanted.items():
+        assert average_precision(both, np.array(weights)) == pytest.approx(ap_of_both)
+        assert average_precision(first, np.array(weights)) == pytest.approx(ap_of_first)
     draws = np.array(list(wanted))
-    ours, theirs = ap_of_draws(all_found, draws), ap_of_draws(first_found, draws)
-    found = difference(100 - half, ours, theirs)
+    ours, theirs = ap_of_draws(both, draws), ap_of_draws(first, draws)
+    result = difference(100 - half, ours, theirs)
     # differences of 0, 100 - half and 100: better in two draws, equal in one
-    assert found.better == pytest.approx(2.5 / 3)
-    assert found.low == pytest.approx(0.05 * (100 - half))
-    assert found.high == pytest.approx(100 - 0.05 * half)
+    assert result.better == pytest.approx(2.5 / 3)
+    assert result.low == pytest.approx(0.05 * (100 - half))
+    assert result.high == pytest.approx(100 - 0.05 * half)
 
 
 def test_a_false_detection_that_ranks_first_halves_the_precision() -> None:
     image = np.array([1, 0])
     hits = np.array([[False, True]])
-    one = [Matches(image, hits, ~hits, np.array([1, 0]))]
-    assert average_precision(one, np.array([1, 1])) == pytest.approx(50)
-    assert average_precision(one, np.array([1, 0])) == pytest.approx(100)
-    assert average_precision(one, np.array([1, 3])) == pytest.approx(25)
-    assert math.isnan(average_precision(one, np.array([0, 2])))
+    matches = [Matches(image, hits, ~hits, np.array([1, 0]))]
+    assert average_precision(matches, np.array([1, 1])) == pytest.approx(50)
+    assert average_precision(matches, np.array([1, 0])) == pytest.approx(100)
+    assert average_precision(matches, np.array([1, 3])) == pytest.approx(25)
+    assert math.isnan(average_precision(matches, np.array([0, 2])))
 
 
 def test_equal_runs_differ_by_exactly_nothing(tmp_path: Path) -> None:
@@ -124,9 +127,9 @@ def test_equal_runs_differ_by_exactly_nothing(tmp_path: Path) -> None:
     matches = matches_of(evaluated(truth, detect(truth, 0.3)))
     draws = draw_images(6, 50)
     aps = ap_of_draws(matches, draws)
-    found = difference(0.0, aps, aps.copy())
-    assert (found.value, found.low, found.high, found.better) == (0, 0, 0, 0.5)
-    assert not found.significant
+    result = difference(0.0, aps, aps.copy())
+    assert (result.value, result.low, result.high, result.better) == (0, 0, 0, 0.5)
+    assert not result.significant
     assert aps.std() > 0
 
 
@@ -137,17 +140,17 @@ def test_a_run_that_is_better_in_every_image_is_better_in_every_draw(tmp_path: P
         ap_of_draws(matches_of(evaluated(truth, detect(truth, error))), draws)
         for error in (0.0, 0.5)
     )
-    found = difference(1.0, good, bad)
-    assert found.better == 1.0
-    assert found.significant and found.low > 0
+    result = difference(1.0, good, bad)
+    assert result.better == 1.0
+    assert result.significant and result.low > 0
     turned = difference(-1.0, bad, good)
     assert turned.better == 0
-    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+    assert (turned.low, turned.high) == pytest.approx((-result.high, -result.low))
 
 
 def test_draws_without_objects_say_nothing() -> None:
-    found = difference(1.0, np.array([math.nan, 3.0]), np.array([math.nan, 2.0]))
-    assert (found.low, found.high, found.better) == (1.0, 1.0, 1.0)
+    result = difference(1.0, np.array([math.nan, 3.0]), np.array([math.nan, 2.0]))
+    assert (result.low, result.high, result.better) == (1.0, 1.0, 1.0)
     nothing = difference(1.0, np.array([math.nan]), np.array([math.nan]))
     assert math.isnan(nothing.low) and not nothing.significant
 

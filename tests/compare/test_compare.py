@@ -34,25 +34,26 @@ def test_the_metrics_are_pycocotools(study: Study) -> None:
             Path(study.folders[number], "inference", "coco_instances_results.json").read_text()
         )
         if task == "segm":
-            results = [{key: one[key] for key in one if key != "bbox"} for one in results]
+            for result in results:
+                del result["bbox"]
         evaluation = COCOeval(truth, truth.loadRes(results), task)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        found = study.content["runs"][number]["metrics"]
+        metrics = study.content["runs"][number]["metrics"]
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
         wanted = [100 * value for value in evaluation.stats[:6]]
-        assert [found[f"{task}/{name}"] for name in names] == pytest.approx(wanted, abs=1e-9)
+        assert [metrics[f"{task}/{name}"] for name in names] == pytest.approx(wanted, abs=1e-9)
         nut = evaluation.eval["precision"][:, :, 0, 0, -1]
-        assert found[f"{task}/AP-nut"] == pytest.approx(100 * nut[nut > -1].mean())
+        assert metrics[f"{task}/AP-nut"] == pytest.approx(100 * nut[nut > -1].mean())
 
 
 def test_seeds_are_grouped_with_mean_and_spread(study: Study) -> None:
     fpn, pafpn = study.content["groups"]
     assert (fpn["name"], fpn["seeds"]) == ("fpn", [0, 1])
-    one, two = (run["metrics"]["bbox/AP"] for run in study.content["runs"][:2])
-    assert fpn["metrics"]["bbox/AP"]["mean"] == pytest.approx((one + two) / 2)
-    assert fpn["metrics"]["bbox/AP"]["spread"] == pytest.approx(abs(one - two) / math.sqrt(2))
+    first, second = (run["metrics"]["bbox/AP"] for run in study.content["runs"][:2])
+    assert fpn["metrics"]["bbox/AP"]["mean"] == pytest.approx((first + second) / 2)
+    assert fpn["metrics"]["bbox/AP"]["spread"] == pytest.approx(abs(first - second) / math.sqrt(2))
     assert pafpn["parameters"] > fpn["parameters"] > 1e6
     assert pafpn["gflops"] > fpn["gflops"] > 0
     assert study.content["differences"] == {"MODEL.FPN.TOPOLOGY": ["fpn", "pafpn"]}
@@ -98,9 +99,9 @@ def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) ->
     assert study.content["objects"] == {"0-4": 0, "4-16": 18, "16-64": 17, "64-inf": 12}
     lines = (study.report / "compare.md").read_text().splitlines()
     start = lines.index("## Box AP by size")
-    found = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[start + 2 :][:5]]
-    assert found[0] == ["config", "0-4"]
-    assert found[2:] == [["objects", "0"], ["fpn", "–"], ["pafpn", "–"]]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[start + 2 :][:5]]
+    assert rows[0] == ["config", "0-4"]
+    assert rows[2:] == [["objects", "0"], ["fpn", "–"], ["pafpn", "–"]]
 
 
 @pytest.fixture
@@ -125,12 +126,6 @@ def test_equal_runs_are_inconclusive(make: Any, tmp_path: Path, capsys: Any) -> 
     assert "+0.00 … +0.00" in text and "50.0%" in text and "equal" in text
     assert "the difference to pafpn is inconclusive, +0.0 (+0.0 … +0.0)" in text
     assert "One seed each" in text
-
-
-def test_one_run_alone_is_fine(make: Any, tmp_path: Path) -> None:
-    report = report_on([make("alone")], tmp_path / "report")
-    assert report["pairs"] == {}
-    assert report["summary"].startswith("There is one config with a box AP, alone: ")
 
 
 def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
@@ -166,14 +161,23 @@ def test_without_the_truth_there_is_no_bootstrap(make: Any, tmp_path: Path) -> N
     assert any(note.startswith("No bootstrap, and AP from") for note in report["notes"])
 
 
-def test_detections_of_other_data_are_refused(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "detections, text",
+    [
+        (
+            '[{"image_id": 77, "category_id": 3, "bbox": [0, 0, 9, 9], "score": 1}]',
+            "1 images that the test set does not have, such as 77",
+        ),
+        ("[{", "no list of COCO results"),
+        ("[]", "none of the runs has an AP: a"),
+    ],
+)
+def test_detections_that_cannot_be_compared_are_refused(
+    make: Any, tmp_path: Path, detections: str, text: str
+) -> None:
     folder = make("a")
-    path = Path(folder, "inference", "coco_instances_results.json")
-    path.write_text('[{"image_id": 77, "category_id": 3, "bbox": [0, 0, 9, 9], "score": 1}]')
-    with pytest.raises(ValueError, match="1 images that the test set does not have, such as 77"):
-        report_on([folder], tmp_path / "report")
-    path.write_text("[{")
-    with pytest.raises(ValueError, match="no list of COCO results"):
+    Path(folder, "inference", "coco_instances_results.json").write_text(detections)
+    with pytest.raises(ValueError, match=text):
         report_on([folder], tmp_path / "report")
 
 
@@ -265,11 +269,11 @@ def test_the_tool(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("sys.argv", ["compare_runs.py", *arguments])
     load_tool("compare_runs").main()
     assert capsys.readouterr().out.strip() == f"The comparison is in {to}/compare.html"
-    assert list(json.loads(Path(to, "compare.json").read_text())["objects"]) == [
-        "0-16",
-        "16-64.5",
-        "64.5-inf",
-    ]
+    report = json.loads(Path(to, "compare.json").read_text())
+    assert list(report["objects"]) == ["0-16", "16-64.5", "64.5-inf"]
+    # one run alone is fine
+    assert report["pairs"] == {}
+    assert report["summary"].startswith("There is one config with a box AP, a: ")
 
 
 def test_a_mean_does_not_leave_out_a_seed_that_detected_nothing(make: Any, tmp_path: Path) -> None:
@@ -319,12 +323,5 @@ def test_a_single_level_is_counted(make: Any, tmp_path: Path) -> None:
         "MODEL__ROI_HEADS__IN_FEATURES": ["res4"],
         "MODEL__ANCHOR_GENERATOR__SIZES": [[32, 64]],
     }
-    found = count_costs(group_runs(read_runs([make("a", **single)]))[0])
-    assert found["parameters"] > 1e6 and found["gflops"] > 0
-
-
-def test_runs_without_any_ap_are_refused(make: Any, tmp_path: Path) -> None:
-    folder = make("a")
-    Path(folder, "inference", "coco_instances_results.json").write_text("[]")
-    with pytest.raises(ValueError, match="none of the runs has an AP: a"):
-        report_on([folder], tmp_path / "report")
+    counts = count_costs(group_runs(read_runs([make("a", **single)]))[0])
+    assert counts["parameters"] > 1e6 and counts["gflops"] > 0

@@ -56,12 +56,9 @@ def test_of_several_test_sets_it_is_the_first(make: Any) -> None:
     assert run.results == inner / "coco_instances_results.json"
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folders_that_are_no_run_or_given_twice_are_refused(make: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"RUN_DIR '{tmp_path}' has no config.yaml"):
         read_runs([str(tmp_path)])
-
-
-def test_a_folder_that_is_given_twice_is_refused(make: Any) -> None:
     folder = make("a")
     with pytest.raises(ValueError, match="given twice"):
         read_runs([folder, f"{folder}/"])
@@ -129,7 +126,7 @@ def test_an_evaluation_has_its_runs_start_and_may_lie_alone(make: Any) -> None:
     again = make("a/eval-1", SEED=4, MODEL__WEIGHTS=f"{run}/model_final.pth", DATASETS__TRAIN=())
     folded = make("a/eval-2", MODEL__WEIGHTS=f"{run}/model_final.pth", TEST__FOLD_NORMS=True)
     runs = read_runs([run, again, folded])
-    assert [one.name for one in runs] == ["a", "a/eval-1", "a/eval-2"]
+    assert [run.name for run in runs] == ["a", "a/eval-1", "a/eval-2"]
     groups = group_runs(runs)
     assert list(differences(groups)) == ["TEST.FOLD_NORMS"]
     assert [len(group.runs) for group in groups] == [2, 1]

@@ -20,7 +20,7 @@ from fpn_plugin.checkpoint.run_folder import metric_lines
 from fpn_plugin.engine.setup import argument_parser, begin
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.export.export import Settings, export
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 
 RUN = Path(__file__).parent / "data" / "run_v0_1"

@@ -19,7 +19,7 @@ from fpn_plugin.export import export as export_module
 from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.verify import TOLERANCE
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent

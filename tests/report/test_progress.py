@@ -1,4 +1,4 @@
-"""A run seen from outside: progress on a terminal and elsewhere, failures, the table of results."""
+"""Progress of a tool and of a run seen from outside, failures, the table of results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fpn_plugin.report.progress import TrainingProgress, ap_table, follow, show_training
+from fpn_plugin.report.progress import Bar, TrainingProgress, ap_table, follow, show_training
 
 STEP = {"iteration": 19, "total_loss": 1.43345, "eta_seconds": 64.2}
 
@@ -120,3 +120,27 @@ def test_ap_table() -> None:
     assert "masks" in text and "nan" in text
     with pytest.raises(ValueError, match="no AP among the metrics loss"):
         ap_table({"loss": 1.0})
+
+
+def stages(stream: io.StringIO, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a `Bar` shows of a line and a stage of four steps, six seconds apart."""
+    now = iter(range(0, 1000, 6))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    bar = Bar(quiet, stream)
+    bar.say("a line")
+    bar.begin("Images", 4)
+    for done in range(1, 5):
+        bar.step(done)
+    bar.end()
+    return stream.getvalue()
+
+
+def test_a_tools_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar on a terminal, lines elsewhere, nothing if asked."""
+    lines = stages(io.StringIO(), False, monkeypatch).splitlines()
+    assert lines[:2] == ["a line", "Images …"] and 2 < len(lines) <= 5
+    assert all(" of 4, ETA 0:00:" in line for line in lines[2:])
+    text = stages(Terminal(), False, monkeypatch)
+    assert "Images" in text and "\r" in text and "ETA" not in text
+    assert stages(Terminal(), True, monkeypatch) == ""
+    assert stages(io.StringIO(), True, monkeypatch) == ""

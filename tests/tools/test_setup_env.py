@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from folders import load_tool
 
 
 @pytest.fixture
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("setup_env")
 
 
 @pytest.fixture
 def commands(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What would have been run; nothing is."""
-    found: list[str] = []
+    lines: list[str] = []
 
     def run(*words: object) -> None:
-        found.append(" ".join(map(str, words)))
-        if "-m venv" in found[-1]:
+        lines.append(" ".join(map(str, words)))
+        if "-m venv" in lines[-1]:
             make_environment(Path(str(words[-1])))
 
     monkeypatch.setattr(tool, "run", run)
     monkeypatch.setattr(tool, "installer", lambda python: ["INSTALL"])
-    return found
+    return lines
 
 
 def make_environment(folder: Path) -> Path:

@@ -35,11 +35,8 @@ def r50_cost(r50: PyramidBackbone) -> Complexity:
     return measure(r50, SIZE)
 
 
-def test_r50_fpn_parameters(r50_cost: Complexity) -> None:
+def test_r50_fpn_by_hand(r50_cost: Complexity) -> None:
     assert r50_cost.pyramid.parameters == 3_344_384
-
-
-def test_r50_fpn_flops_by_hand(r50_cost: Complexity) -> None:
     for level, (height, width) in SIZES.items():
         pixels = height * width
         assert r50_cost.nodes[f"fpn_lateral{level}"].flops == pixels * CHANNELS[level] * 256

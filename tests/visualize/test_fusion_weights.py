@@ -36,14 +36,10 @@ NOTES = {
 }
 
 
-def one_of_each() -> Pyramid:
+def test_every_fusion_is_listed_with_its_weights() -> None:
     nodes = [node(name, 4, ["res4", "res5"], fuse=name) for name in FUSIONS.names()]
     nodes.append(node("last", 4, FUSIONS.names(), fuse="channel_fast"))
-    return Pyramid(Graph({"res4": 4, "res5": 5}, tuple(nodes), ("last",)), CHANNELS, Defaults(2))
-
-
-def test_every_fusion_is_listed_with_its_weights() -> None:
-    pyramid = one_of_each()
+    pyramid = Pyramid(Graph({"res4": 4, "res5": 5}, tuple(nodes), ("last",)), CHANNELS, Defaults(2))
     pyramid.get_submodule("weighted_fuse").weights.data = torch.tensor([2.0, -0.5])
     pyramid.get_submodule("channel_softmax_fuse").weights.data = torch.tensor(
         [[0.0, 0.0], [0.0, 50.0]]

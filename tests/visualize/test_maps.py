@@ -45,8 +45,8 @@ def reference(backbone: GraphExecutor, x: Tensor) -> dict[str, Mapping[str, Tens
             arrived.append(y)
         y = arrived[0]
         if step.fuse:
-            own = [i for i, edge in enumerate(step.edges) if edge.resample is None]
-            before.update({step.node.name: arrived[own[0]]} if own else {})
+            same_level = [i for i, edge in enumerate(step.edges) if edge.resample is None]
+            before.update({step.node.name: arrived[same_level[0]]} if same_level else {})
             fusion = backbone.get_submodule(step.fuse.path)
             y = fused[step.node.name] = fusion(arrived)
         if step.block:

@@ -19,7 +19,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
-from fpn_plugin.report.bar import Bar
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 from fpn_plugin.visualize.images import (
     dataset_records,
@@ -241,11 +241,9 @@ def test_the_table_counts_by_the_size_of_the_true_object() -> None:
     ]
 
 
-def test_levels_that_nobody_knows_come_last() -> None:
+def test_levels_and_truths_that_nobody_knows() -> None:
     table = sizes_table([SELECTION, Selection(FOUND[:1], [None], [LARGE])])
     assert table is not None
     assert list(table.header)[2:] == ["level 2", "level 4", "level unknown", "missed"]
-
-
-def test_without_a_known_truth_there_is_no_table() -> None:
+    # without a known truth there is no table
     assert sizes_table([Selection(FOUND, [4] * 5, None)]) is None
