@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from browser import inspect, screenshot
 from comparing import Study
 from PIL import Image
@@ -32,12 +33,13 @@ def test_the_page_is_drawn_light_and_dark(study: Study, tmp_path: Path) -> None:
     assert (dark.min(axis=2) > 200).mean() > 0.003
 
 
-def test_the_page_fits_a_narrow_window_and_asks_for_nothing(study: Study) -> None:
-    inspection = inspect(study.report / "compare.html", 420)
+@pytest.mark.parametrize("width", [1200, 420])
+def test_the_page_fits_and_asks_for_nothing(study: Study, width: int) -> None:
+    inspection = inspect(study.report / "compare.html", width)
     assert inspection.complaints == []
-    assert inspection.needed <= inspection.width == 420
+    assert inspection.needed <= inspection.width == width
     assert len(inspection.drawings) == 5
-    assert all(200 < drawing <= 420 for drawing in inspection.drawings)
+    assert all(200 < drawing <= width for drawing in inspection.drawings)
     assert inspection.height > 2000
 
 
