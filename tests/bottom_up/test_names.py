@@ -12,17 +12,17 @@ OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 @pytest.mark.parametrize("file_prefix", ["", "module.", "backbone.bottom_up.model.", "encoder."])
 @pytest.mark.parametrize("network_prefix", ["", "model.", "backbone.body."])
 def test_prefixes_of_both_sides_are_taken_away(file_prefix: str, network_prefix: str) -> None:
-    found = match_keys([network_prefix + n for n in OWN], [file_prefix + n for n in OWN])
-    assert found.pairs == {network_prefix + n: file_prefix + n for n in OWN}
+    match = match_keys([network_prefix + n for n in OWN], [file_prefix + n for n in OWN])
+    assert match.pairs == {network_prefix + n: file_prefix + n for n in OWN}
 
 
 def test_the_backbone_of_a_whole_detector_is_found() -> None:
     own = ["stem.conv1.weight", "res2.0.conv1.norm.weight"]
     given = [f"backbone.bottom_up.{name}" for name in own]
     others = ["backbone.fpn_lateral2.weight", "proposal_generator.rpn_head.conv.weight"]
-    found = match_keys(own, [*others, *given])
-    assert found.pairs == dict(zip(own, given))
-    assert found.prefix == "backbone.bottom_up."
+    match = match_keys(own, [*others, *given])
+    assert match.pairs == dict(zip(own, given))
+    assert match.prefix == "backbone.bottom_up."
 
 
 def test_the_prefix_by_which_most_match_counts() -> None:

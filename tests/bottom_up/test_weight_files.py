@@ -114,8 +114,8 @@ def test_caffe2s_names_become_detectron2s(wrap: Any, tmp_path: Path) -> None:
     names += ["res2_0_branch2a_bn_b", "res2_0_branch1_w", "pred_w", "conv1_w_momentum"]
     blobs = {name: np.full(2, i, np.float32) for i, name in enumerate(names)}
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(wrap(blobs), 2))
-    found = read_state_dict(str(tmp_path / "w.pkl"))
-    assert {name: int(value[0]) for name, value in found.items()} == {
+    state = read_state_dict(str(tmp_path / "w.pkl"))
+    assert {name: int(value[0]) for name, value in state.items()} == {
         "stem.conv1.weight": 0,
         "stem.conv1.norm.weight": 1,
         "stem.conv1.norm.running_mean": 2,
