@@ -84,7 +84,7 @@ def operations_of_trace(traced: Any) -> List[Operation]:
     """The operations of a TorchScript trace."""
     nodes = traced.inlined_graph.nodes()
     scopes = [(node.scopeName().split("/")[-1], node.kind()) for node in nodes]
-    return [(scope.replace("__module.", ""), kind) for scope, kind in scopes]
+    return [(scope.replace("__module.", ""), operator) for scope, operator in scopes]
 
 
 def _chain(error: BaseException | None) -> List[str]:

@@ -26,7 +26,7 @@ from fpn_plugin.registry import unknown_name
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 
-# keys that only change how the model computes, in ways that exporters cannot follow
+# keys that make a model faster in ways that exporters cannot follow, with the same results
 _FAST_PATHS = ("MODEL.CHANNELS_LAST", "MODEL.FAST_ROI_ALIGN")
 
 
@@ -132,7 +132,8 @@ def _check(settings: Settings) -> Format:
 def _build(settings: Settings, bar: Bar) -> ExportModel:
     cfg = read_config(settings.config_file, settings.weights, settings.opts)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list([item for key in _FAST_PATHS for item in (key, False)])
+    for key in _FAST_PATHS:
+        cfg.merge_from_list([key, False])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     part = "backbone." if settings.what == "backbone" else ""
     model = load_detector(cfg, lambda model: StrictCheckpointer(model, part)).model

@@ -20,7 +20,7 @@ from fpn_plugin.report.progress import Bar
 from fpn_plugin.report.tables import Table
 from fpn_plugin.visualize.detector import read_config
 
-# the key of each kind of operator, and a topology that uses it
+# by the name of a registry: the key that selects its operators, and a topology that uses them
 _KEYS = {
     "up": ("MODEL.FPN.UPSAMPLE", "fpn"),
     "down": ("MODEL.FPN.DOWNSAMPLE", "pafpn"),
@@ -46,9 +46,9 @@ class Case:
 def operator_cases(config_file: str, opts: Sequence[str]) -> List[Case]:
     """A case for each registered operator, in a config."""
     return [
-        Case(f"{kind} {name}", config_file, (*opts, "MODEL.FPN.TOPOLOGY", topology, key, name))
-        for kind, (key, topology) in _KEYS.items()
-        for name in REGISTRIES[kind].names()
+        Case(f"{registry} {name}", config_file, (*opts, "MODEL.FPN.TOPOLOGY", topology, key, name))
+        for registry, (key, topology) in _KEYS.items()
+        for name in REGISTRIES[registry].names()
     ]
 
 
@@ -92,8 +92,9 @@ def _cells(settings: Settings) -> list[str]:
         differences = export(settings, Bar(True))
     except (ValueError, TimeoutError) as error:
         return ["", f"refused: {str(error)[:200]}", "", ""]
-    sizes = ", ".join("x".join(map(str, (item.shape[0], *item.shape[2:]))) for item in differences)
+    shapes = [(difference.shape[0], *difference.shape[2:]) for difference in differences]
+    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
     how = re.search(r"([\d.]+) s$", json.loads(json_path(settings.output).read_text())["how"])
     megabytes = settings.output.stat().st_size / 1e6
-    worst = max(item.relative for item in differences)
+    worst = max(difference.relative for difference in differences)
     return [sizes, f"{worst:.1e}", how[1] if how else "", f"{megabytes:.1f}"]

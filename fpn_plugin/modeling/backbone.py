@@ -33,7 +33,7 @@ from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.warm import combine
 from fpn_plugin.registry import bad_argument
 
-# what Detectron2's ResNet can give beside its stem
+# the maps of Detectron2's ResNet after its stem
 _STAGES = frozenset(("res2", "res3", "res4", "res5"))
 
 
@@ -45,20 +45,20 @@ class PyramidBackbone(GraphExecutor, Backbone):
 
     Args:
         bottom_up: the network whose maps the pyramid reads.
-        settings: what the pyramid is. Its fields are arguments too, instead of it:
+        settings: the pyramid's settings. Their fields can be given as arguments instead:
             `PyramidBackbone(bottom_up, in_features=[...], topology="bifpn")`; docs/config.md
             explains them under the names of their keys, `MODEL.FPN.TOPOLOGY`.
-        size_divisibility: what the heads need the image's sides to be divisible by, if more than
-            the pyramid does.
+        size_divisibility: the divisor of the image's sides that the heads need, if it is larger
+            than the pyramid's.
         square_pad: if > 0, images are padded to squares of this size.
-        recompute: whether training computes nodes whose fusion has weights again in the backward
-            pass instead of keeping what they computed.
-        warm_from: a pyramid on the same network, as which this one starts (see `warm.py`); only
-            its structure is used, not its weights.
+        recompute: whether training recomputes nodes with weighted fusions in the backward pass
+            instead of keeping their intermediate results.
+        warm_from: a pyramid on the same network, whose function this one has at its start (see
+            `warm.py`); only its structure is used, not its weights.
         arguments: fields of `PyramidSettings`.
 
     Attributes:
-        settings: what the pyramid is.
+        settings: the pyramid's settings.
         warm_start: the two pyramids as one; None without `warm_from`.
 
     Raises:
@@ -84,10 +84,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
     ) -> None:
         settings = _settings(settings, arguments)
         shapes = bottom_up.output_shape()
-        graph, defaults = (
-            settings.build_graph(_feature_levels(shapes, settings)),
-            settings.defaults(),
-        )
+        graph = settings.build_graph(_feature_levels(shapes, settings))
+        defaults = settings.defaults()
         channels = {name: shape.channels for name, shape in shapes.items()}
         warm = None
         if warm_from is not None:
@@ -100,10 +98,10 @@ class PyramidBackbone(GraphExecutor, Backbone):
         self.bottom_up = bottom_up
         self._square_pad = square_pad
         self.recompute = recompute
-        # images padded in another way than the checkpoint's would make its function another one
-        padded = warm_from.graph if warm_from is not None else graph
+        # a warm start pads images as the checkpoint does, or it would not compute its function
+        padding_graph = warm_from.graph if warm_from is not None else graph
         self._size_divisibility = max(
-            padded.size_divisibility(), bottom_up.size_divisibility, size_divisibility
+            padding_graph.size_divisibility(), bottom_up.size_divisibility, size_divisibility
         )
 
     @classmethod
@@ -122,7 +120,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """What the image's height and width must be divisible by, in pixels; 0 for no such need."""
+        """The image's height and width must be divisible by it, in pixels; 0 for any size."""
         return self._size_divisibility
 
     @property
@@ -157,7 +155,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
 
 
 def _settings(settings: PyramidSettings | None, arguments: Mapping[str, Any]) -> PyramidSettings:
-    """The record that a pyramid was given, or that of its fields.
+    """The settings as one record, from the record itself or from its fields.
 
     Raises:
         ValueError: for an argument that is gone.
@@ -178,10 +176,10 @@ def _settings(settings: PyramidSettings | None, arguments: Mapping[str, Any]) ->
 
 
 def _build_network(cfg: CfgNode, input_shape: ShapeSpec, more: Sequence[str]) -> Backbone:
-    """The network underneath.
+    """The bottom-up network.
 
     Args:
-        more: maps that it gives beside `MODEL.FPN.IN_FEATURES`.
+        more: maps that it returns in addition to `MODEL.FPN.IN_FEATURES`.
     """
     if missing := set(more) - set(cfg.MODEL.FPN.IN_FEATURES):
         cfg = cfg.clone()
@@ -193,7 +191,7 @@ def _build_network(cfg: CfgNode, input_shape: ShapeSpec, more: Sequence[str]) ->
 
 
 def _blueprint(bottom_up: Backbone, settings: PyramidSettings | None) -> PyramidBackbone | None:
-    """The pyramid that a checkpoint has, without memory for weights; None if there is none.
+    """The pyramid of the checkpoint, on the meta device; None without a checkpoint.
 
     Raises:
         ValueError: naming MODEL.FPN.WARM_START_FROM, if it cannot be built on this network.

@@ -26,7 +26,7 @@ LIBRARIES: dict[str, Callable[..., Backbone]] = {
     "timm": TimmBackbone,
     "torchvision": TorchvisionBackbone,
 }
-# Builders of backbones that hold a bottom-up network, and so are none
+# Builders of whole backbones: they contain a bottom-up network, so they cannot be one
 HOLDERS = (
     *OWN_BUILDERS,
     "build_resnet_fpn_backbone",

@@ -1,6 +1,6 @@
-"""What makes a model cheaper to run without changing what it computes, once nothing is trained:
-norms folded into the convolutions before them, and weights cast once. Both change the model in
-place; :func:`fpn_plugin.modeling.speed.prepare_for_inference` passes a copy."""
+"""Cheaper inference with the same results: folding norms into the convolutions before them, and
+casting weights once. Both change the model in place;
+:func:`fpn_plugin.modeling.speed.prepare_for_inference` passes a copy."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def fold_norms(model: nn.Module) -> int:
 
 
 def fold_traced(network: nn.Module) -> int:
-    """:func:`fold_norms` for a network whose order of layers only its `forward` knows.
+    """:func:`fold_norms` for a network whose `forward` alone determines the order of its layers.
 
-    torch.fx records it. A norm is folded if nothing else reads the convolution's map. Where
-    torch.fx cannot follow the forward, norms are left, and the log says so.
+    torch.fx traces that order. A norm is folded if nothing else reads the convolution's map. If
+    torch.fx cannot trace the network, its norms are kept and a warning is logged.
     """
     if not any(_is_fixed(module) for module in network.modules()):
         return 0
@@ -72,7 +72,7 @@ class _LayerTracer(fx.Tracer):
 
 
 def _count_uses(model: nn.Module) -> Counter[int]:
-    """In how many places of the model each module, and each parameter, is used, by id."""
+    """The number of places in the model that use each module and each parameter, by id."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return modules + Counter(
         id(parameter)
@@ -131,7 +131,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_fixed(norm: nn.Module) -> bool:
-    """Whether it is a batch norm that has its statistics, and uses them."""
+    """Whether it is a batch norm that uses its running statistics."""
     if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
         return False
     if isinstance(norm, _NormBase):
@@ -141,10 +141,10 @@ def _is_fixed(norm: nn.Module) -> bool:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of convolutions and linear layers to what autocast would cast them to in
-    every forward.
+    """Cast the weights of convolutions and linear layers once, as autocast does in every forward
+    pass.
 
-    Nothing else changes its type, and a model under autocast gives the same numbers.
+    Nothing else changes its type, and the results under autocast stay the same.
     """
     for module in model.modules():
         if not (type(module) in _CASTABLE or _is_plain(module)):

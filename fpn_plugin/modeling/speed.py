@@ -1,6 +1,7 @@
-"""Makes a model faster: memory layout, compilation, and what only inference allows.
+"""Options that make a model faster: memory layout, compilation, and folding and casting weights
+for inference.
 
-Each option keeps what the model computes, up to rounding, and the keys of its checkpoints.
+No option changes the model's results, up to rounding, or the keys of its checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Speed:
 
     Attributes:
         device: the type of the device, such as "cpu".
-        dtype: what autocast computes in; None for full precision.
+        dtype: autocast's type; None for full precision.
         channels_last: `MODEL.CHANNELS_LAST`.
         fold_norms: `TEST.FOLD_NORMS`.
         compile: `MODEL.COMPILE`, one of `COMPILE`.
@@ -90,10 +91,10 @@ def prepare_for_training(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
 
 
 def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
-    """A model that computes what `model` computes in evaluation, as fast as the config allows.
+    """A model with the results of `model` in evaluation mode, as fast as the config allows.
 
-    Where weights change, it is an independent copy in evaluation mode, and else the model itself.
-    Weights change if norms are folded, and under autocast, as they are then cast once and not on
+    It is an independent copy in evaluation mode if weights change, and the model itself otherwise.
+    Weights change if norms are folded, and under autocast, where they are cast once instead of in
     every forward pass.
 
     Raises:

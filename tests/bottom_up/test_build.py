@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 from networks import RESNET18, Case
 from torch import nn
@@ -19,37 +19,30 @@ R18 = Case("build_resnet_backbone", keys=RESNET18)
 TIMM = Case("timm/test_resnet")
 
 
-def kinds(module: nn.Module) -> set[str]:
+def norm_classes(module: nn.Module) -> set[str]:
     return {type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__}
 
 
 @pytest.mark.parametrize(
-    "norm, frozen, trained",
+    "freeze_at, key, norm, frozen, trained",
     [
-        ("FrozenBN", "FrozenBatchNorm2d", "FrozenBatchNorm2d"),
-        ("BN", "FrozenBatchNorm2d", "BatchNorm2d"),
-        ("SyncBN", "FrozenBatchNorm2d", "SyncBatchNorm"),
-        ("GN", "GroupNorm", "GroupNorm"),
+        (2, "BOTTOM_UP__NORM", "FrozenBN", "FrozenBatchNorm2d", "FrozenBatchNorm2d"),
+        (2, "BOTTOM_UP__NORM", "BN", "FrozenBatchNorm2d", "BatchNorm2d"),
+        (2, "BOTTOM_UP__NORM", "SyncBN", "FrozenBatchNorm2d", "SyncBatchNorm"),
+        (2, "BOTTOM_UP__NORM", "GN", "GroupNorm", "GroupNorm"),
+        (1, "RESNETS__NORM", "BN", "FrozenBatchNorm2d", "BatchNorm2d"),  # Detectron2's own key
+        (0, "BOTTOM_UP__NORM", "BN", "", "BatchNorm2d"),
     ],
 )
-def test_norms_of_detectron2_s_networks(norm: str, frozen: str, trained: str) -> None:
-    network: Any = R18.build(BACKBONE__FREEZE_AT=2, BOTTOM_UP__NORM=norm)
-    assert kinds(network.stem) == kinds(network.res2) == {frozen}
-    assert kinds(network.res3) == kinds(network.res5) == {trained}
-    assert not any(p.requires_grad for p in [*network.stem.parameters()])
-
-
-def test_a_norm_of_resnets_own_key_stays() -> None:
-    network: Any = R18.build(BACKBONE__FREEZE_AT=1, RESNETS__NORM="BN")
-    assert kinds(network.stem) == {"FrozenBatchNorm2d"} and kinds(network.res2) == {"BatchNorm2d"}
-
-
-@pytest.mark.parametrize("source", [R18, TIMM, Case("torchvision/resnet18")], ids=str)
-def test_weights_load_into_every_source(source: Case, tmp_path: Any) -> None:
-    saved = source.build()
-    torch.save(saved.state_dict(), tmp_path / "w.pth")
-    loaded = source.build(BOTTOM_UP__WEIGHTS=str(tmp_path / "w.pth")).state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in saved.state_dict().items())
+def test_norms_of_detectron2_s_networks(
+    freeze_at: int, key: str, norm: str, frozen: str, trained: str
+) -> None:
+    network: Any = R18.build(BACKBONE__FREEZE_AT=freeze_at, **{key: norm})
+    stages = [network.stem, network.res2, network.res3, network.res4, network.res5]
+    for number, stage in enumerate(stages, start=1):
+        is_frozen = number <= freeze_at
+        assert norm_classes(stage) == {frozen if is_frozen else trained}
+        assert {p.requires_grad for p in stage.parameters()} == {not is_frozen}
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
@@ -140,9 +133,3 @@ def test_maps_that_the_heads_cannot_read(
 ) -> None:
     with pytest.raises((KeyError, ValueError), match=message):
         build_backbone(alone(TIMM, rpn, roi_heads), RGB)
-
-
-def test_a_frozen_norm_of_detectron2_can_learn() -> None:
-    network = R18.build(BACKBONE__FREEZE_AT=0, BOTTOM_UP__NORM="BN")
-    assert not any(isinstance(m, FrozenBatchNorm2d) for m in network.modules())
-    assert all(p.requires_grad for p in network.parameters())

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fpn_plugin.checkpoint.key_matching import (
-    canonical_key,
-    holder_prefixes,
-    match_keys,
-    surplus_blocks,
-)
+from fpn_plugin.checkpoint.key_matching import holder_prefixes, match_keys, surplus_blocks
 
 OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 
@@ -17,17 +12,17 @@ OWN = ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"]
 @pytest.mark.parametrize("file_prefix", ["", "module.", "backbone.bottom_up.model.", "encoder."])
 @pytest.mark.parametrize("network_prefix", ["", "model.", "backbone.body."])
 def test_prefixes_of_both_sides_are_taken_away(file_prefix: str, network_prefix: str) -> None:
-    found = match_keys([network_prefix + n for n in OWN], [file_prefix + n for n in OWN])
-    assert found.pairs == {network_prefix + n: file_prefix + n for n in OWN}
+    match = match_keys([network_prefix + n for n in OWN], [file_prefix + n for n in OWN])
+    assert match.pairs == {network_prefix + n: file_prefix + n for n in OWN}
 
 
 def test_the_backbone_of_a_whole_detector_is_found() -> None:
     own = ["stem.conv1.weight", "res2.0.conv1.norm.weight"]
     given = [f"backbone.bottom_up.{name}" for name in own]
     others = ["backbone.fpn_lateral2.weight", "proposal_generator.rpn_head.conv.weight"]
-    found = match_keys(own, [*others, *given])
-    assert found.pairs == dict(zip(own, given))
-    assert found.prefix == "backbone.bottom_up."
+    match = match_keys(own, [*others, *given])
+    assert match.pairs == dict(zip(own, given))
+    assert match.prefix == "backbone.bottom_up."
 
 
 def test_the_prefix_by_which_most_match_counts() -> None:
@@ -48,8 +43,9 @@ def test_numbers_within_a_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    "detectron2, torchvision",
+    "network, file",
     [
+        # Detectron2's and torchvision's names of a ResNet
         ("stem.conv1.weight", "conv1.weight"),
         ("stem.conv1.norm.running_mean", "bn1.running_mean"),
         ("res2.0.conv1.weight", "layer1.0.conv1.weight"),
@@ -57,24 +53,18 @@ def test_numbers_within_a_prefix() -> None:
         ("res3.0.shortcut.weight", "layer2.0.downsample.0.weight"),
         ("res3.0.shortcut.norm.weight", "layer2.0.downsample.1.weight"),
         ("linear.bias", "fc.bias"),
+        # a DenseNet as torchvision builds and as it publishes it
+        (
+            "features.denseblock1.denselayer2.norm1.weight",
+            "features.denseblock1.denselayer2.norm.1.weight",
+        ),
+        # timm's feature network and its whole model
+        ("stages_0.blocks.0.conv_dw.weight", "stages.0.blocks.0.conv_dw.weight"),
     ],
 )
-def test_a_resnets_names_are_one(detectron2: str, torchvision: str) -> None:
-    assert canonical_key(detectron2) == canonical_key(torchvision)
-    assert match_keys([detectron2], [torchvision]).pairs == {detectron2: torchvision}
-    assert match_keys([torchvision], [detectron2]).pairs == {torchvision: detectron2}
-
-
-def test_a_densenets_published_names_are_the_networks() -> None:
-    published = "features.denseblock1.denselayer2.norm.1.weight"
-    assert canonical_key(published) == canonical_key(
-        "features.denseblock1.denselayer2.norm1.weight"
-    )
-
-
-def test_dots_and_underscores_are_one() -> None:
-    pairs = {"stages_0.blocks.0.conv_dw.weight": "stages.0.blocks.0.conv_dw.weight"}
-    assert match_keys(pairs, pairs.values()).pairs == pairs
+def test_names_of_the_same_tensor_match(network: str, file: str) -> None:
+    assert match_keys([network], [file]).pairs == {network: file}
+    assert match_keys([file], [network]).pairs == {file: network}
 
 
 def test_an_ambiguous_spelling_matches_only_itself() -> None:

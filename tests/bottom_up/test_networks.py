@@ -7,7 +7,8 @@ from typing import Iterator
 import pytest
 import torch
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from networks import CASES, Case
+from helpers import assert_same
+from networks import CASES, DETECTRON2, Case
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.detectron2 import register_builders
@@ -42,7 +43,15 @@ def image(case: Case, batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, (64 // step | 1) * step, (96 // step | 1) * step)
 
 
-def test_maps_are_what_was_promised(case: Case, network: Backbone) -> None:
+# One network of each kind of graph and map that the adapters meet, beside all of Detectron2's own
+EXPORTED = {
+    *("timm/test_resnet", "timm/test_efficientnet", "timm/swin_tiny_patch4_window7_224"),
+    *("timm/test_vit", "torchvision/shufflenet_v2_x0_5", "torchvision/mobilenet_v3_small"),
+    *(case.name for case in DETECTRON2),
+}
+
+
+def test_maps_are_what_was_promised_and_export(case: Case, network: Backbone) -> None:
     assert network.size_divisibility == case.divisibility
     x = image(case)
     shapes = network.output_shape()
@@ -55,6 +64,10 @@ def test_maps_are_what_was_promised(case: Case, network: Backbone) -> None:
         for given, side in zip(y.shape[2:], x.shape[2:]):
             assert given in (side // stride, -(-side // stride))
         assert y.isfinite().all()
+    if case.name in EXPORTED:
+        with torch.no_grad():
+            exported = torch.export.export(network, (x,), strict=False).module()
+            assert_same(exported(x), maps, 1e-5)
 
 
 def step(network: nn.Module, x: Tensor) -> None:
@@ -94,23 +107,3 @@ def test_frozen_layers_stay_and_the_others_learn(case: Case, network: Backbone) 
 def test_no_batch_norm_of_a_frozen_layer_learns(network: Backbone) -> None:
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all(any(p.requires_grad for p in norm.parameters()) for norm in norms)
-
-
-# One network of each kind of graph and map that the adapters meet, beside all of Detectron2's own
-ADAPTED = {
-    *("timm/test_resnet", "timm/test_efficientnet", "timm/swin_tiny_patch4_window7_224"),
-    *("timm/test_vit", "torchvision/shufflenet_v2_x0_5", "torchvision/mobilenet_v3_small"),
-}
-EXPORTED = [case for case in CASES if case.name in ADAPTED or "/" not in case.name]
-
-
-@pytest.mark.parametrize("case", EXPORTED, ids=str, indirect=True, scope="module")
-def test_it_exports(case: Case, network: Backbone) -> None:
-    network.eval()
-    x = image(case)
-    with torch.no_grad():
-        exported = torch.export.export(network, (x,), strict=False).module()
-        maps, given = network(x), exported(x)
-    assert list(given) == list(maps)
-    for name, y in maps.items():
-        assert torch.allclose(given[name], y, atol=1e-5), name

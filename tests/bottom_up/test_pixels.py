@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,13 +112,6 @@ def test_model_weights_count_too_and_come_last(log: pytest.LogCaptureFixture) ->
     assert f"MODEL.WEIGHTS {MSRA} is loaded after MODEL.BOTTOM_UP.WEIGHTS w.pth" in log.text
 
 
-def test_a_file_with_torchvisions_names(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    file = weight_file(tmp_path, "module.layer1.0.conv1.weight")
-    cfg = config("build_resnet_backbone", file)
-    assert "taken from torchvision, whose names" in resolved(cfg, log)
-    assert pixels(cfg) == RGB
-
-
 def test_timms_weights_of_one_network_may_differ(log: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("timm")
     cfg = config("timm/resnet50d", "no_such.pth")
@@ -141,12 +136,23 @@ def test_torchvisions_stride_placement(
     assert log.text.count("MODEL.RESNETS.STRIDE_IN_1X1 is True, but according to") == warnings
 
 
-@pytest.mark.parametrize("name", ["build_resnet_backbone", "timm/resnet50", "torchvision/resnet50"])
-def test_a_file_with_detectron2s_names_does_not_say(
-    name: str, tmp_path: Path, log: pytest.LogCaptureFixture
+DETECTRON2S = "backbone.bottom_up.res2.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message, expected",
+    [
+        ("build_resnet_backbone", "module.layer1.0.conv1.weight", "INFO.* torchvision, whose", RGB),
+        ("build_resnet_backbone", DETECTRON2S, "WARNING", DEFAULT),
+        ("timm/resnet50", DETECTRON2S, "WARNING", DEFAULT),
+        ("torchvision/resnet50", DETECTRON2S, "WARNING", DEFAULT),
+    ],
+)
+def test_the_names_in_a_file(
+    name: str, tensor: str, message: str, expected: tuple, tmp_path: Path, log: Any
 ) -> None:
-    cfg = config(name, weight_file(tmp_path, "backbone.bottom_up.res2.0.conv1.weight"))
-    assert resolved(cfg, log).startswith("WARNING") and pixels(cfg) == DEFAULT
+    cfg = config(name, weight_file(tmp_path, tensor))
+    assert re.match(message, resolved(cfg, log)) and pixels(cfg) == expected
 
 
 @pytest.mark.parametrize("name", ["build_resnet_backbone", "timm/resnet50", "torchvision/resnet50"])

@@ -82,11 +82,11 @@ def reference(files: dict[str, str], image: Tensor) -> dict[str, Tensor]:
     """By torchvision itself, without this plugin."""
     network = resnet50().eval()
     network.load_state_dict(torch.load(files["torchvision"]))
-    y, found = network.maxpool(network.relu(network.bn1(network.conv1(image)))), {}
+    y, by_name = network.maxpool(network.relu(network.bn1(network.conv1(image)))), {}
     with torch.no_grad():
         for level in range(2, 6):
-            y = found[f"res{level}"] = getattr(network, f"layer{level - 1}")(y)
-    return {name: value.detach() for name, value in found.items()}
+            y = by_name[f"res{level}"] = getattr(network, f"layer{level - 1}")(y)
+    return by_name
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_msras_stride_placement_gives_other_numbers(
     files: dict[str, str], reference: dict[str, Tensor], image: Tensor
 ) -> None:
     msra = built("build_resnet_backbone", files["torchvision"], "MODEL.RESNETS.STRIDE_IN_1X1", True)
-    found = maps(msra, image)
-    torch.testing.assert_close(found["res2"], reference["res2"], rtol=1e-5, atol=1e-5)  # stride 1
+    others = maps(msra, image)
+    torch.testing.assert_close(others["res2"], reference["res2"], rtol=1e-5, atol=1e-5)  # stride 1
     for name in ("res3", "res4", "res5"):
-        assert found[name].shape == reference[name].shape
-        assert not torch.allclose(found[name], reference[name], rtol=0.1)
+        assert others[name].shape == reference[name].shape
+        assert not torch.allclose(others[name], reference[name], rtol=0.1)

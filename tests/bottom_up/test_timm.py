@@ -12,25 +12,6 @@ from networks import SMALL_SWIN
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
 
-LITE0 = {"res1": 16, "res2": 24, "res3": 40, "res4": 112, "res5": 320}
-
-
-@pytest.fixture(scope="module")
-def lite0() -> TimmBackbone:
-    return TimmBackbone("tf_efficientnet_lite0").eval()
-
-
-def test_maps_have_the_shapes_that_were_promised(lite0: TimmBackbone) -> None:
-    shapes = lite0.output_shape()
-    assert {name: shape.channels for name, shape in shapes.items()} == LITE0
-    assert [shape.stride for shape in shapes.values()] == [2, 4, 8, 16, 32]
-    for height, width in ((64, 96), (97, 131)):
-        maps = lite0(torch.randn(2, 3, height, width))
-        assert list(maps) == list(LITE0)
-        for y, shape in zip(maps.values(), shapes.values()):
-            rounded_up = [-(-side // shape.stride) for side in (height, width)]
-            assert list(y.shape) == [2, shape.channels, *rounded_up]
-
 
 @pytest.mark.parametrize(
     "model, wanted, gone",
@@ -83,7 +64,7 @@ FREEZING = {
     "test_resnet": ["conv1 bn1", "layer1", "layer2"],
     "resnext26ts": ["stem_conv1 stem_conv2 stem_conv3", "stages_0", "stages_1"],
     "test_convnext": ["stem_0 stem_1", "stages_0", "stages_1"],
-    "tf_efficientnet_lite0": ["conv_stem bn1 blocks.0", "blocks.1", "blocks.2"],
+    "test_efficientnet": ["conv_stem bn1 blocks.0", "blocks.1", "blocks.2"],
     "mobilenetv3_small_050": ["conv_stem bn1", "blocks.0", "blocks.1"],
     "regnetx_002": ["stem", "s1", "s2"],
     "swin_tiny_patch4_window7_224": ["patch_embed", "layers_0", "layers_1"],
@@ -140,15 +121,6 @@ def test_without_a_stem_what_res1_depends_on_freezes() -> None:
 def test_nothing_or_everything_freezes(freeze_at: int) -> None:
     backbone = TimmBackbone("test_resnet", freeze_at=freeze_at)
     assert {p.requires_grad for p in backbone.parameters()} == {freeze_at == 0}
-
-
-def test_frozen_batch_norm_keeps_the_activation(lite0: TimmBackbone) -> None:
-    """timm's batch norms carry the activation: converting them to plain ones would lose it."""
-    frozen = TimmBackbone("tf_efficientnet_lite0", norm="FrozenBN").train()
-    frozen.load_state_dict(lite0.state_dict(), strict=False)
-    x = torch.randn(1, 3, 64, 64)
-    for one, two in zip(lite0(x).values(), frozen(x).values(), strict=True):
-        assert torch.allclose(one, two, atol=1e-5)
 
 
 def test_swin_gives_the_same_for_any_size_and_for_its_own() -> None:
@@ -269,13 +241,10 @@ def test_a_model_without_maps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             "MODEL.BOTTOM_UP.NAME: unknown name.*tf_efficientnet_lite",
         ),
         (
-            {"model": "tf_efficientnet_lite0", "out_features": ["res6"]},
+            {"model": "test_resnet", "out_features": ["res6"]},
             "'res6'.*res1, res2, res3, res4, res5",
         ),
-        (
-            {"model": "tf_efficientnet_lite0", "norm": "XN"},
-            "MODEL.BOTTOM_UP.NORM: unknown name 'XN'",
-        ),
+        ({"model": "test_resnet", "norm": "XN"}, "MODEL.BOTTOM_UP.NORM: unknown name 'XN'"),
     ],
 )
 def test_mistakes_are_named(arguments: dict, message: str) -> None:

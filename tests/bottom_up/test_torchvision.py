@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torchvision import models
 
@@ -44,7 +43,8 @@ DILATED = {"replace_stride_with_dilation": [False, False, True]}
 @lru_cache
 def network(name: str) -> TorchvisionBackbone:
     """Of one family, frozen as FREEZING says, in evaluation mode; only for reading."""
-    return TorchvisionBackbone(name, freeze_at=FREEZING.get(name, (0, ""))[0]).eval()
+    args = {"init_weights": False} if name in ("vgg11_bn", "googlenet") else {}
+    return TorchvisionBackbone(name, freeze_at=FREEZING.get(name, (0, ""))[0], args=args).eval()
 
 
 def assert_frozen_until(backbone: TorchvisionBackbone, first: str) -> None:
@@ -162,20 +162,13 @@ def test_freezing_stops_at_the_level(name: str) -> None:
 
 @pytest.mark.parametrize("freeze_at, first", [(0, "conv1."), (1, "layer1.0."), (5, "")])
 def test_every_level_can_be_frozen(freeze_at: int, first: str) -> None:
-    assert_frozen_until(TorchvisionBackbone("resnet18", freeze_at=freeze_at), first)
+    with torch.device("meta"):
+        assert_frozen_until(TorchvisionBackbone("resnet18", freeze_at=freeze_at), first)
 
 
 def test_a_copy_gives_the_same_maps() -> None:
     backbone, x = network("mobilenet_v3_small"), torch.randn(1, 3, 64, 64)
     assert torch.equal(backbone(x)["res5"], copy.deepcopy(backbone).eval()(x)["res5"])
-
-
-def test_norms_are_converted() -> None:
-    backbone = TorchvisionBackbone("resnet18", norm="FrozenBN")
-    kinds = {type(module) for module in backbone.modules() if "Norm" in type(module).__name__}
-    assert kinds == {FrozenBatchNorm2d}
-    with torch.no_grad():
-        assert backbone(torch.randn(1, 3, 64, 64))["res5"].isfinite().all()
 
 
 def test_stochastic_depth_and_the_like_work_in_training_alone() -> None:
@@ -191,13 +184,10 @@ def test_stochastic_depth_and_the_like_work_in_training_alone() -> None:
 
 def test_arguments_reach_the_network() -> None:
     """With dilation the last stage keeps its stride, so it is the last of that stride."""
-    shapes = TorchvisionBackbone("resnet50", args=DILATED).output_shape()
-    assert {key: shape.channels for key, shape in shapes.items()} == {
-        "res1": 64,
-        "res2": 256,
-        "res3": 512,
-        "res4": 2048,
-    }
+    with torch.device("meta"):
+        shapes = TorchvisionBackbone("resnet50", args=DILATED).output_shape()
+    channels = {key: shape.channels for key, shape in shapes.items()}
+    assert channels == {"res1": 64, "res2": 256, "res3": 512, "res4": 2048}
 
 
 def test_googlenet_takes_the_pixels_that_all_others_take() -> None:
@@ -268,5 +258,5 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises((KeyError, ValueError), match=message):
+    with torch.device("meta"), pytest.raises((KeyError, ValueError), match=message):
         TorchvisionBackbone(**arguments)

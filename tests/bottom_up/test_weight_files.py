@@ -26,9 +26,9 @@ def a_state() -> dict[str, Tensor]:
 
 
 def assert_read(file: Path, state: dict[str, Tensor]) -> None:
-    found = read_state_dict(str(file))
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], value) for name, value in state.items())
+    loaded = read_state_dict(str(file))
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_caffe2s_names_become_detectron2s(wrap: Any, tmp_path: Path) -> None:
     names += ["res2_0_branch2a_bn_b", "res2_0_branch1_w", "pred_w", "conv1_w_momentum"]
     blobs = {name: np.full(2, i, np.float32) for i, name in enumerate(names)}
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(wrap(blobs), 2))
-    found = read_state_dict(str(tmp_path / "w.pkl"))
-    assert {name: int(value[0]) for name, value in found.items()} == {
+    state = read_state_dict(str(tmp_path / "w.pkl"))
+    assert {name: int(value[0]) for name, value in state.items()} == {
         "stem.conv1.weight": 0,
         "stem.conv1.norm.weight": 1,
         "stem.conv1.norm.running_mean": 2,
@@ -127,18 +127,20 @@ def test_caffe2s_names_become_detectron2s(wrap: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "reference", ["builtins.eval", "builtins.getattr", "os.system", "numpy.load"]
+    "content, call",
+    [
+        (b"cbuiltins\neval\n.", "builtins.eval"),
+        (b"cbuiltins\ngetattr\n.", "builtins.getattr"),
+        (b"cos\nsystem\n.", "os.system"),
+        (b"cnumpy\nload\n.", "numpy.load"),
+        (b"c_codecs\nencode\n(Vx\nVutf-8\ntR.", "encode with 'utf-8'"),
+    ],
 )
-def test_a_pickle_may_name_only_arrays_and_containers(reference: str, tmp_path: Path) -> None:
-    module, _, name = reference.rpartition(".")
-    (tmp_path / "w.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
-    with pytest.raises(ValueError, match=f"it calls {reference}"):
-        read_state_dict(str(tmp_path / "w.pkl"))
-
-
-def test_no_other_text_encoding_in_a_pickle(tmp_path: Path) -> None:
-    (tmp_path / "w.pkl").write_bytes(b"c_codecs\nencode\n(Vx\nVutf-8\ntR.")
-    with pytest.raises(ValueError, match="it calls encode with 'utf-8'"):
+def test_a_pickle_may_name_only_arrays_and_containers(
+    content: bytes, call: str, tmp_path: Path
+) -> None:
+    (tmp_path / "w.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"it calls {call}"):
         read_state_dict(str(tmp_path / "w.pkl"))
 
 
@@ -161,9 +163,8 @@ def test_other_contents_are_an_error(content: object, tmp_path: Path) -> None:
 
 def test_a_missing_file_names_the_key_and_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", "/somewhere")
-    with pytest.raises(
-        FileNotFoundError, match="MODEL.BOTTOM_UP.WEIGHTS.*'w.pth'.*/somewhere/w.pth"
-    ):
+    message = "MODEL.BOTTOM_UP.WEIGHTS.*'w.pth'.*/somewhere/w.pth"
+    with pytest.raises(FileNotFoundError, match=message):
         read_state_dict("w.pth")
 
 
@@ -192,9 +193,7 @@ def test_an_address_goes_through_detectron2s_path_manager(
 
 @pytest.mark.parametrize("path", ["foo://x.pth", "catalog://ImageNetPretrained/no/such"])
 def test_an_address_that_cannot_be_fetched_names_the_key(path: str) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=f"MODEL.BOTTOM_UP.WEIGHTS: '{path}' cannot be fetched"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"MODEL.BOTTOM_UP.WEIGHTS: '{path}'"):
         read_state_dict(path)
 
 

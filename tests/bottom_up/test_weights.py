@@ -22,9 +22,8 @@ def network() -> nn.Module:
 
 def test_a_state_dict_loads(tmp_path: Path) -> None:
     state, target = network().state_dict(), network()
-    torch.save(
-        {"state_dict": {f"module.{name}": state[name] for name in state}}, tmp_path / "w.pth"
-    )
+    content = {"state_dict": {f"module.{name}": value for name, value in state.items()}}
+    torch.save(content, tmp_path / "w.pth")
     assert load_weights(target, str(tmp_path / "w.pth")) == []
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in state.items())
 

@@ -110,30 +110,24 @@ def test_proposals_have_no_classes(sound: Any, write: Any) -> None:
     assert len(check_config_datasets(cfg)) == 2
 
 
-def lvis(content: Any, write: Any) -> None:
-    """Register ``content`` with the file names of LVIS v0.5, its images in ``val2017``."""
-    for image in content["images"]:
+def test_lvis_images_are_named_by_their_url_and_its_evaluation_reads_the_area(
+    sound: Any, write: Any
+) -> None:
+    for image in sound["images"]:
         image["coco_url"] = f"http://images.cocodataset.org/val2017/{image['file_name']}"
-        image["file_name"] = f"COCO_val2014_{image['file_name']}"
-    for annotation in content["annotations"]:
+        image["file_name"] = f"COCO_val2014_{image['file_name']}"  # as LVIS v0.5 names it
+    for annotation in sound["annotations"]:
         del annotation["iscrowd"]
-    json_file, images = write(content)
+    json_file, images = write(sound)
     folder = Path(images)
     (folder / "val2017").mkdir()
     for image_file in folder.glob("*.jpg"):
         image_file.rename(folder / "val2017" / image_file.name)
     register_lvis_instances("t", {}, json_file, f"{images}/")
-
-
-def test_lvis_images_are_named_by_their_url(sound: Any, write: Any) -> None:
-    lvis(sound, write)
     report = check_dataset("t", "full", masks=True, evaluation=True)
     assert (report.num_images, report.level) == (2, "full")
-
-
-def test_lvis_evaluation_reads_the_area(sound: Any, write: Any) -> None:
     del sound["annotations"][2]["area"]
-    lvis(sound, write)
+    write(sound)
     with pytest.raises(DatasetError, match="annotation 3 .*val2017/a.jpg.*'area' is missing"):
         check_dataset("t", training=False)
 

@@ -116,7 +116,7 @@ def documents(draw: st.DrawFn) -> Any:
 CHECKS = st.sampled_from(["full", "full", "annotations"])
 
 
-@fuzz_settings(150)
+@fuzz_settings(75)
 @given(documents(), st.booleans(), CHECKS)
 def test_any_document(document: Any, masks: bool, check: str) -> None:
     text = json.dumps(document)

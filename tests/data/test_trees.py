@@ -20,10 +20,6 @@ def root(tmp_path_factory: Any, wheel_cache: Path) -> Path:
     return folder
 
 
-def read(root: Path, split: str) -> dict[str, Any]:
-    return json.loads((root / "trees" / "annotations" / f"{split}.json").read_text())
-
-
 @pytest.mark.parametrize(
     "size, origins",
     [(400, [0]), (300, [0]), (401, [0, 1]), (800, [0, 200, 400]), (850, [0, 200, 400, 450])],
@@ -66,25 +62,21 @@ def test_share_of_a_box_that_must_be_inside() -> None:
     assert kept == {0: [[4, 0, 10, 10]], 10: [[0, 0, 4, 10]]}
 
 
-def test_counts(root: Path) -> None:
-    counts = {s: (len(read(root, s)["images"]), len(read(root, s)["annotations"])) for s in SPLITS}
-    assert counts == {"train": (134, 2306), "val": (12, 399)}
+def test_splits_share_no_photo() -> None:
+    assert not set(trees.TRAIN_PHOTOS) & set(trees.VAL_PHOTOS)
 
 
-SPLITS = ("train", "val")
-
-
-def test_splits_share_no_photo(root: Path) -> None:
-    photos = [{image["photo"] for image in read(root, split)["images"]} for split in SPLITS]
-    assert photos == [set(trees.TRAIN_PHOTOS), set(trees.VAL_PHOTOS)]
-    assert not photos[0] & photos[1]
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_tree_is_in_a_tile(split: str, root: Path, wheel_cache: Path) -> None:
+@pytest.mark.parametrize(
+    "split, names, counts",
+    [("train", trees.TRAIN_PHOTOS, (134, 2306)), ("val", trees.VAL_PHOTOS, (12, 399))],
+)
+def test_every_tree_is_in_a_tile(
+    split: str, names: tuple[str, ...], counts: tuple[int, int], root: Path, wheel_cache: Path
+) -> None:
+    content = json.loads((root / "trees" / "annotations" / f"{split}.json").read_text())
+    assert (len(content["images"]), len(content["annotations"])) == counts
+    assert {image["photo"] for image in content["images"]} == set(names)
     wheel = trees.fetch_wheel(trees.REQUIREMENT, trees.SHA256, wheel_cache)
-    content = read(root, split)
-    names = trees.TRAIN_PHOTOS if split == "train" else trees.VAL_PHOTOS
     for photo in trees.load_photos(wheel, names):
         centres = (photo.boxes[:, :2] + photo.boxes[:, 2:]) / 2
         tiles = np.array([i["offset"] for i in content["images"] if i["photo"] == photo.name])

@@ -20,7 +20,6 @@ def wheel(tmp_path: Path) -> Path:
     path = tmp_path / "some_thing-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("pkg/a.txt", "A")
-        archive.writestr("../escape.txt", "B")
     return path
 
 

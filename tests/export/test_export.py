@@ -15,8 +15,7 @@ import torch
 from models import write_detector
 from PIL import Image
 
-from fpn_plugin.export import export as export_module
-from fpn_plugin.export.export import Settings, export
+from fpn_plugin.export.export import Settings, _build, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.verify import TOLERANCE
 from fpn_plugin.report.progress import Bar
@@ -56,21 +55,10 @@ def run_example(model: Path, *arguments: str) -> dict[str, np.ndarray]:
     return dict(np.load(saved))
 
 
-def as_detectron2_prepares(detector: tuple[str, str], pixels: np.ndarray) -> torch.Tensor:
-    """An RGB photo as the whole model gives it to its backbone."""
-    model = load_detector(read_config(*detector, [])).model
-    bgr = torch.from_numpy(pixels[:, :, ::-1].transpose(2, 0, 1).copy())
-    return model.preprocess_image([{"image": bgr}]).tensor
-
-
-def build(what: str, given: Settings) -> Any:
-    return export_module._build(given, Bar(True))
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) -> None:
     given = settings(faster_rcnn, name, tmp_path)
-    assert [item.shape[0] for item in export(given, Bar(True))] == [1, 2, 3]
+    assert [difference.shape[0] for difference in export(given, Bar(True))] == [1, 2, 3]
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [given.output.name, given.output.name + ".json"]
     info = json.loads((tmp_path / files[1]).read_text())
@@ -78,13 +66,15 @@ def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) 
     assert (info["format"], info["mean"]) == ("BGR", [103.53, 116.28, 123.675])
     pixels = np.random.default_rng(0).integers(0, 256, (150, 170, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
-    given_maps = run_example(given.output, str(tmp_path / "photo.png"))
-    image = torch.from_numpy(given_maps.pop("image"))
-    assert torch.allclose(image, as_detectron2_prepares(faster_rcnn, pixels), rtol=0, atol=1e-5)
-    eager = build("backbone", given).run(image)
-    assert list(given_maps) == info["outputs"]
-    for one, two in zip(given_maps.values(), eager):
-        assert np.allclose(one, two.numpy(), rtol=0, atol=1e-4 * float(two.abs().max()))
+    maps = run_example(given.output, str(tmp_path / "photo.png"))
+    image = torch.from_numpy(maps.pop("image"))
+    bgr = torch.from_numpy(pixels[:, :, ::-1].transpose(2, 0, 1).copy())
+    detector = load_detector(read_config(*faster_rcnn, [])).model
+    prepared = detector.preprocess_image([{"image": bgr}]).tensor
+    assert torch.allclose(image, prepared, rtol=0, atol=1e-5)
+    assert list(maps) == info["outputs"]
+    for y, expected in zip(maps.values(), _build(given, Bar(True)).run(image)):
+        assert np.allclose(y, expected.numpy(), rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 # each in one format; both formats of all on trained models are in docs/export.md
@@ -94,13 +84,13 @@ def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) 
 def test_a_detector_runs_from_its_file_alone(detector, name, folder, tmp_path: Path) -> None:
     sizes = "128x160,160x128,141x133"
     given = settings(write_detector(folder, detector), name, tmp_path, what="detector", sizes=sizes)
-    found = export(given, Bar(True))
-    assert len({item.shape for item in found}) == 3 and any(item.found for item in found)
+    differences = export(given, Bar(True))
+    assert len({difference.shape for difference in differences}) == 3
+    assert any(difference.found for difference in differences)
     outputs = run_example(given.output)
     masks = {"pred_masks"} if detector == "mask_rcnn" else set()
     assert set(outputs) == {"image", "pred_boxes", "pred_classes", "scores"} | masks
-    eager = build("detector", given).run(torch.from_numpy(outputs["image"]))
-    boxes = eager[0].numpy()
+    boxes = _build(given, Bar(True)).run(torch.from_numpy(outputs["image"]))[0].numpy()
     assert len(boxes) and np.allclose(outputs["pred_boxes"], boxes, rtol=0, atol=0.05)
 
 
@@ -150,32 +140,22 @@ def test_bad_arguments(more, error, message, faster_rcnn, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "what, opts, message",
+    "what, key, value, message",
     [
-        ("backbone", ("MODEL.FPN.TOPOLOGY", "pafpn"), r"pafpn_output3.* is not in the checkpoint"),
-        (
-            "backbone",
-            ("MODEL.FPN.OUT_CHANNELS", "8"),
-            r"fpn_lateral2.weight is \(16, 64, 1, 1\) in",
-        ),
-        (
-            "detector",
-            ("MODEL.ROI_HEADS.NUM_CLASSES", "5"),
-            r"cls_score.weight is .* config.yaml of",
-        ),
+        ("backbone", "MODEL.FPN.TOPOLOGY", "pafpn", "pafpn_output3.* is not in the checkpoint"),
+        ("backbone", "MODEL.FPN.OUT_CHANNELS", "8", r"fpn_lateral2.weight is \(16, 64, 1, 1\) in"),
+        ("detector", "MODEL.ROI_HEADS.NUM_CLASSES", "5", "cls_score.weight is .* config.yaml of"),
     ],
 )
-def test_weights_that_do_not_fit(what, opts, message, faster_rcnn, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit(what, key, value, message, faster_rcnn, tmp_path: Path) -> None:
+    given = settings(faster_rcnn, "torchscript", tmp_path, what=what, opts=(key, value))
     with pytest.raises(ValueError, match=f"does not fit the config: .*{message}"):
-        export(settings(faster_rcnn, "torchscript", tmp_path, what=what, opts=opts), Bar(True))
+        export(given, Bar(True))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named(faster_rcnn, tmp_path: Path, monkeypatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "onnxscript" else found(n, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "onnxscript")
     with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'fpn_plugin\[export"):
         export(settings(faster_rcnn, "onnx", tmp_path), Bar(True))
 
