@@ -20,14 +20,8 @@ from fpn_plugin.registry import Registry
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
-SMALL = [
-    "MODEL.RESNETS.DEPTH",
-    18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS",
-    64,
-    "MODEL.FPN.OUT_CHANNELS",
-    32,
-]
+SMALL = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+SMALL += ["MODEL.FPN.OUT_CHANNELS", 32]
 ROOT = Path(__file__).resolve().parent.parent
 REGISTERED = {"build_pyramid_backbone", "build_bottom_up_backbone", "FCOS"}
 
@@ -36,116 +30,65 @@ def config(path: str, *overrides: Any) -> Any:
     return zoo_config(path, *SMALL, "MODEL.BACKBONE.NAME", "build_pyramid_backbone", *overrides)
 
 
+MISTAKES: list[tuple[str, str, Any, str]] = [
+    (MASK, "FPN.TOPOLOGY", "fpnn", "FPN.TOPOLOGY: .*'fpnn'.*channel_mapper, fapn"),
+    (MASK, "FPN.FUSE_TYPE", "add", "FPN.FUSE_TYPE: .*'add'.*asff, attention, avg, blend"),
+    (MASK, "FPN.UPSAMPLE", "maxpool", "FPN.UPSAMPLE: .*'maxpool'.*bilinear"),
+    (MASK, "FPN.DOWNSAMPLE", "nearest", "FPN.DOWNSAMPLE: .*'nearest'.*conv"),
+    (MASK, "FPN.LATERAL", "conv", "FPN.LATERAL: .*'conv'.*conv1x1"),
+    (MASK, "FPN.BLOCK", "conv", "FPN.BLOCK: .*'conv'.*separable"),
+    (MASK, "FPN.ACTIVATION", "rlu", "FPN.ACTIVATION: .*'rlu'.*relu"),
+    (MASK, "FPN.EXTRA_LEVELS", "p6", "FPN.EXTRA_LEVELS: .*'p6'.*maxpool"),
+    (MASK, "FPN.EXTRA_LEVELS", "none", r"RPN.IN_FEATURES: \['p6'\].*p2, p3, p4, p5$"),
+    (MASK, "FPN.NORM", "XN", "FPN.NORM: .*'XN'"),
+    (MASK, "FPN.OUT_CHANNELS", 0, "FPN.OUT_CHANNELS: 0"),
+    (MASK, "FPN.REPEATS", 0, "FPN.REPEATS: 0"),
+    (MASK, "FPN.IN_FEATURES", [], "FPN.IN_FEATURES: .*empty.*res2"),
+    (MASK, "FPN.IN_FEATURES", ["res2", "res7"], "FPN.IN_FEATURES: .*'res7', but res2, res3"),
+    (MASK, "FPN.IN_FEATURES", ["res3", "res2"], r"FPN.IN_FEATURES: .*\[3, 2\].*finest first"),
+    (MASK, "FPN.IN_FEATURES", ["res2", "res2"], "FPN.IN_FEATURES: .*each level once"),
+    (MASK, "FPN.GRAPH", [{"name": "a"}], r"FPN.GRAPH\[0\]: .*'level' is missing"),
+    (MASK, "RPN.IN_FEATURES", ["p2", "p9"], r"RPN.IN_FEATURES: \['p9'\].*p2, p3, p4, p5, p6"),
+    (MASK, "RPN.IN_FEATURES", [], "RPN.IN_FEATURES: .*empty"),
+    (MASK, "RPN.IN_FEATURES", ["p2", "p3"], "ANCHOR_GENERATOR.SIZES: 5 lists for the 2 maps"),
+    (MASK, "ROI_HEADS.IN_FEATURES", ["res4"], r"ROI_HEADS.IN_FEATURES: \['res4'\]"),
+    (
+        MASK,
+        "ANCHOR_GENERATOR.ASPECT_RATIOS",
+        [[1.0], [2.0]],
+        "ANCHOR_GENERATOR.ASPECT_RATIOS: 2 lists for the 5 maps of MODEL.RPN.IN_FEATURES",
+    ),
+    (RETINANET, "RETINANET.IN_FEATURES", ["p2"], "RETINANET.IN_FEATURES.*p3, p4, p5, p6, p7"),
+    (RETINANET, "FPN.EXTRA_LEVELS", "maxpool", r"RETINANET.IN_FEATURES: \['p7'\]"),
+    (PANOPTIC, "SEM_SEG_HEAD.IN_FEATURES", ["p8"], "SEM_SEG_HEAD.IN_FEATURES"),
+]
+
+
+@pytest.mark.parametrize("path, key, value, message", MISTAKES)
+def test_every_mistake_names_its_key(path: str, key: str, value: Any, message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=f"MODEL.{message}"):
+        build_model(resolve_config(config(path, f"MODEL.{key}", value)))
+
+
 @pytest.mark.parametrize(
-    "path, keys, message",
+    "key, value, other, other_value, message",
     [
-        (
-            MASK,
-            ["MODEL.FPN.TOPOLOGY", "fpnn"],
-            "MODEL.FPN.TOPOLOGY: unknown name 'fpnn'.*channel_mapper, fapn",
-        ),
-        (
-            MASK,
-            ["MODEL.FPN.FUSE_TYPE", "add"],
-            "MODEL.FPN.FUSE_TYPE: unknown name 'add'.*asff, attention, avg, blend, channel_fast",
-        ),
-        (
-            MASK,
-            ["MODEL.FPN.UPSAMPLE", "maxpool"],
-            "MODEL.FPN.UPSAMPLE: unknown name 'maxpool'.*bilinear",
-        ),
-        (
-            MASK,
-            ["MODEL.FPN.DOWNSAMPLE", "nearest"],
-            "MODEL.FPN.DOWNSAMPLE: unknown name 'nearest'.*conv",
-        ),
-        (MASK, ["MODEL.FPN.LATERAL", "conv"], "MODEL.FPN.LATERAL: unknown name 'conv'.*conv1x1"),
-        (MASK, ["MODEL.FPN.BLOCK", "conv"], "MODEL.FPN.BLOCK: unknown name 'conv'.*separable"),
-        (MASK, ["MODEL.FPN.ACTIVATION", "rlu"], "MODEL.FPN.ACTIVATION: unknown name 'rlu'.*relu"),
-        (
-            MASK,
-            ["MODEL.FPN.EXTRA_LEVELS", "p6"],
-            "MODEL.FPN.EXTRA_LEVELS: unknown name 'p6'.*maxpool",
-        ),
-        (MASK, ["MODEL.FPN.NORM", "XN"], "MODEL.FPN.NORM: unknown norm 'XN'"),
-        (
-            MASK,
-            ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48],
-            "'GN' cannot normalise 48 channels",
-        ),
-        (MASK, ["MODEL.FPN.OUT_CHANNELS", 0], "MODEL.FPN.OUT_CHANNELS: 0 is not"),
-        (MASK, ["MODEL.FPN.REPEATS", 0], "MODEL.FPN.REPEATS: 0 is not"),
-        (
-            MASK,
-            ["MODEL.FPN.REPEATS", 2, "MODEL.FPN.GRAPH", [{}]],
-            "REPEATS: 2 .* MODEL.FPN.GRAPH is given",
-        ),
-        (MASK, ["MODEL.FPN.IN_FEATURES", []], "MODEL.FPN.IN_FEATURES: it is empty.*res2"),
-        (
-            MASK,
-            ["MODEL.FPN.IN_FEATURES", ["res2", "res7"]],
-            "IN_FEATURES: .*no 'res7', but res2, res3",
-        ),
-        (
-            MASK,
-            ["MODEL.FPN.IN_FEATURES", ["res3", "res2"]],
-            r"are of levels \[3, 2\].*finest first",
-        ),
-        (MASK, ["MODEL.FPN.IN_FEATURES", ["res2", "res2"]], "list each level once"),
-        (
-            MASK,
-            ["MODEL.FPN.GRAPH", [{"name": "a"}]],
-            r"MODEL.FPN.GRAPH\[0\]: the field 'level' is missing",
-        ),
-        (
-            MASK,
-            ["MODEL.RPN.IN_FEATURES", ["p2", "p9"]],
-            r"MODEL.RPN.IN_FEATURES: \['p9'\].*p2, p3, p4, p5, p6",
-        ),
-        (MASK, ["MODEL.RPN.IN_FEATURES", []], "MODEL.RPN.IN_FEATURES: it is empty"),
-        (
-            MASK,
-            ["MODEL.FPN.EXTRA_LEVELS", "none"],
-            r"MODEL.RPN.IN_FEATURES: \['p6'\].*p2, p3, p4, p5$",
-        ),
-        (
-            MASK,
-            ["MODEL.ROI_HEADS.IN_FEATURES", ["res4"]],
-            r"MODEL.ROI_HEADS.IN_FEATURES: \['res4'\]",
-        ),
-        (
-            MASK,
-            ["MODEL.RPN.IN_FEATURES", ["p2", "p3"]],
-            "ANCHOR_GENERATOR.SIZES: 5 lists for the 2 maps",
-        ),
-        (
-            MASK,
-            ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0], [2.0]]],
-            "ANCHOR_GENERATOR.ASPECT_RATIOS: 2 lists for the 5 maps of MODEL.RPN.IN_FEATURES",
-        ),
-        (
-            RETINANET,
-            ["MODEL.RETINANET.IN_FEATURES", ["p2"]],
-            "MODEL.RETINANET.IN_FEATURES.*p3, p4, p5, p6, p7",
-        ),
-        (RETINANET, ["MODEL.FPN.EXTRA_LEVELS", "maxpool"], r"RETINANET.IN_FEATURES: \['p7'\]"),
-        (PANOPTIC, ["MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p8"]], "MODEL.SEM_SEG_HEAD.IN_FEATURES"),
+        ("NORM", "GN", "OUT_CHANNELS", 48, "'GN' cannot normalise 48 channels"),
+        ("REPEATS", 2, "GRAPH", [{}], "MODEL.FPN.REPEATS: 2 .* MODEL.FPN.GRAPH is given"),
     ],
 )
-def test_every_mistake_names_its_key(path: str, keys: list, message: str) -> None:
-    with pytest.raises((ValueError, KeyError), match=message):
-        build_model(resolve_config(config(path, *keys)))
+def test_keys_that_exclude_each_other(
+    key: str, value: Any, other: str, other_value: Any, message: str
+) -> None:
+    cfg = config(MASK, f"MODEL.FPN.{key}", value, f"MODEL.FPN.{other}", other_value)
+    with pytest.raises(ValueError, match=message):
+        build_model(resolve_config(cfg))
 
 
 def test_one_list_of_anchors_serves_all_maps() -> None:
     keys = ["MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]], "MODEL.RPN.IN_FEATURES", ["p2", "p3"]]
-    assert list(build_backbone(config(MASK, *keys)).output_shape()) == [
-        "p2",
-        "p3",
-        "p4",
-        "p5",
-        "p6",
-    ]
+    maps = build_backbone(config(MASK, *keys)).output_shape()
+    assert list(maps) == ["p2", "p3", "p4", "p5", "p6"]
 
 
 @pytest.mark.parametrize(

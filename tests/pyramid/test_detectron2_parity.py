@@ -30,7 +30,10 @@ ARCHITECTURES = {
 LOW_SCORES = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", -1.0, "MODEL.RETINANET.SCORE_THRESH_TEST", -1.0]
 # and an untrained ResNet multiplies its input by ten thousand
 LOW_SCORES += ["MODEL.PIXEL_STD", [1e5, 1e5, 1e5]]
-SMALL_HEADS = ["MODEL.ROI_BOX_HEAD.FC_DIM", 64, "MODEL.RPN.POST_NMS_TOPK_TEST", 50]
+SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+SMALL_HEADS += ["MODEL.ROI_MASK_HEAD.CONV_DIM", 32, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [32, 32]]
+SMALL_HEADS += ["MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64]
+SMALL_HEADS += ["MODEL.RPN.POST_NMS_TOPK_TEST", 50]
 
 
 def depth_keys(depth: int) -> list:
@@ -126,9 +129,7 @@ def fields(results: list[dict]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_whole_model(name: str, tmp_path: Path) -> None:
-    cfg = zoo_config(
-        ARCHITECTURES[name], *LOW_SCORES, *(SMALL_HEADS if name != "retinanet" else [])
-    )
+    cfg = zoo_config(ARCHITECTURES[name], *LOW_SCORES, *SMALL_HEADS, *depth_keys(18))
     theirs, mine = build_model(cfg), build_model(ours(cfg))
     assert list(theirs.state_dict()) == list(mine.state_dict())
     perturb(theirs)
@@ -146,9 +147,9 @@ def test_whole_model(name: str, tmp_path: Path) -> None:
     batch = inputs(cfg)
     assert_equal(losses(theirs, batch), losses(mine, batch))
     with torch.no_grad():
-        found, found_by_mine = fields(theirs.eval()(batch)), fields(mine.eval()(batch))
-    assert sum(value.numel() for value in found.values()) > 1000
-    assert_equal(found, found_by_mine)
+        expected, detected = fields(theirs.eval()(batch)), fields(mine.eval()(batch))
+    assert sum(value.numel() for value in expected.values()) > 1000
+    assert_equal(expected, detected)
 
     # and ours into Detectron2's
     perturb(mine)

@@ -50,9 +50,8 @@ def maps_for(coarse: list[bool], layout: torch.memory_format, dtype: torch.dtype
 
 
 def test_who_takes_coarse_maps() -> None:
-    assert TAKERS == sorted(
-        ["sum", "avg", "weighted", "softmax", "fast_normalized", "channel_softmax", "channel_fast"]
-    )
+    weighted = ["weighted", "softmax", "fast_normalized", "channel_softmax", "channel_fast"]
+    assert TAKERS == sorted(["sum", "avg", *weighted])
 
 
 @pytest.mark.parametrize("coarse", COARSE, ids=str)
@@ -78,11 +77,11 @@ def test_equals_the_plain_operations(
         assert torch.equal(module(maps, [12, 20]), result)
     grad = torch.randn_like(result)
     result.backward(grad)
-    found = [parameter.grad.clone() for parameter in module.parameters()]
+    gradients = [parameter.grad.clone() for parameter in module.parameters()]
     module.zero_grad()
     expected.backward(grad)
     wanted = [parameter.grad for parameter in module.parameters()]
-    for one, two in zip([*found, *(x.grad for x in maps)], [*wanted, *(x.grad for x in other)]):
+    for one, two in zip([*gradients, *(x.grad for x in maps)], [*wanted, *(x.grad for x in other)]):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-4)
 
 
@@ -103,12 +102,12 @@ def test_half_precision(name: str, layout: str) -> None:
     leaves = [x.detach().requires_grad_() for x in maps]
     floats = [x.detach().float().requires_grad_() for x in maps]
     module(leaves, [12, 20]).float().square().sum().backward()
-    found = [parameter.grad.clone() for parameter in module.parameters()]
+    gradients = [parameter.grad.clone() for parameter in module.parameters()]
     module.zero_grad()
     plain(module, floats, [12, 20]).square().sum().backward()
     for one, two in zip(leaves, floats):
         assert torch.allclose(one.grad.float(), two.grad, rtol=0.05, atol=0.1)
-    for one, parameter in zip(found, module.parameters()):
+    for one, parameter in zip(gradients, module.parameters()):
         assert one.dtype == torch.float32
         assert torch.allclose(one, parameter.grad, rtol=0.05, atol=2.0)
 
@@ -132,9 +131,9 @@ def test_what_is_not_exactly_doubled_is_left_to_the_plain_operations(layout: str
 
 def operators(run) -> dict[str, int]:
     run()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
-    return {item.key: item.count for item in found.key_averages()}
+    return {event.key: event.count for event in profiler.key_averages()}
 
 
 @torch.no_grad()
@@ -149,17 +148,12 @@ def test_no_map_is_repeated_and_none_is_scaled_alone(topology: str, fuse: str) -
     }
     counts = operators(lambda: pyramid(maps))
     assert "aten::upsample_nearest2d" not in counts
-    found = {name: counts.get(f"aten::{name}", 0) for name in ("add", "add_", "mul")}
-    assert (
-        found
-        == {
-            "fpn": {"add": 3, "add_": 0, "mul": 0},
-            # four top-down nodes: the small map scaled, one sum. Of the bottom-up nodes three have three
-            # maps and one has two: the first map scaled, the others added to it in place. And eight
-            # times the epsilon of the weights
-            "bifpn": {"add": 4 + 7 + 8, "add_": 0, "mul": 8},
-        }[topology]
-    ), found
+    passes = {name: counts.get(f"aten::{name}", 0) for name in ("add", "add_", "mul")}
+    # four top-down nodes: the small map scaled, one sum. Of the bottom-up nodes three have three maps
+    # and one has two: the first map scaled, the others added to it in place. And eight times the
+    # epsilon of the weights
+    bifpn = {"add": 4 + 7 + 8, "add_": 0, "mul": 8}
+    assert passes == {"fpn": {"add": 3, "add_": 0, "mul": 0}, "bifpn": bifpn}[topology]
 
 
 @pytest.mark.parametrize("fuse", TAKERS)
@@ -187,11 +181,11 @@ def test_in_a_pyramid(fuse: str, layout: str, size: tuple[int, int], training: b
         results.append((list(outputs.values()), gradients))
         for x in maps.values():
             x.grad = None
-    (found, of_found), (expected, of_expected) = results
+    (outputs, gradients), (expected, expected_gradients) = results
     tolerance = rounding([fuse], expected)
-    for one, two in zip(found, expected):
+    for one, two in zip(outputs, expected):
         assert torch.allclose(one, two, rtol=0, atol=tolerance)
-    for one, two in zip(of_found, of_expected):
+    for one, two in zip(gradients, expected_gradients):
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-4)
 
 
