@@ -106,8 +106,8 @@ def enter(cfg: CfgNode, merge: Callable[[], Any], where: str) -> None:
         raise ValueError(f"{where}: {error or type(error).__name__}") from error
     for key, value in leaves(cfg).items():
         if value is None and before.get(key) is not None:
-            kind = type(before[key]).__name__
-            raise ValueError(f"{where}: {key}: None is given, but it takes a {kind}")
+            expected = type(before[key]).__name__
+            raise ValueError(f"{where}: {key}: None is given, but it takes a {expected}")
 
 
 def check_keys(cfg: CfgNode, content: Mapping[Any, Any], where: str, prefix: str = "") -> None:

@@ -49,15 +49,15 @@ def small(topology: str, levels: tuple[int, ...] = (2, 3, 4, 5), **options: Any)
     Convolutions keep the size of what passes them, so that values stay near 1, where float32 has
     seven digits.
     """
-    made = randomize(pyramid(topology, {level: SMALL[level] for level in levels}, **options))
-    for x in made.parameters():
+    module = randomize(pyramid(topology, {level: SMALL[level] for level in levels}, **options))
+    for x in module.parameters():
         if x.dim() == 4:
             nn.init.normal_(x, std=x[0].numel() ** -0.5)
-    for layer in made.modules():
+    for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(std=0.5)
             layer.running_var.uniform_(0.5, 2)
-    return made.eval()
+    return module.eval()
 
 
 def maps_of(channels: Mapping[int, int], height: int = 128, width: int = 256) -> Maps:
@@ -104,9 +104,9 @@ def bilinear(x: Tensor, steps: int = 1) -> Tensor:
     return F.interpolate(x, scale_factor=2.0**steps, mode="bilinear", align_corners=False)
 
 
-def check(made: Pyramid, inputs: Maps, expected: Maps, layers: Layers) -> None:
+def check(module: Pyramid, inputs: Maps, expected: Maps, layers: Layers) -> None:
     assert layers.unused() == set()
-    outputs = made({f"res{level}": x for level, x in inputs.items()})
+    outputs = module({f"res{level}": x for level, x in inputs.items()})
     assert list(outputs) == [f"p{level}" for level in sorted(expected)]
     worst = 0.0
     for level, x in expected.items():
@@ -131,27 +131,27 @@ def plain_fpn(layers: Layers, inputs: Maps, prefix: str = "fpn") -> Maps:
 @torch.no_grad()
 def test_pafpn() -> None:
     """`N_min = P_min`, `N_{l+1} = ReLU(3x3(P_{l+1} + ReLU(3x3 s2(N_l))))`."""
-    made, inputs = small("pafpn"), maps_of(SMALL)
-    layers = Layers(made)
+    module, inputs = small("pafpn"), maps_of(SMALL)
+    layers = Layers(module)
     maps = plain_fpn(layers, inputs)
     for level in (3, 4, 5):
         down = layers.conv(f"pafpn_output{level}_edge1.resample.convs.0", maps[level - 1], 2)
         maps[level] = layers.conv(f"pafpn_output{level}", maps[level] + down.relu()).relu()
-    check(made, inputs, maps, layers)
+    check(module, inputs, maps, layers)
 
 
 @torch.no_grad()
 def test_pafpn_mmdet() -> None:
     """`I_min = P_min`, `I_{l+1} = P_{l+1} + 3x3 s2(I_l)`; `N_min = I_min`, `N_l = 3x3(I_l)`."""
-    made, inputs = small("pafpn_mmdet"), maps_of(SMALL)
-    layers = Layers(made)
+    module, inputs = small("pafpn_mmdet"), maps_of(SMALL)
+    layers = Layers(module)
     inner = plain_fpn(layers, inputs)
     outputs = {2: inner[2]}
     for level in (3, 4, 5):
         down = layers.conv(f"pafpn_merge{level}_edge1.resample.convs.0", inner[level - 1], 2)
         inner[level] = inner[level] + down
         outputs[level] = layers.conv(f"pafpn_output{level}", inner[level])
-    check(made, inputs, outputs, layers)
+    check(module, inputs, outputs, layers)
 
 
 def attend(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ def attend(coarse: Tensor, fine: Tensor) -> Tensor:
 @pytest.mark.parametrize("norm", ["", "BN"])
 def test_nas_fpn(norm: str) -> None:
     """The seven merging cells of the paper's figure, on levels 3 to 7."""
-    made, inputs = small("nas_fpn", (3, 4, 5), norm=norm), maps_of({3: 16, 4: 24, 5: 32})
-    layers = Layers(made)
+    module, inputs = small("nas_fpn", (3, 4, 5), norm=norm), maps_of({3: 16, 4: 24, 5: 32})
+    layers = Layers(module)
 
     def cell(index: int, x: Tensor) -> Tensor:
         return layers.conv(f"nas_fpn_cell{index}", x.relu())
@@ -180,15 +180,15 @@ def test_nas_fpn(norm: str) -> None:
     out5 = cell(4, attend(coarse=F.max_pool2d(out4, 2), fine=F.max_pool2d(out3, 4)) + p5)
     out7 = cell(5, attend(coarse=F.max_pool2d(out5, 4), fine=F.max_pool2d(middle, 8)) + p7)
     out6 = cell(6, attend(coarse=nearest(out7), fine=F.max_pool2d(out5, 2)))
-    check(made, inputs, {3: out3, 4: out4, 5: out5, 6: out6, 7: out7}, layers)
+    check(module, inputs, {3: out3, 4: out4, 5: out5, 6: out6, 7: out7}, layers)
 
 
 @torch.no_grad()
 def test_fpg() -> None:
     """Nine pathways of at most five nodes (pathway p, level l), the early fine ones left out."""
-    made = small("fpg", (3, 4, 5), norm="BN", downsample=op("subsample"))
+    module = small("fpg", (3, 4, 5), norm="BN", downsample=op("subsample"))
     inputs = maps_of({3: 16, 4: 24, 5: 32})
-    layers = Layers(made)
+    layers = Layers(module)
     first = {level: layers.conv(f"fpg_lateral{level}", inputs[level]) for level in (3, 4, 5)}
     for level in (6, 7):
         first[level] = first[level - 1][:, :, ::2, ::2]
@@ -213,7 +213,7 @@ def test_fpg() -> None:
         before = now
     assert count == 35
     outputs = {level: layers.conv(f"fpg_output{level}", x.relu()) for level, x in before.items()}
-    check(made, inputs, outputs, layers)
+    check(module, inputs, outputs, layers)
 
 
 def test_fpg_node_count() -> None:
@@ -227,15 +227,15 @@ def test_fpg_node_count() -> None:
 @torch.no_grad()
 def test_hrfpn() -> None:
     """Bilinear to the finest, concat, 1x1, average pooling by 2^i, 3x3 each."""
-    made, inputs = small("hrfpn"), maps_of(SMALL)
-    layers = Layers(made)
+    module, inputs = small("hrfpn"), maps_of(SMALL)
+    layers = Layers(module)
     finest = [x if level == 2 else bilinear(x, level - 2) for level, x in inputs.items()]
     reduced = layers.conv("hrfpn_reduce_fuse.conv", torch.cat(finest, 1))
     outputs = {
         level: layers.conv(f"hrfpn_output{level}", F.avg_pool2d(reduced, 2 ** (level - 2)))
         for level in range(2, 7)
     }
-    check(made, inputs, outputs, layers)
+    check(module, inputs, outputs, layers)
 
 
 def balanced(layers: Layers, maps: Maps, prefix: str, identity: bool = False) -> Maps:
@@ -269,8 +269,8 @@ def balanced(layers: Layers, maps: Maps, prefix: str, identity: bool = False) ->
 @pytest.mark.parametrize("identity", [True, False])
 def test_bfp(identity: bool) -> None:
     """On an FPN, and with the refining block as the identity: its last convolution zero."""
-    made, inputs = small("fpn+bfp"), maps_of(SMALL)
-    layers = Layers(made)
+    module, inputs = small("fpn+bfp"), maps_of(SMALL)
+    layers = Layers(module)
     if identity:
         for name, x in layers.state.items():
             if name.startswith("s2_bfp_refine"):
@@ -278,14 +278,14 @@ def test_bfp(identity: bool) -> None:
             if name.startswith("s2_bfp_refine.out"):
                 x.zero_()
     maps = balanced(layers, plain_fpn(layers, inputs), "s2_bfp", identity)
-    check(made, inputs, maps, layers)
+    check(module, inputs, maps, layers)
 
 
 @torch.no_grad()
 def test_asff() -> None:
     """Per place, `sum alpha_i x_i`, alpha a softmax of 1x1(concat(1x1 -> 16 of each)); then 3x3."""
-    made, inputs = small("fpn+asff"), maps_of(SMALL)
-    layers = Layers(made)
+    module, inputs = small("fpn+asff"), maps_of(SMALL)
+    layers = Layers(module)
     maps = plain_fpn(layers, inputs)
     outputs: Maps = {}
     for level in maps:
@@ -305,7 +305,7 @@ def test_asff() -> None:
         alpha = layers.conv(f"{name}_fuse.logits", torch.cat(squeezed, 1)).softmax(1)
         fused = sum(alpha[:, i : i + 1] * x for i, x in enumerate(resampled))
         outputs[level] = layers.conv(name, fused)
-    check(made, inputs, outputs, layers)
+    check(module, inputs, outputs, layers)
 
 
 def deform(x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
@@ -334,8 +334,8 @@ def deform(x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, mask: Tensor
 @torch.no_grad()
 def test_fapn() -> None:
     """FPN with `1x1(x + x sigma(1x1(GAP(x))))` and `ReLU(DCN(up, 1x1(concat(lateral, 2 up))))`."""
-    made, inputs = small("fapn"), maps_of(SMALL)
-    layers = Layers(made)
+    module, inputs = small("fapn"), maps_of(SMALL)
+    layers = Layers(module)
     outputs: Maps = {}
     merged: Tensor | None = None
     for level in (5, 4, 3, 2):
@@ -356,7 +356,7 @@ def test_fapn() -> None:
             mask = moved[:, 144:].reshape(n, 8, 9, h, w).sigmoid()
             merged = lateral + deform(up, weight, bias, offset, mask).relu()
         outputs[level] = layers.conv(f"fapn_output{level}", merged)
-    check(made, inputs, outputs, layers)
+    check(module, inputs, outputs, layers)
 
 
 @torch.no_grad()
@@ -417,8 +417,8 @@ def test_parameters(name: str) -> None:
 
 
 def test_parameters_of_the_cells() -> None:
-    made = pyramid("nas_fpn", {3: 512, 4: 1024, 5: 2048}, 256, norm="BN")
-    assert parameters(made, "nas_fpn_cell") == 4_134_144
+    module = pyramid("nas_fpn", {3: 512, 4: 1024, 5: 2048}, 256, norm="BN")
+    assert parameters(module, "nas_fpn_cell") == 4_134_144
     cell = pyramid("bifpn", COUNTS["bifpn"][0], 256, **COUNTS["bifpn"][1])
     assert parameters(cell, "_fuse.weights") == 19
 
@@ -427,13 +427,13 @@ def test_parameters_of_the_cells() -> None:
 def test_bifpn_on_any_levels() -> None:
     """On 2 to 6, four times: the catalogue's graphs have no fixed levels."""
     style = Style(block=op("separable"))
-    made = small("bifpn", style=style, repeats=4, fuse=op("fast_normalized"), norm="BN")
+    module = small("bifpn", style=style, repeats=4, fuse=op("fast_normalized"), norm="BN")
     inputs = {f"res{level}": x for level, x in maps_of(SMALL).items()}
-    outputs = made(inputs)
+    outputs = module(inputs)
     assert {name: tuple(x.shape) for name, x in outputs.items()} == {
         f"p{level}": (2, WIDTH, 128 >> level, 256 >> level) for level in range(2, 7)
     }
-    assert len(made.graph.nodes) == 1 + 4 * 8
+    assert len(module.graph.nodes) == 1 + 4 * 8
     assert all(x.isfinite().all() and x.std() > 0.01 for x in outputs.values())
 
 

@@ -109,19 +109,19 @@ def fpg(inputs: Levels, style: Style) -> Graph:
     nodes += add_inner_levels("fpg", maps, style.inner_levels)
     levels = sorted(maps)
     pre = {"order": "act-conv-norm", "activation": style.act("relu")}
-    one, three, down = op("conv1x1", **pre), op("conv3x3", **pre), op("conv", **pre)
+    conv1x1, conv3x3, down = op("conv1x1", **pre), op("conv3x3", **pre), op("conv", **pre)
     first, before = dict(maps), dict(maps)
     for pathway in range(_PATHWAYS):
         now = dict(before)
         for index, level in enumerate(levels):
             if pathway < len(levels) - 1 - index:
                 continue
-            edges = [Edge(before[level], block=one)]
+            edges = [Edge(before[level], block=conv1x1)]
             if index:
                 edges.append(Edge(now[levels[index - 1]], resample=down))
             if level != levels[-1]:
-                edges.append(Edge(before[levels[index + 1]], block=three))
-            edges.append(Edge(first[level], block=one))
+                edges.append(Edge(before[levels[index + 1]], block=conv3x3))
+            edges.append(Edge(first[level], block=conv1x1))
             now[level] = f"fpg_p{pathway}_{level}"
             nodes.append(node(now[level], level, edges, "sum"))
         before = now
