@@ -140,7 +140,7 @@ def unsafe_calls(source: str, name: str) -> list[str]:
 
 
 def test_files_are_only_read_by_what_runs_none_of_their_code() -> None:
-    """What a strange file can do is decided in few places: plain_files.py, yaml_files.py."""
+    """What a strange file can do is decided in few places: checkpoint/plain.py, yaml_files.py."""
     paths = [p for p in tracked() if p.suffix == ".py" and "tests" not in p.parts]
     assert len(paths) > 100
     calls = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from pathlib import Path
 from typing import Callable, Iterator
@@ -14,13 +13,6 @@ from detectron2.config import CfgNode
 from tiny import register, tiny_config, write_dataset
 
 from fpn_plugin.engine import setup as engine_setup
-
-
-@pytest.fixture(autouse=True)
-def propagate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let caplog see the logs, also after something in this process called `setup_logger`."""
-    for name in ("fpn_plugin", "detectron2"):
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from fpn_plugin.config.files import merge_config_file, merge_overrides
 from fpn_plugin.engine.setup import argument_parser
 from fpn_plugin.yaml_files import evaluate, read_yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ZOO = Path(model_zoo.__file__).with_name("configs")
 FILES = sorted(
     path

@@ -29,7 +29,7 @@ from fpn_plugin.pyramid.pyramid import REGISTRIES
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 NAME = "fuzz_bottom_up"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tiny(Backbone):

@@ -22,7 +22,7 @@ RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
 SMALL = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 SMALL += ["MODEL.FPN.OUT_CHANNELS", 32]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REGISTERED = {"build_pyramid_backbone", "build_bottom_up_backbone", "FCOS"}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted(CONFIGS.glob("presets/*.yaml"))  # parts, for other configs to stand on
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))  # of several configs: tests/study
 YAML = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in PRESETS + STUDIES)

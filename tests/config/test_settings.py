@@ -25,7 +25,7 @@ from fpn_plugin.engine.setup import argument_parser
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.pyramid.topologies import TOPOLOGIES, fpn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RPN, ROI = "MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"
 SMALL = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
