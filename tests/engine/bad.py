@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
 from tiny import register, tiny_config
 from torch import Tensor, nn
@@ -95,7 +96,11 @@ def train_where_one_is_bad(json_file: str, output: str) -> None:
     for name, overrides in (("retina", RETINA), ("rcnn", OURS)):
         steps = {"SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 1, "TEST__EVAL_PERIOD": 0}
         try:
-            kind(tiny_config(Path(output, name), **{**overrides, **steps})).train()
+            trainer = kind(tiny_config(Path(output, name), **{**overrides, **steps}))
+            # the second process goes on only when the first one has written its checkpoint
+            wait = CallbackHook(after_step=lambda trainer: comm.synchronize())
+            trainer.register_hooks([wait])
+            trainer.train()
         except DivergedError as error:
             Path(output, f"{name}{comm.get_rank()}.txt").write_text(str(error))
             if name == "rcnn":
