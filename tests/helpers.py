@@ -32,10 +32,18 @@ def zoo_config(path: str, *overrides: Any) -> CfgNode:
 
 @contextmanager
 def own_datasets() -> Iterator[None]:
-    """Forget the datasets that are registered inside."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
+    """Forget the datasets that are registered inside, and before that those of one's own data that
+    another test has left."""
+    before = set(DatasetCatalog.list()) - {"own_train", "own_val"}
+    _forget_datasets(before)
+    try:
+        yield
+    finally:
+        _forget_datasets(before)
+
+
+def _forget_datasets(kept: set[str]) -> None:
+    for name in set(DatasetCatalog.list()) - kept:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
