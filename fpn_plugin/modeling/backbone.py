@@ -45,9 +45,9 @@ class PyramidBackbone(GraphExecutor, Backbone):
 
     Args:
         bottom_up: the network whose maps the pyramid reads.
-        settings: the pyramid's settings. Their fields can be given as arguments instead:
-            `PyramidBackbone(bottom_up, in_features=[...], topology="bifpn")`; docs/config.md
-            explains them under the names of their keys, `MODEL.FPN.TOPOLOGY`.
+        in_features: the maps to read, from high to low resolution.
+        out_channels: channels of every pyramid map.
+        settings: the pyramid's settings as one record, in place of their fields.
         size_divisibility: the divisor of the image's sides that the heads need, if it is larger
             than the pyramid's.
         square_pad: if > 0, images are padded to squares of this size.
@@ -55,7 +55,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
             instead of keeping their intermediate results.
         warm_from: a pyramid on the same network, whose function this one has at its start (see
             `warm.py`); only its structure is used, not its weights.
-        arguments: fields of `PyramidSettings`.
+        arguments: further fields of `PyramidSettings`, such as `topology="bifpn"`; docs/config.md
+            explains them under the names of their keys, `MODEL.FPN.TOPOLOGY`.
 
     Attributes:
         settings: the pyramid's settings.
@@ -74,15 +75,19 @@ class PyramidBackbone(GraphExecutor, Backbone):
     def __init__(
         self,
         bottom_up: Backbone,
-        settings: PyramidSettings | None = None,
+        in_features: Sequence[str] | None = None,
+        out_channels: int | None = None,
         *,
+        settings: PyramidSettings | None = None,
         size_divisibility: int = 0,
         square_pad: int = 0,
         recompute: bool = False,
         warm_from: PyramidBackbone | None = None,
         **arguments: Any,
     ) -> None:
-        settings = _settings(settings, arguments)
+        features = {"in_features": in_features, "out_channels": out_channels}
+        given = {name: value for name, value in features.items() if value is not None}
+        settings = _settings(settings, {**given, **arguments})
         shapes = bottom_up.output_shape()
         graph = settings.build_graph(_feature_levels(shapes, settings))
         defaults = settings.defaults()
@@ -200,7 +205,7 @@ def _blueprint(bottom_up: Backbone, settings: PyramidSettings | None) -> Pyramid
         return None
     try:
         with torch.device("meta"):
-            return PyramidBackbone(bottom_up, settings)
+            return PyramidBackbone(bottom_up, settings=settings)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{FROM}: the checkpoint's pyramid: {error}") from error
 

@@ -78,16 +78,18 @@ def test_a_new_field_is_a_new_key_everywhere(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_record_and_its_fields_build_the_same_pyramid() -> None:
     fields = {"in_features": ["res3", "res4"], "out_channels": 8, "topology": "pafpn"}
-    one = PyramidBackbone(Network(), PyramidSettings(**fields))
+    one = PyramidBackbone(Network(), settings=PyramidSettings(**fields))
     two = PyramidBackbone(Network(), **fields)
-    assert one.settings == two.settings and one.graph == two.graph
+    # the order of the arguments of Detectron2's FPN
+    three = PyramidBackbone(Network(), ["res3", "res4"], 8, topology="pafpn")
+    assert one.settings == two.settings == three.settings and one.graph == two.graph
     assert list(one.state_dict()) == list(two.state_dict())
     assert PyramidSettings(repeats=1) != PyramidSettings(repeats=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="strength"):
         PyramidBackbone(Network(), **fields, strength=1)
     for given in (["res3"], one.settings):
         with pytest.raises(TypeError, match="settings: .*out_channels"):
-            PyramidBackbone(Network(), given, out_channels=8)
+            PyramidBackbone(Network(), settings=given, out_channels=8)
 
 
 @pytest.mark.parametrize(
