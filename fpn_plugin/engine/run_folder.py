@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 from detectron2.config import CfgNode
 
@@ -59,11 +59,28 @@ def claim_output_dir(
                     f"{name} {path!r} would be removed by --overwrite: choose another {key}"
                 )
     elif results:
-        names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
-        raise FileExistsError(
-            f"{key} {folder!r} holds another run's results ({names}). Give --resume to go on with"
-            f" that run, --overwrite to replace it, or another {key}"
+        refuse_results(
+            folder,
+            results,
+            f"Give --resume to go on with that run, --overwrite to replace it, or another {key}",
+            key,
         )
+
+
+def refuse_results(
+    folder: str, results: Sequence[Path], advice: str, key: str = "OUTPUT_DIR"
+) -> None:
+    """Refuse a folder for what it holds.
+
+    Args:
+        results: of :func:`run_results`.
+        key: the config key of the folder.
+
+    Raises:
+        FileExistsError: always.
+    """
+    names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
+    raise FileExistsError(f"{key} {folder!r} holds another run's results ({names}). {advice}")
 
 
 def warn_of_changes(cfg: CfgNode) -> None:
