@@ -109,8 +109,10 @@ def adopt_classes(cfg: CfgNode, checkpoint: str) -> None:
 
     Without such a record the config stays as it is: its own classes count, if it has any.
     """
-    recorded = read_record(checkpoint).get("config", {}).get("DATASETS", {}).get("CLASSES", {})
-    names = [str(name) for name in recorded.get("NAMES", ())]
+    recorded: Any = read_record(checkpoint)
+    for key in ("config", "DATASETS", "CLASSES"):
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    names, ids = (recorded or {}).get("NAMES"), (recorded or {}).get("IDS")
     if not names or names == list(cfg.DATASETS.CLASSES.NAMES):
         return
     if known := model_classes(cfg):
@@ -118,7 +120,7 @@ def adopt_classes(cfg: CfgNode, checkpoint: str) -> None:
             "%s: MODEL.WEIGHTS %s was trained on other classes than the config's (%s): %s",
             *(KEY, checkpoint, known, ", ".join(names[:_SHOWN])),
         )
-    cfg.DATASETS.CLASSES.NAMES, cfg.DATASETS.CLASSES.IDS = names, list(recorded.get("IDS", ()))
+    cfg.DATASETS.CLASSES.NAMES, cfg.DATASETS.CLASSES.IDS = names, ids or []
 
 
 def compare_classes(classes: Sequence[Classes]) -> None:

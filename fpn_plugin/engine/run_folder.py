@@ -12,7 +12,7 @@ from typing import Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
-from fpn_plugin.checkpoint.run_folder import METRICS, config_changes, run_results
+from fpn_plugin.checkpoint.run_folder import LEARNED_KEYS, METRICS, config_changes, run_results
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _UNCOMPARED = (
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
+    *LEARNED_KEYS,
 )
 
 

@@ -17,8 +17,10 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.config.resolve import as_recorded
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
@@ -97,6 +99,7 @@ class Trainer(DefaultTrainer):
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.record = make_record(plain_config(as_recorded(cfg)), model, optimizer)
         self._seed_hook = SeedHook(cfg.SEED)
         state_hooks = (self._seed_hook, LossNormalizerHook(model), self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
@@ -192,6 +195,7 @@ class Trainer(DefaultTrainer):
     def _adopt_seed(self, seed: int) -> None:
         logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)
         self.cfg = _with_seed(self.cfg, seed)
+        self.checkpointer.record["config"] = plain_config(as_recorded(self.cfg))
         self._trainer.reset_data_loader(self._counted_loader)
 
     def _counted_loader(self) -> Any:
