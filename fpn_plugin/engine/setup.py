@@ -13,7 +13,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, find_checkpoint
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
@@ -31,11 +31,13 @@ _BEGUN = "_fpn_plugin_begun"
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line with `--overwrite`, `--rank-timeout` and flags for own datasets."""
+    """Detectron2's command line with `--overwrite`, `--allow-partial`, `--rank-timeout`, and flags
+    for own datasets."""
     parser = default_argument_parser()
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )
+    parser.add_argument("--allow-partial", action="store_true", help=f"--eval-only: {PARTIAL_HELP}")
     add_rank_timeout(parser)
     for flag in DATA_FLAGS:
         content = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
@@ -59,6 +61,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
     setup_logger(name="fpn_plugin")
+    if args.allow_partial and not args.eval_only:
+        raise ValueError("--allow-partial is for --eval-only: training may start from any part")
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
     if args.eval_only:
