@@ -13,7 +13,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path, PureWindowsPath
-from typing import IO, Any, Callable, Iterable, NamedTuple, Sequence
+from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -322,6 +322,26 @@ class Misfits(NamedTuple):
     missing: Sequence[str]
     left_over: Sequence[str]
     shapes: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+
+
+def compare_tensors(model: nn.Module, state: Mapping[str, Any]) -> Misfits:
+    """How the tensors in a checkpoint differ from a model's, but for those that need not be there.
+
+    Args:
+        state: the checkpoint's, by the model's names, or by those of the model in DDP.
+    """
+    prefix = "module." if state and all(name.startswith("module.") for name in state) else ""
+    given = {name[len(prefix) :]: x for name, x in state.items()}
+    wanted = model.state_dict()
+    return Misfits(
+        [name for name in wanted if name not in given and _counts(name, "")],
+        [name for name in given if name not in wanted and _counts(name, "")],
+        [
+            (name, tuple(given[name].shape), tuple(x.shape))
+            for name, x in wanted.items()
+            if name in given and given[name].shape != x.shape
+        ],
+    )
 
 
 def require_fit(
