@@ -229,7 +229,7 @@ def _ways_on(path: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> st
             " new one is blended in"
         )
     return (
-        f"{difference} Go on with the values of before, or start a new run from its weights, without"
+        f"{difference} Go on with the old values, or start a new run from its weights, without"
         f" --resume: another {output}, and {weights} {path}{warm}"
     )
 
