@@ -10,9 +10,8 @@ from typing import Any, Callable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
-from torch import nn
 
-from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.config import load_config
 from fpn_plugin.config.resolve import choose_device
 from fpn_plugin.data.coco_format import register_own
@@ -59,13 +58,15 @@ def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
     return cfg
 
 
-def load_detector(
-    cfg: CfgNode, checkpointer: Callable[[nn.Module], Checkpointer] = Checkpointer
-) -> Detector:
+def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -> Detector:
     """Build the model of a config, and load `MODEL.WEIGHTS` into it.
 
     Args:
-        checkpointer: makes the checkpointer that loads them, given the model.
+        prefix: of the tensors' names that must be the checkpoint's; "" for all.
+        allow_partial: go on where some are not.
+
+    Raises:
+        ValueError: naming the file, tensors and keys, if the checkpoint is of another model.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -73,5 +74,5 @@ def load_detector(
     cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
-    checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    StrictCheckpointer(model, prefix, allow_partial).load(cfg.MODEL.WEIGHTS)
     return Detector(cfg, model, DatasetMapper(cfg, is_train=False))
