@@ -23,6 +23,7 @@ import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
+from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP  # noqa: E402
 from fpn_plugin.export.export import Settings, export  # noqa: E402
 from fpn_plugin.export.formats import FORMATS  # noqa: E402
 from fpn_plugin.export.model import WHAT  # noqa: E402
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     add("--input", nargs="+", default=(), type=Path, metavar="FILE", dest="inputs", help=text)
     add("--time-limit", type=int, default=900, metavar="S", help="seconds (default: 900); 0: none")
     add("--overwrite", action="store_true", help="replace a file that is there")
+    add("--allow-partial", action="store_true", help=PARTIAL_HELP.replace("evaluate", "export"))
     add("--quiet", action="store_true", help="no progress; only the differences and the file")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     # intermixed: overrides may stand after other arguments

@@ -18,7 +18,7 @@ from detectron2.engine import default_argument_parser  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the datasets)
-from fpn_plugin.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, StrictCheckpointer  # noqa: E402
 from fpn_plugin.engine import lazy  # noqa: E402
 from fpn_plugin.engine.launch import add_rank_timeout, launch_ranks  # noqa: E402
 
@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that train.output_dir holds"
     )
+    parser.add_argument("--allow-partial", action="store_true", help=f"--eval-only: {PARTIAL_HELP}")
     add_rank_timeout(parser)
     return parser.parse_args()
 
@@ -37,7 +38,9 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> Any:
     lazy.begin(cfg, args)
     if args.eval_only:
         model = lazy.build_model(cfg)
-        Checkpointer(model).load(cfg.train.init_checkpoint)
+        key = "train.init_checkpoint"
+        checkpointer = StrictCheckpointer(model, "", args.allow_partial, key)
+        checkpointer.load(cfg.train.init_checkpoint)
         return lazy.evaluate(cfg, model)
     return lazy.train(cfg, args.resume, args.overwrite)
 

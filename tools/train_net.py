@@ -2,7 +2,7 @@
 """Train or evaluate any Detectron2 detector, on GPUs or on the CPU: Detectron2's command line.
 
 train_net.py --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE …]
-train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
+train_net.py --config-file FILE --eval-only [--allow-partial] MODEL.WEIGHTS model.pth
 train_net.py --config-file FILE --train-json a.json --train-images a/ --val-json … --val-images …
 train_net.py --config-file FILE --num-gpus 2 MODEL.DEVICE cpu      two processes without a GPU
 """
@@ -20,7 +20,7 @@ from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer  # noqa: E402
 from fpn_plugin.engine.launch import launch_ranks  # noqa: E402
 from fpn_plugin.engine.run_folder import remove_old_run  # noqa: E402
 from fpn_plugin.engine.setup import argument_parser, begin, setup  # noqa: E402
@@ -32,7 +32,8 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> Any:
     cfg = begin(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+        checkpointer = StrictCheckpointer(model, "", args.allow_partial, "MODEL.WEIGHTS")
+        checkpointer.load(cfg.MODEL.WEIGHTS)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

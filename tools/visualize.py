@@ -26,6 +26,7 @@ import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
+from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP  # noqa: E402
 from fpn_plugin.report.progress import Bar  # noqa: E402
 from fpn_plugin.visualize.run import Settings, visualize  # noqa: E402
 
@@ -51,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--sizes-only", action="store_false", dest="pictures", help=text)
     add("--score", type=float, default=0.5, help=SCORE_HELP)
     add("--overwrite", action="store_true", help="replace pictures of an earlier call")
+    add("--allow-partial", action="store_true", help=PARTIAL_HELP)
     add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     # intermixed: overrides may stand after other arguments

@@ -56,6 +56,7 @@ class Settings:
         what: "counts" and names of WORKLOADS.
         plan: of all timings.
         weights: a checkpoint for all models; "" for weights from a seed.
+        allow_partial: whether it may lack weights of a model, or have others.
         runs: folders of training runs.
         seed: of weights and inputs.
     """
@@ -71,6 +72,7 @@ class Settings:
     what: Sequence[str] = (COUNTS,)
     plan: Plan = Plan()
     weights: str = ""
+    allow_partial: bool = False
     runs: Sequence[str] = ()
     seed: int = 0
 
@@ -134,7 +136,7 @@ def benchmark(settings: Settings, bar: Bar, extend: Extend | None = None) -> dic
     report = _new_report(settings, configs)
     if configs:
         bar.say(f"building {', '.join(config.name for config in configs)}")
-    models = build_models(configs, inputs, settings.weights)
+    models = build_models(configs, inputs, settings.weights, settings.allow_partial)
     for name, model in models.items():
         report["contestants"][name]["weights"] = model.weights
     if COUNTS in settings.what:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.benchmark.configs import BenchmarkConfig
 from fpn_plugin.benchmark.inputs import Inputs
+from fpn_plugin.checkpoint.checkpointer import Misfits, require_fit
 from fpn_plugin.checkpoint.load import read_state_dict
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.modeling.speed import compile_part, prepare_for_inference, prepare_for_training
@@ -59,7 +60,10 @@ class BenchmarkModel:
 
 
 def build_models(
-    configs: Sequence[BenchmarkConfig], inputs: Inputs, weights: str = ""
+    configs: Sequence[BenchmarkConfig],
+    inputs: Inputs,
+    weights: str = "",
+    allow_partial: bool = False,
 ) -> dict[str, BenchmarkModel]:
     """Build the model of every config from one seed.
 
@@ -70,13 +74,14 @@ def build_models(
 
     Args:
         weights: a checkpoint whose weights come before all others.
+        allow_partial: whether it may lack weights of a model, or have others.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it cannot be read, or nothing in it matches any model.
+        ValueError: if it cannot be read, or is not of each of the models.
     """
-    pool = dict(read_state_dict(weights, WEIGHTS)) if weights else {}
-    given = set(pool)
+    checkpoint = read_state_dict(weights, WEIGHTS) if weights else {}
+    pool, given = dict(checkpoint), set(checkpoint)
     models, used = {}, 0
     for config in configs:
         torch.manual_seed(inputs.seed)
@@ -86,6 +91,8 @@ def build_models(
         model = build_model(cfg).eval()
         loaded = _load_matching(model, pool)
         used += len(loaded & given)
+        if weights:
+            _require_fit(f"{WEIGHTS} {weights!r} ({config.name})", model, checkpoint, allow_partial)
         _set_statistics(model, loaded, inputs)
         for name, value in model.state_dict().items():
             pool.setdefault(name, value)
@@ -94,6 +101,21 @@ def build_models(
     if weights and not used:
         raise ValueError(f"{WEIGHTS}: nothing in {weights} matches any of the models")
     return models
+
+
+def _require_fit(
+    title: str, model: nn.Module, given: Mapping[str, Tensor], allow_partial: bool
+) -> None:
+    """Refuse a checkpoint that is not of this model: see :func:`require_fit`."""
+    state = model.state_dict()
+    shapes = [
+        (name, tuple(given[name].shape), tuple(x.shape))
+        for name, x in state.items()
+        if name in given and given[name].shape != x.shape
+    ]
+    missing = [name for name in state if name not in given]
+    left_over = [name for name in given if name not in state]
+    require_fit(title, model, Misfits(missing, left_over, shapes), allow_partial=allow_partial)
 
 
 def _load_matching(model: nn.Module, pool: Mapping[str, Tensor]) -> set[str]:

@@ -10,6 +10,7 @@ import torch
 from fpn_plugin.benchmark.measure import COUNTS, Settings
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.benchmark.workloads import WORKLOADS
+from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP
 from fpn_plugin.registry import unknown_name
 
 WHAT = (COUNTS, *WORKLOADS.names())
@@ -53,6 +54,7 @@ def _add_measurements(add: Callable[..., Any]) -> None:
     text = "seconds of one sample, at least (default: 0.1)"
     add("--min-sample", type=float, default=0.1, metavar="S", help=text)
     add("--weights", default="", metavar="FILE", help="a checkpoint for all (default: from --seed)")
+    add("--allow-partial", action="store_true", help=f"--weights: {PARTIAL_HELP}")
     add("--runs", nargs="+", default=[], metavar="DIR", help="training runs, for AP and latency")
 
 
@@ -91,6 +93,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         what=what,
         plan=plan,
         weights=args.weights,
+        allow_partial=args.allow_partial,
         runs=args.runs,
         seed=args.seed,
     )

@@ -13,7 +13,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path, PureWindowsPath
-from typing import IO, Any, Callable
+from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -27,6 +27,7 @@ from fpn_plugin.checkpoint.record import RECORD
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
+PARTIAL_HELP = "evaluate although the checkpoint lacks weights of the model, or has others"
 _CHECKPOINT = re.compile(r"model_(\d{7}|final|best)\.pth")
 # no room left: on the device, in the quota, under the limit of a file's size
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -266,41 +267,162 @@ class Checkpointer(DetectionCheckpointer):
 
 
 class StrictCheckpointer(Checkpointer):
-    """Loads a checkpoint only if its tensors are exactly the model's: for an export, which nothing
-    trains afterwards.
+    """Loads a checkpoint only if its tensors are exactly the model's: to evaluate, draw or export a
+    model, which nothing trains afterwards.
+
+    What Detectron2 itself lets pass is no difference: pixel statistics and anchors, which follow
+    from the config; counters of batches; in files of other names, such as Caffe2's, what the model
+    does not have.
 
     Args:
         prefix: of the names that must match; "" for all.
+        allow_partial: only warn of tensors that are missing or left over.
+        key: the config key or option that named the file, for messages.
 
     Raises:
-        ValueError: from `load`, naming the file and the first tensors that do not match.
+        ValueError: from `load`, naming the file, the first tensors that do not match and the config
+            keys that they depend on.
     """
 
-    def __init__(self, model: nn.Module, prefix: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix: str = "",
+        allow_partial: bool = False,
+        key: str = "--weights (MODEL.WEIGHTS)",
+    ) -> None:
         super().__init__(model)
-        self._prefix, self._path = prefix, ""
+        self._prefix, self._allow_partial, self._key, self._path = prefix, allow_partial, key, ""
+        self._is_renamed = False
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._path = path
         return super().load(path, checkpointables)
 
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._is_renamed = bool(checkpoint.get("matching_heuristics"))
+        return super()._load_model(checkpoint)
+
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        shapes = [
-            (name, f"is {tuple(ours)} in the checkpoint and {tuple(wanted)} in the config's model")
-            for name, ours, wanted in incompatible.incorrect_shapes
-        ]
-        misfits = [
-            *shapes,
-            *((name, "is not in the checkpoint") for name in incompatible.missing_keys),
-            *((name, "is not in the config's model") for name in incompatible.unexpected_keys),
-        ]
-        texts = [f"{name} {misfit}" for name, misfit in misfits if name.startswith(self._prefix)]
-        if texts:
-            more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
-            raise ValueError(
-                f"--weights (MODEL.WEIGHTS) {self._path!r} does not fit the config:"
-                f" {'; '.join(texts[:3])}{more}. Take the config.yaml of the run that wrote it"
-            )
+        left_over = [] if self._is_renamed else incompatible.unexpected_keys
+        misfits = Misfits(incompatible.missing_keys, left_over, incompatible.incorrect_shapes)
+        title = f"{self._key} {self._path!r}"
+        require_fit(title, self.model, misfits, self._prefix, self._allow_partial)
+
+
+class Misfits(NamedTuple):
+    """The names in which a checkpoint and a model differ.
+
+    Attributes:
+        missing: those that the model alone has.
+        left_over: those that the checkpoint alone has.
+        shapes: those of another shape, with that in the checkpoint and that in the model.
+    """
+
+    missing: Sequence[str]
+    left_over: Sequence[str]
+    shapes: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+
+
+def compare_tensors(model: nn.Module, state: Mapping[str, Any]) -> Misfits:
+    """How the tensors in a checkpoint differ from a model's, but for those that need not be there.
+
+    Args:
+        state: the checkpoint's, by the model's names, or by those of the model in DDP.
+    """
+    prefix = "module." if state and all(name.startswith("module.") for name in state) else ""
+    given = {name[len(prefix) :]: x for name, x in state.items()}
+    wanted = model.state_dict()
+    return Misfits(
+        [name for name in wanted if name not in given and _counts(name, "")],
+        [name for name in given if name not in wanted and _counts(name, "")],
+        [
+            (name, tuple(given[name].shape), tuple(x.shape))
+            for name, x in wanted.items()
+            if name in given and given[name].shape != x.shape
+        ],
+    )
+
+
+def require_fit(
+    title: str, model: nn.Module, misfits: Misfits, prefix: str = "", allow_partial: bool = False
+) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those of a model.
+
+    Args:
+        title: the key or option and the file that it names, for messages.
+        prefix: of the names that must match; "" for all.
+        allow_partial: warn instead.
+
+    Raises:
+        ValueError: naming the first tensors that do not match and the keys that they depend on.
+    """
+    reasons = {
+        name: f"is {tuple(ours)} in the checkpoint and {tuple(wanted)} in the config's model"
+        for name, ours, wanted in misfits.shapes
+    }
+    for name in _without_shared(model, misfits.missing):
+        reasons.setdefault(name, "is not in the checkpoint")  # fvcore counts other shapes here too
+    lacking = [name for name in reasons if _counts(name, prefix)]
+    reasons |= dict.fromkeys(misfits.left_over, "is not in the config's model")
+    names = [name for name in reasons if _counts(name, prefix)]
+    if not names:
+        return
+    texts = "; ".join(f"{name} {reasons[name]}" for name in names[:3])
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    total = sum(_counts(name, prefix) for name in model.state_dict())
+    text = (
+        f"{title} does not fit the config: {texts}{more} (of the model's {total} tensors it lacks"
+        f" {len(lacking)}, and it has {len(names) - len(lacking)} that the model has not)"
+    )
+    if allow_partial:
+        logger.warning("%s. What it lacks keeps its initial, mostly random values", text)
+        return
+    raise ValueError(
+        f"{text}. Take the config.yaml of the run that wrote it; these depend on"
+        f" {', '.join(_keys_behind(names))}. To go on with a model that is random in part, give"
+        " --allow-partial"
+    )
+
+
+# Tensors that need not be in a checkpoint, and may be, as the model has its own
+_FOLLOWS_FROM_CONFIG = re.compile(
+    r"num_batches_tracked$|(^|\.)pixel_(mean|std)$|anchor_generator\.cell_anchors"
+)
+# Which keys decide what tensors a part of a detector has; the first that matches counts
+_KEYS_BEHIND = (
+    (r"backbone\.bottom_up\.", ("MODEL.BOTTOM_UP", "MODEL.RESNETS")),
+    (r"backbone\.(stem|res\d)\.", ("MODEL.BACKBONE.NAME", "MODEL.RESNETS")),
+    (r"backbone\.", ("MODEL.FPN", "MODEL.BACKBONE.NAME")),
+    (r"proposal_generator\.", ("MODEL.PROPOSAL_GENERATOR", "MODEL.RPN", "MODEL.ANCHOR_GENERATOR")),
+    (r"roi_heads\.mask_head\.", ("MODEL.MASK_ON", "MODEL.ROI_MASK_HEAD", "NUM_CLASSES")),
+    (r"roi_heads\.keypoint_head\.", ("MODEL.KEYPOINT_ON", "MODEL.ROI_KEYPOINT_HEAD")),
+    (r"roi_heads\.box_predictor\.", ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD")),
+    (r"roi_heads\.", ("MODEL.ROI_HEADS", "MODEL.ROI_BOX_HEAD")),
+    (r"head\.", ("MODEL.RETINANET", "MODEL.FCOS", "MODEL.ANCHOR_GENERATOR")),
+    (r"", ("MODEL.META_ARCHITECTURE",)),
+)
+
+
+def _counts(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and not _FOLLOWS_FROM_CONFIG.search(name)
+
+
+def _keys_behind(names: Iterable[str]) -> list[str]:
+    """The config keys on which it depends whether a model has these tensors, and in which shape."""
+    keys: dict[str, None] = {}
+    for name in names:
+        keys.update(dict.fromkeys(next(ks for part, ks in _KEYS_BEHIND if re.match(part, name))))
+    return list(keys)
+
+
+def _without_shared(model: nn.Module, missing: Sequence[str]) -> list[str]:
+    """The missing names but those of tensors that the model has under another name too, which is
+    not missing."""
+    absent = set(missing)
+    state = model.state_dict(keep_vars=True)
+    loaded = {id(x) for name, x in state.items() if name not in absent}
+    return [name for name in missing if name not in state or id(state[name]) not in loaded]
 
 
 def _tensor_bytes(state: Any) -> int:

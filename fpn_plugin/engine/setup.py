@@ -13,7 +13,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, find_checkpoint, write_atomically
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
@@ -22,20 +22,29 @@ from fpn_plugin.data.classes import adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
-from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, warn_of_changes
+from fpn_plugin.engine.run_folder import (
+    claim_eval_dir,
+    claim_output_dir,
+    kept_config,
+    warn_of_changes,
+)
 from fpn_plugin.evaluation.build import check_evaluators
 
 logger = logging.getLogger(__name__)
 
 _BEGUN = "_fpn_plugin_begun"
+# Keys of MODEL.BOTTOM_UP that a checkpoint of the whole model replaces, and their values then
+_FIRST_WEIGHTS = {"WEIGHTS": "", "PIXELS": "config"}
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line with `--overwrite`, `--rank-timeout` and flags for own datasets."""
+    """Detectron2's command line with `--overwrite`, `--allow-partial`, `--rank-timeout`, and flags
+    for own datasets."""
     parser = default_argument_parser()
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )
+    parser.add_argument("--allow-partial", action="store_true", help=f"--eval-only: {PARTIAL_HELP}")
     add_rank_timeout(parser)
     for flag in DATA_FLAGS:
         content = "COCO-format annotations" if flag.endswith("json") else "folder of the images"
@@ -59,6 +68,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
     setup_logger(name="fpn_plugin")
+    if args.allow_partial and not args.eval_only:
+        raise ValueError("--allow-partial is for --eval-only: training may start from any part")
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
     if args.eval_only:
@@ -115,7 +126,9 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     # before default_setup, which replaces the config.yaml of the last run
     check_data(cfg, args.eval_only)
     cfg.freeze()
-    default_setup(as_recorded(cfg), args)
+    # that of a run to be resumed stays until it goes on, as the trainer may refuse
+    with kept_config(cfg.OUTPUT_DIR, args.resume and bool(find_checkpoint(cfg.OUTPUT_DIR))):
+        default_setup(as_recorded(cfg), args)
     logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
     if not args.eval_only and not args.resume:
         _warn_of_frozen_noise(cfg)
@@ -147,10 +160,22 @@ def prepare_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def write_config(cfg: CfgNode) -> None:
-    """Write the config.yaml of a run, as Detectron2's `default_setup` does."""
+def write_config(cfg: CfgNode, first_weights: bool = False) -> None:
+    """Write the config.yaml of a run, as Detectron2's `default_setup` does.
+
+    Args:
+        first_weights: whether those keys that a checkpoint replaces, and that :func:`begin` has
+            emptied, stay as they are in the file.
+    """
+    cfg = as_recorded(cfg).clone()
+    cfg.defrost()
+    if first_weights:
+        recorded = recorded_config(cfg.OUTPUT_DIR).get("MODEL", {}).get("BOTTOM_UP", {})
+        for key in _FIRST_WEIGHTS:
+            cfg.MODEL.BOTTOM_UP[key] = recorded.get(key, cfg.MODEL.BOTTOM_UP[key])
+    content = cfg.dump().encode()
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-    Path(cfg.OUTPUT_DIR, CONFIG).write_text(as_recorded(cfg).dump())
+    write_atomically(Path(cfg.OUTPUT_DIR, CONFIG), lambda file: file.write(content))
 
 
 def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -257,7 +282,7 @@ def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         logger.info("MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s has them", weights, checkpoint)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
+    cfg.MODEL.BOTTOM_UP.update(_FIRST_WEIGHTS)
     cfg.freeze()
     return cfg
 

@@ -12,6 +12,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -39,6 +40,7 @@ from fpn_plugin.engine.hooks import (
     replace_eval_hooks,
     trim_metrics,
 )
+from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.run_folder import refuse_results
 from fpn_plugin.engine.setup import has_begun, prepare_config, write_config
@@ -117,14 +119,17 @@ class Trainer(DefaultTrainer):
         Raises:
             FileExistsError: if `OUTPUT_DIR` holds another run's results and `resume` is False, or
                 if another run is at work there.
+            ResumeError: if the checkpoint was made with another model, optimizer or other classes.
             ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
             RuntimeError: if the processes do not all see the same checkpoint.
         """
         self._claim_folder(resume)
-        if self.cfg.MODEL.FPN.WARM_START and not (resume and self.checkpointer.has_checkpoint()):
+        if resume and self.checkpointer.has_checkpoint():
+            self._resume()
+        elif self.cfg.MODEL.FPN.WARM_START:
             start_warm(self.checkpointer.model, self.cfg)
         else:
-            super().resume_or_load(resume)
+            super().resume_or_load(resume=False)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise RuntimeError(
@@ -136,7 +141,7 @@ class Trainer(DefaultTrainer):
         start_at(self.data_loader, self.start_iter)
         self._write_config()
         if resume and comm.is_main_process():
-            trim_metrics(self.cfg.OUTPUT_DIR, self.start_iter)
+            trim_metrics(self.cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
 
     def train(self) -> Any:
         """Train to the end.
@@ -173,14 +178,26 @@ class Trainer(DefaultTrainer):
             refuse_results(folder, self._old_results, advice)
 
     def _write_config(self) -> None:
-        """Write config.yaml, unless it is there by :func:`fpn_plugin.engine.setup.begin`."""
-        if not self._is_begun and comm.is_main_process():
-            write_config(self.cfg)
+        """Write config.yaml, unless it is there by :func:`fpn_plugin.engine.setup.begin`, which
+        leaves that of a run to be resumed; that of a finished one stays."""
+        resumed = self.start_iter > 0
+        finished = resumed and self.start_iter >= self.max_iter
+        if comm.is_main_process() and (resumed or not self._is_begun) and not finished:
+            write_config(self.cfg, first_weights=resumed and self._is_begun)
         self._is_begun = True
+
+    def _resume(self) -> None:
+        resume_run(self.checkpointer, self._trainer.optimizer)
+        self.start_iter = self.iter + 1
+        if isinstance(self.scheduler, LRMultiplier):  # it has loaded the rates of the checkpoint
+            groups = self._trainer.optimizer.param_groups
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        if self.start_iter >= self.max_iter:
+            warn_of_finished(self.checkpointer, self.start_iter, "SOLVER.MAX_ITER", self.max_iter)
 
     def after_train(self) -> None:
         """Called at the end. A run resumed after its last iteration reports that iteration too."""
-        self.iter = min(self.iter, self.max_iter)
+        self.iter = min(self.iter, max(self.start_iter, self.max_iter))
         super().after_train()
 
     def run_step(self) -> None:
@@ -205,7 +222,9 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those that keep metrics.json complete, and that of
         `TEST.VIS_PERIOD`."""
-        hooks = replace_eval_hooks(super().build_hooks())
+        # without a folder a finished run is evaluated again
+        folder = "" if self.cfg.TEST.EXPECTED_RESULTS else self.cfg.OUTPUT_DIR
+        hooks = replace_eval_hooks(super().build_hooks(), folder)
         if comm.is_main_process():
             place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
             hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))

@@ -16,7 +16,7 @@ from typing import Any, List, Sequence
 import torch
 from detectron2.layers import DeformConv
 
-from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer, write_atomically
+from fpn_plugin.checkpoint.checkpointer import write_atomically
 from fpn_plugin.export.errors import time_limit
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.model import WHAT, ExportModel, export_backbone, export_detector
@@ -46,6 +46,7 @@ class Settings:
         inputs: photos to compare on; none for random images.
         time_limit: of the export, in seconds; 0 for none.
         overwrite: whether a file that is there may be replaced.
+        allow_partial: whether the checkpoint may lack weights of the model, or have others.
         opts: `KEY VALUE` pairs for the config.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     inputs: Sequence[Path] = ()
     time_limit: int = 900
     overwrite: bool = False
+    allow_partial: bool = False
     opts: Sequence[str] = ()
 
 
@@ -136,7 +138,7 @@ def _build(settings: Settings, bar: Bar) -> ExportModel:
         cfg.merge_from_list([key, False])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     part = "backbone." if settings.what == "backbone" else ""
-    model = load_detector(cfg, lambda model: StrictCheckpointer(model, part)).model
+    model = load_detector(cfg, part, settings.allow_partial).model
     return (export_backbone if settings.what == "backbone" else export_detector)(cfg, model)
 
 

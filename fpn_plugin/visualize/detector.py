@@ -10,9 +10,8 @@ from typing import Any, Callable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
-from torch import nn
 
-from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.config import load_config
 from fpn_plugin.data.classes import adopt_classes
 from fpn_plugin.data.coco_format import register_own
@@ -61,13 +60,15 @@ def read_config(
     return register_own(cfg, needed=needed)
 
 
-def load_detector(
-    cfg: CfgNode, checkpointer: Callable[[nn.Module], Checkpointer] = Checkpointer
-) -> Detector:
+def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -> Detector:
     """Build the model of a config, and load `MODEL.WEIGHTS` into it.
 
     Args:
-        checkpointer: makes the checkpointer that loads them, given the model.
+        prefix: of the tensors' names that must be the checkpoint's; "" for all.
+        allow_partial: go on where some are not.
+
+    Raises:
+        ValueError: naming the file, tensors and keys, if the checkpoint is of another model.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -75,5 +76,5 @@ def load_detector(
     cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
-    checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    StrictCheckpointer(model, prefix, allow_partial).load(cfg.MODEL.WEIGHTS)
     return Detector(cfg, model, DatasetMapper(cfg, is_train=False))

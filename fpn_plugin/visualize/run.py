@@ -75,6 +75,7 @@ class Settings:
         html: whether to write the page too.
         pictures: whether to draw at all, or only to count which level finds which sizes.
         overwrite: whether files of an earlier call may be replaced.
+        allow_partial: whether the checkpoint may lack weights of the model, or have others.
         opts: `KEY VALUE` pairs for the config.
     """
 
@@ -89,6 +90,7 @@ class Settings:
     html: bool = False
     pictures: bool = True
     overwrite: bool = False
+    allow_partial: bool = False
     opts: Sequence[str] = ()
 
 
@@ -122,7 +124,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
     others = [*([GRAPH] if settings.pictures else []), SIZES, *([PAGE] if settings.html else [])]
     _check_output(settings, [*pictures, *others])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
-    detector = load_detector(cfg)
+    detector = load_detector(cfg, allow_partial=settings.allow_partial)
     selections = _draw_images(
         detector, records, list(pictures), class_names(datasets, cfg), settings, bar
     )

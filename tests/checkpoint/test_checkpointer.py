@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fpn_plugin.checkpoint.checkpointer import (
     Checkpointer,
+    StrictCheckpointer,
     find_checkpoint,
     is_whole,
 )
@@ -106,3 +107,63 @@ def test_others_files_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no")
     assert find_checkpoint(str(tmp_path)) == ""
     assert is_whole(tmp_path / "model_pretrained.pth") and not is_whole(tmp_path / "text.pth")
+
+
+class Detector(nn.Module):
+    """The parts of a detector that a checkpoint's names tell apart."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleDict(
+            {"bottom_up": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))}
+        )
+        self.backbone["fpn_lateral2"] = nn.Conv2d(4, 4, 1)
+        self.head = nn.ModuleDict({"cls": nn.Conv2d(4, classes, 1)})
+        self.head["shared"] = self.head["cls"]
+        self.register_buffer("pixel_mean", torch.zeros(3), False)
+
+
+def strict(
+    state: dict[str, Tensor], file: Path, allow_partial: bool = False, **more: Any
+) -> nn.Module:
+    """A detector with what a file with this state has."""
+    torch.save({"model": state, **more}, file)
+    model = Detector()
+    StrictCheckpointer(model, "", allow_partial, "MODEL.WEIGHTS").load(str(file))
+    return model
+
+
+def test_an_evaluation_takes_what_detectron2_lets_pass(tmp_path: Path) -> None:
+    state = Detector().state_dict()
+    del state["backbone.bottom_up.1.num_batches_tracked"], state["head.shared.bias"]
+    state |= {"pixel_mean": torch.ones(3), "pixel_std": torch.ones(3)}
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.ones(3, 4)
+    model = strict(state, tmp_path / "model.pth")
+    assert torch.equal(model.state_dict()["head.cls.bias"], state["head.cls.bias"])
+    assert not model.pixel_mean.any(), "the config's count"
+    strict({f"module.{name}": x for name, x in state.items()}, tmp_path / "model.pth")
+    # names are matched, and a classifier of the file is left over, as in Caffe2's own
+    state = {name.removeprefix("backbone."): x for name, x in state.items()}
+    state["fc1000.weight"] = torch.ones(1)
+    strict(state, tmp_path / "model.pth", matching_heuristics=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"backbone.fpn_lateral2.bias": None}, "fpn_lateral2.bias is not in .*MODEL.FPN,"),
+        ({"head.cls.bias": torch.ones(5), "head.shared.bias": torch.ones(5)}, r"\(5,\) in the"),
+        ({"roi_heads.mask_head.x": torch.ones(1)}, "mask_head.x is not in the .*MODEL.MASK_ON"),
+        ({"backbone.bottom_up.1.running_var": None}, "running_var is not .*MODEL.BOTTOM_UP,"),
+    ],
+)
+def test_an_evaluation_refuses_another_models_checkpoint(
+    change: dict[str, Any], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {**Detector().state_dict(), **change}
+    state = {name: x for name, x in state.items() if x is not None}
+    file = tmp_path / "model.pth"
+    with pytest.raises(ValueError, match=f"MODEL.WEIGHTS '{file}' does not.*{message}"):
+        strict(state, file)
+    strict(state, file, allow_partial=True)
+    assert "does not fit the config" in caplog.text

@@ -72,6 +72,11 @@ def test_evaluation_leaves_the_run_as_it_is(
         evaluated = setup(args)
         assert evaluated.OUTPUT_DIR == str(run / f"eval-{number}")
         assert evaluated.MODEL.WEIGHTS == find_checkpoint(str(run))
+    evaluated.defrost()
+    evaluated.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS .*box_head.fc1.weight is .*--allow-parti"):
+        tool.main(evaluated, args)
+    evaluated.MODEL.ROI_BOX_HEAD.FC_DIM = 32
     results = tool.main(evaluated, args)
     assert "AP" in results["bbox"] and (run / "eval-2" / "inference").is_dir()
     after = digest(run)
@@ -80,6 +85,8 @@ def test_evaluation_leaves_the_run_as_it_is(
 
 
 def test_evaluation_without_weights(tmp_path: Path, log: Any) -> None:
+    with pytest.raises(ValueError, match="--allow-partial is for --eval-only"):
+        run_setup("--allow-partial", "OUTPUT_DIR", str(tmp_path), *DATA)
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
         run_setup("--eval-only", "OUTPUT_DIR", str(tmp_path), *DATA)
     with pytest.raises(ValueError, match="no checkpoint in OUTPUT_DIR"):

@@ -111,6 +111,13 @@ def test_records_of_a_dataset(folder: Path) -> None:
         dataset_records("no_such", 1)
 
 
+def test_a_checkpoint_of_another_pyramid_is_not_drawn(folder: Path, tmp_path: Path) -> None:
+    given = settings(folder, tmp_path, opts=["MODEL.FPN.TOPOLOGY", "pafpn"])
+    with pytest.raises(ValueError, match="model.pth' does not .*pafpn.*MODEL.FPN,.*--allow-parti"):
+        visualize(given, Bar(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspecting_leaves_the_model_and_the_random_numbers_alone(folder: Path) -> None:
     detector = load_detector(
         read_config(str(folder / "config.yaml"), str(folder / "model.pth"), [])
