@@ -82,7 +82,7 @@ def register_coco_format(
     if present != (json_file, image_root):
         raise ValueError(
             f"dataset {name!r} is registered already, with {present[0]} and {present[1]}; "
-            f"now it would be {json_file} and {image_root}"
+            f"now it would be {json_file} and {image_root}: take another name, or another process"
         )
     if taken.get("outside_files", False) != outside_files:
         raise ValueError(

@@ -186,8 +186,13 @@ def test_number_of_stuff_classes(architecture: str) -> None:
     cfg = config(("s",))
     cfg.MODEL.META_ARCHITECTURE = architecture
     if architecture != "GeneralizedRCNN":
-        message = "SEM_SEG_HEAD.NUM_CLASSES is 54, but dataset s .*has 3: sky, road, grass"
+        message = "SEM_SEG_HEAD.NUM_CLASSES is 54, .*dataset s .*has 3: sky, road, grass"
         with pytest.raises(ValueError, match=message):
             check_config_datasets(cfg)
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
+        register_dicts("other", stuff_classes=["road", "sky", "grass"])
+        cfg.DATASETS.TEST = ("other",)
+        with pytest.raises(ValueError, match="class 0 is 'sky' in s and 'road' in other"):
+            check_config_datasets(cfg)
+    cfg.DATASETS.TEST = ("s",)
     check_config_datasets(cfg)

@@ -165,6 +165,12 @@ def test_a_folder_alone_is_enough(
     predictor = DefaultPredictor(resolve_config(load_config(args)))
     assert "instances" in predictor(np.zeros((48, 64, 3), np.uint8))
 
+    for flags in (["--resume"], ["--resume", "--eval-only"]):  # its OUTPUT_DIR is the old one
+        args = argument_parser().parse_args([*flags, "--config-file", file])
+        with pytest.raises(
+            ValueError, match="no checkpoint in OUTPUT_DIR .*give OUTPUT_DIR .*moved"
+        ):
+            setup(args)
     words = ["--config-file", file, "--eval-only", "--val-images", str(tmp_path / "elsewhere")]
     words += ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "out")]
     args = argument_parser().parse_args(words)
