@@ -48,4 +48,4 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> Any:
 if __name__ == "__main__":
     arguments = parse_args()
     config = lazy.setup(arguments)
-    launch_ranks(main, arguments, (config, arguments), config.train.device)
+    launch_ranks(main, arguments, (config, arguments), lazy.device_of(config))
