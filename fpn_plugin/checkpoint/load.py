@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Collection, Iterable, Iterator, Mapping, Sequence
 
+from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,29 +44,93 @@ def load_weights(module: nn.Module, path: str, key: str = KEY, prefix: str = "")
         ValueError: if it cannot be read, nothing in it matches, or a tensor has another shape than
             the network's.
     """
-    given, wanted = read_state_dict(path, key), module.state_dict()
+    return load_tensors(module, read_state_dict(path, key), path, key, prefix)
+
+
+def load_tensors(
+    module: nn.Module, given: Mapping[str, Tensor], source: str, key: str = KEY, prefix: str = ""
+) -> list[str]:
+    """Load tensors as :func:`load_weights` does those of a file.
+
+    Args:
+        source: where they are from, for messages.
+    """
+    title, wanted = f"{key}: {source}", module.state_dict()
     matching = match_keys(wanted, given, prefix)
     if not matching.pairs:
         raise ValueError(
-            f"{key}: nothing in {path} matches the network: it has {_few(list(given))}, the"
-            f" network has {_few(list(wanted))}"
+            f"{key}: nothing in {source} matches the network: it has {few(list(given))}, the"
+            f" network has {few(list(wanted))}"
         )
-    title = f"{key}: {path}"
-    _check_shapes(title, matching, given, wanted)
-    module.load_state_dict({n: given[source] for n, source in matching.pairs.items()}, strict=False)
+    found = {name: given[name_in_file] for name, name_in_file in matching.pairs.items()}
+    state = adapt_image_channels(found, wanted, title)
+    _check_shapes(title, matching, state, wanted)
+    with kept_statistics(module, state):
+        module.load_state_dict(state, strict=False)
     missing = [name for name in _without_counters(wanted) if name not in matching.pairs]
     _report(title, module, matching, given, missing)
     return missing
 
 
+def adapt_image_channels(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], title: str
+) -> dict[str, Tensor]:
+    """A state dict whose first convolution fits images of other than three channels.
+
+    One channel gets the sum over the three, so that a gray image gives what the same image in RGB
+    gave; of more, channel i gets that of i modulo 3, scaled so that their sum stays. timm does the
+    same.
+
+    Args:
+        state: by the names of the network; what has another shape for other reasons stays as it is.
+        wanted: the network's own.
+        title: of the file, for the log.
+    """
+    adapted = dict(state)
+    for name, x in state.items():
+        if name not in wanted or x.ndim != 4 or x.shape[1] != 3:
+            continue
+        shape = wanted[name].shape
+        if len(shape) != 4 or shape[1] == 3 or shape[:1] + shape[2:] != x.shape[:1] + x.shape[2:]:
+            continue
+        channels = shape[1]
+        copies = x.float()[:, [i % 3 for i in range(channels)]] * (3 / channels)
+        new = x.float().sum(1, keepdim=True) if channels == 1 else copies
+        adapted[name] = new.to(x.dtype)
+        how = "summed for one" if channels == 1 else f"repeated for {channels}"
+        logger.info("%s: the three input channels of %s are %s", title, name, how)
+    return adapted
+
+
+@contextmanager
+def kept_statistics(module: nn.Module, state: Collection[str]) -> Iterator[None]:
+    """While a state dict is loaded: the running statistics of frozen norms of which it has nothing
+    stay as they are.
+
+    Detectron2 resets them where a state dict has no version. That is right only if it has the
+    affine of the norm alone, as Caffe2's files do: the statistics are in it.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    for name, norm in module.named_modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            prefix = f"{name}." if name else ""
+            absent = [leaf for leaf in _STATISTICS if prefix + leaf not in state]
+            is_affine = any(prefix + leaf in state for leaf in ("weight", "bias"))
+            if len(absent) < len(_STATISTICS) or not is_affine:
+                kept += [(x, x.clone()) for x in (getattr(norm, leaf) for leaf in absent)]
+    yield
+    for x, before in kept:
+        x.copy_(before)
+
+
 def _check_shapes(
-    title: str, matching: KeyMatching, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    title: str, matching: KeyMatching, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> None:
     wrong = [
-        f"{_named(name, source)} is {tuple(given[source].shape)} in the file,"
+        f"{_named(name, source)} is {tuple(state[name].shape)} in the file,"
         f" {tuple(wanted[name].shape)} in the network"
         for name, source in matching.pairs.items()
-        if given[source].shape != wanted[name].shape
+        if state[name].shape != wanted[name].shape
     ]
     if wrong:
         fit = f"{len(matching.pairs) - len(wrong)} of the network's {len(wanted)} tensors fit"
@@ -90,13 +156,13 @@ def _report(
     )
     rows += _left_over(given, matching)
     table = "".join(
-        f"\n  {status:<9} {len(names):>5}  {_few(names)}{f' ({remark})' if remark else ''}"
+        f"\n  {status:<9} {len(names):>5}  {few(names)}{f' ({remark})' if remark else ''}"
         for status, names, remark in rows
         if names
     )
     blocks = _deeper_blocks(given, matching)
     deeper = (
-        f"; it has {len(blocks)} more blocks in the stages that matched ({_few(blocks)}): is it of"
+        f"; it has {len(blocks)} more blocks in the stages that matched ({few(blocks)}): is it of"
         " a deeper network?"
         if blocks
         else ""
@@ -160,5 +226,6 @@ def _named(name: str, source: str) -> str:
     return name if name == source else f"{name} ({source})"
 
 
-def _few(names: Sequence[str], count: int = 4) -> str:
+def few(names: Sequence[str], count: int = 4) -> str:
+    """The first few names as a text."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -21,13 +21,14 @@ from torch import Tensor
 _ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
 
 
-def read_plain(file: Path, where: str) -> Any:
+def read_plain(file: Path, where: str, mmap: bool = False) -> Any:
     """What a file holds: tensors, arrays, and plain data around them.
 
     It takes what `torch.save` wrote, `.safetensors`, and pickles (`.pkl`).
 
     Args:
         where: the key or option and the path that it names, for messages.
+        mmap: leave the tensors of what `torch.save` wrote in the file until they are used.
 
     Raises:
         ImportError: if it is a safetensors file and safetensors is not installed.
@@ -35,15 +36,22 @@ def read_plain(file: Path, where: str) -> Any:
     """
     if file.suffix == ".safetensors":
         return _read_safetensors(file, where)
-    return (read_pickle if is_pickle(file) else _read_torch)(file, where)
+    if is_pickle(file):
+        return read_pickle(file, where)
+    return _read_torch(file, where, mmap and _is_zip(file))
 
 
 def is_pickle(file: Path) -> bool:
     """Whether it is read as a pickle: named `.pkl`, and not written by `torch.save`."""
     if file.suffix != ".pkl":
         return False
+    return not _is_zip(file)
+
+
+def _is_zip(file: Path) -> bool:
+    """Whether `torch.save` wrote it in its present format."""
     with file.open("rb") as stream:
-        return stream.read(len(_ZIP)) != _ZIP
+        return stream.read(len(_ZIP)) == _ZIP
 
 
 def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
@@ -62,10 +70,10 @@ def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_torch(file: Path | BinaryIO, where: str) -> Any:
+def _read_torch(file: Path | BinaryIO, where: str, mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     # torch raises errors of many classes here, all meaning "not a plain weight file"
     except Exception as error:
         called = re.search(r"GLOBAL (\S+)", str(error))

@@ -12,7 +12,8 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, find_checkpoint
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, choose_device, load_config
