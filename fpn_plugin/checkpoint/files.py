@@ -112,14 +112,19 @@ def read_weights(path: str, key: str = KEY) -> WeightFile:
 def read_shapes(path: str, key: str = KEY) -> dict[str, torch.Size]:
     """The shapes of a checkpoint's tensors by name, without reading these where the file allows it.
 
-    Arguments and errors are those of :func:`read_weights`.
+    Returns:
+        {} if it cannot be read, which is an error where it is loaded.
     """
-    file = _fetch(path, key)
-    content = read_plain(file, f"{key}: {path}", mmap=True)
-    state = _unwrap(content)
-    if not isinstance(state, Mapping):
+    try:
+        content = read_plain(_fetch(path, key), f"{key}: {path}", mmap=True) if path else {}
+    except (ImportError, OSError, ValueError):
         return {}
-    return {str(name): x.shape for name, x in state.items() if hasattr(x, "shape")}
+    state = _unwrap(content)
+    tensors = state if isinstance(state, Mapping) else {}
+    shapes = {str(name): torch.Size(x.shape) for name, x in tensors.items() if hasattr(x, "shape")}
+    if all(name.startswith("module.") for name in shapes):
+        return {name.removeprefix("module."): shape for name, shape in shapes.items()}
+    return shapes
 
 
 def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:

@@ -7,10 +7,12 @@ import re
 from contextlib import contextmanager
 from typing import Collection, Iterable, Iterator, Mapping, Sequence
 
+import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpn_plugin.bottom_up.image_channels import adapt_weight
 from fpn_plugin.checkpoint.files import KEY, read_state_dict
 from fpn_plugin.checkpoint.key_matching import KeyMatching, match_keys, surplus_blocks
 
@@ -72,14 +74,27 @@ def load_tensors(
     return missing
 
 
+def holds_network(
+    network: nn.Module, shapes: Mapping[str, torch.Size], prefixes: Sequence[str]
+) -> bool:
+    """Whether a detector's checkpoint has every tensor of its bottom-up network.
+
+    Args:
+        shapes: of the checkpoint's tensors, by name.
+        prefixes: of the network's names in it.
+    """
+    state = network.state_dict()
+    return all(
+        any(shapes.get(prefix + name) == state[name].shape for prefix in prefixes)
+        for name in _without_counters(state)
+    )
+
+
 def adapt_image_channels(
     state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], title: str
 ) -> dict[str, Tensor]:
-    """A state dict whose first convolution fits images of other than three channels.
-
-    One channel gets the sum over the three, so that a gray image gives what the same image in RGB
-    gave; of more, channel i gets that of i modulo 3, scaled so that their sum stays. timm does the
-    same.
+    """A state dict whose first convolution fits images of other than three channels: see
+    :func:`adapt_weight`.
 
     Args:
         state: by the names of the network; what has another shape for other reasons stays as it is.
@@ -88,17 +103,13 @@ def adapt_image_channels(
     """
     adapted = dict(state)
     for name, x in state.items():
-        if name not in wanted or x.ndim != 4 or x.shape[1] != 3:
+        shape = wanted[name].shape if name in wanted else ()
+        if x.ndim != 4 or len(shape) != 4 or not (x.shape[1] == 3 != shape[1]):
             continue
-        shape = wanted[name].shape
-        if len(shape) != 4 or shape[1] == 3 or shape[:1] + shape[2:] != x.shape[:1] + x.shape[2:]:
-            continue
-        channels = shape[1]
-        copies = x.float()[:, [i % 3 for i in range(channels)]] * (3 / channels)
-        new = x.float().sum(1, keepdim=True) if channels == 1 else copies
-        adapted[name] = new.to(x.dtype)
-        how = "summed for one" if channels == 1 else f"repeated for {channels}"
-        logger.info("%s: the three input channels of %s are %s", title, name, how)
+        if shape[:1] + shape[2:] == x.shape[:1] + x.shape[2:]:
+            adapted[name] = adapt_weight(x, shape[1])
+            how = "summed for one" if shape[1] == 1 else f"repeated for {shape[1]}"
+            logger.info("%s: the three input channels of %s are %s", title, name, how)
     return adapted
 
 

@@ -196,7 +196,7 @@ def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     the bottom-up network's weights, and the source of the pixel statistics."""
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     checkpoint = cfg.MODEL.WEIGHTS if args.eval_only else checkpoint
-    if not checkpoint:
+    if not checkpoint or args.allow_partial:
         return cfg
     weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
     if weights:
