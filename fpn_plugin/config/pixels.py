@@ -9,7 +9,7 @@ from typing import NamedTuple, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
-from fpn_plugin.checkpoint.files import KEY, is_remote, read_weights
+from fpn_plugin.checkpoint.files import KEY, is_remote, read_shapes, read_weights
 from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.paths import find_file
@@ -33,6 +33,11 @@ class Pixels(NamedTuple):
         return (
             f"PIXEL_MEAN {list(self.mean)}, PIXEL_STD {list(self.std)}, INPUT.FORMAT {self.order}"
         )
+
+    def as_gray(self) -> Pixels:
+        """Those of images of one channel, as timm has them."""
+        mean, std = (round(sum(values) / len(values), 3) for values in (self.mean, self.std))
+        return Pixels((mean,), (std,), "L")
 
     def is_like(self, other: Pixels) -> bool:
         """Whether both are one convention, rounding aside."""
@@ -181,6 +186,8 @@ def _is_default(stated: Pixels) -> bool:
 def _outcome(stated: Pixels, finding: Finding) -> tuple[int, str]:
     """The line for the log that says which pixels count."""
     wanted, source = finding.pixels, finding.source
+    if wanted and len(stated.mean) == 1:
+        wanted = wanted.as_gray()
     if wanted is None:
         # nobody chose them, and nothing says that they fit
         is_risk = finding.is_given and _is_default(stated)
@@ -281,11 +288,16 @@ def _of_final(weights: str, cfg: CfgNode) -> tuple[Pixels | None, bool]:
     # Detectron2 loads them by the names of its own networks
     network = name if "/" in name else (m[1] if (m := _KNOWN_BUILDER.fullmatch(name)) else "")
     if known := _by_address(weights):
-        return known[0], not network or network in known[1]
+        is_librarys = known[0] == _TORCHVISION and "/resne" in network
+        return known[0], not network or network in known[1] or is_librarys
     local = weights.partition("?")[0]
-    if local.endswith(".pkl") and not is_remote(local) and Path(local).is_file():
+    if is_remote(local) or not Path(local).is_file():
+        return None, True
+    if local.endswith(".pkl"):
         if pixels := _by_author(read_weights(local, "MODEL.WEIGHTS").author, cfg):
             return pixels, network in ("", "resnet")
+    elif any(name.startswith("backbone.fpn.") for name in read_shapes(local, "MODEL.WEIGHTS")):
+        return _TORCHVISION, True  # the names of its detectors
     return None, True
 
 
