@@ -153,10 +153,12 @@ class EvalHook(hooks.EvalHook):
             super().after_train()
 
 
-def replace_eval_hooks(given: list[HookBase | None]) -> list[HookBase | None]:
-    """Hooks with Detectron2's EvalHook replaced by :class:`EvalHook`."""
+def replace_eval_hooks(
+    given: list[HookBase | None], evaluate: Callable[[], Any]
+) -> list[HookBase | None]:
+    """Hooks with Detectron2's EvalHook replaced by an :class:`EvalHook` of that function."""
     return [
-        EvalHook(hook._period, hook._func) if hook and type(hook) is hooks.EvalHook else hook
+        EvalHook(hook._period, evaluate) if hook and type(hook) is hooks.EvalHook else hook
         for hook in given
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from typing import Any
 
@@ -37,8 +38,13 @@ from fpn_plugin.engine.hooks import (
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
+from fpn_plugin.evaluation.augmentation import (
+    SUFFIX,
+    augment_at_test_time,
+    check_test_augmentation,
+)
 from fpn_plugin.evaluation.build import build_evaluator
-from fpn_plugin.modeling.precision import device_type
+from fpn_plugin.modeling.precision import Autocast, device_type
 from fpn_plugin.modeling.speed import prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
@@ -155,12 +161,12 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those that keep metrics.json complete, and that of
         `TEST.VIS_PERIOD`."""
-        hooks = replace_eval_hooks(super().build_hooks())
+        hooks = replace_eval_hooks(super().build_hooks(), self._evaluate)
         if comm.is_main_process():
             place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
             hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))
-        evaluate = lambda: self.test(self.cfg, self.model)  # noqa: E731
-        hooks.insert(0, MissedEvaluation(self.cfg.TEST.EVAL_PERIOD, evaluate, self.cfg.OUTPUT_DIR))
+        period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
+        hooks.insert(0, MissedEvaluation(period, self._evaluate, folder))
         if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
             # imported here, as it needs matplotlib
             from fpn_plugin.engine.visualize_hook import build_visualize_hook
@@ -168,6 +174,17 @@ class Trainer(DefaultTrainer):
             # before the hook of the writers; the checkpointer has the model without DDP
             hooks.insert(-1, build_visualize_hook(self.cfg, self.checkpointer.model))
         return hooks
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate now; with `TEST.AUG` at the end only, as in Detectron2's training script."""
+        cfg = self.cfg
+        if cfg.TEST.AUG.ENABLED and self.iter < self.max_iter:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.TEST.AUG.ENABLED = False
+            cfg.freeze()
+        self._last_eval_results = self.test(cfg, self.model)
+        return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
         """Called in the main process only."""
@@ -197,9 +214,12 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the dataset's `evaluator_type`."""
-        return build_evaluator(cfg, dataset_name)
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str = ""
+    ) -> DatasetEvaluator:
+        """The evaluator of the dataset's `evaluator_type`; see
+        :func:`fpn_plugin.evaluation.build.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(
@@ -210,11 +230,37 @@ class Trainer(DefaultTrainer):
         Detectron2 evaluates in fp32 whatever it trained in, so its AP of the same weights differs a
         little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
 
+        With `TEST.AUG.ENABLED` the results with test-time augmentation follow, as "bbox_TTA".
+
+        Args:
+            evaluators: by default those of the datasets' `evaluator_type`; with others there is no
+                test-time augmentation.
+
         Raises:
             SaveError, WorkerError, OutOfMemoryError: as in training.
+            ValueError: if Detectron2 cannot augment with this model.
         """
         with actionable_errors("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
-            return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
+            augments = cfg.TEST.AUG.ENABLED and evaluators is None
+            if augments:
+                check_test_augmentation(cfg)
+            model = prepare_for_inference(model, cfg)
+            results = super().test(cfg, model, evaluators)
+            if not augments:
+                return results
+            logger.info("Evaluating with test-time augmentation (TEST.AUG)")
+            names, folder = cfg.DATASETS.TEST, os.path.join(cfg.OUTPUT_DIR, "inference" + SUFFIX)
+            folders = [os.path.join(folder, name) if len(names) > 1 else folder for name in names]
+            evaluators = [cls.build_evaluator(cfg, *pair) for pair in zip(names, folders)]
+            augmented = super().test(cfg, _augmented(cfg, model), evaluators)
+            return {**results, **{key + SUFFIX: value for key, value in augmented.items()}}
+
+
+def _augmented(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """A prepared model with test-time augmentation, in the same precision."""
+    if isinstance(model, Autocast):
+        return Autocast(augment_at_test_time(cfg, model.model), model.device, model.dtype)
+    return augment_at_test_time(cfg, model)
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:

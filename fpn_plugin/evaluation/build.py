@@ -27,6 +27,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.evaluation.augmentation import check_test_augmentation
 from fpn_plugin.evaluation.coco_metrics import (
     COCO_LIMIT,
     detection_limit,
@@ -259,9 +260,10 @@ def check_evaluators(cfg: CfgNode) -> None:
     Raises:
         KeyError: if a dataset's `evaluator_type` is missing or unknown.
         ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
-        ValueError: for a bad `TEST.SIZE_BINS`.
+        ValueError: for a bad `TEST.SIZE_BINS`, or `TEST.AUG` of a model that has none.
     """
     check_size_bins(cfg)
+    check_test_augmentation(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
     coco_eval_class(cfg)
