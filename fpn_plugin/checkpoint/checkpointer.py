@@ -22,6 +22,7 @@ from torch import nn
 
 from fpn_plugin.checkpoint.files import read_checkpoint
 from fpn_plugin.checkpoint.finite import require_finite
+from fpn_plugin.checkpoint.record import RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,9 @@ class Checkpointer(DetectionCheckpointer):
 
     No code of the files that it loads is run. The arguments are Detectron2's; `save_dir` is a local
     folder.
+
+    Attributes:
+        record: of the run, put into each checkpoint: see `fpn_plugin.checkpoint.record`.
     """
 
     def __init__(
@@ -212,6 +216,7 @@ class Checkpointer(DetectionCheckpointer):
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.record: dict[str, Any] = {}
         if self.save_dir and self.save_to_disk:
             _remove_leftovers(self.save_dir)
 
@@ -230,6 +235,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
+        if self.record:
+            data[RECORD] = self.record
         path = Path(self.save_dir, f"{name}.pth")
         require_finite(self.model, f"{path} is not written")
         logger.info("Saving checkpoint to %s", path)

@@ -21,13 +21,15 @@ from torch import Tensor
 _ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
 
 
-def read_plain(file: Path, where: str) -> Any:
+def read_plain(file: Path, where: str, mmap: bool = False) -> Any:
     """What a file holds: tensors, arrays, and plain data around them.
 
     It takes what `torch.save` wrote, `.safetensors`, and pickles (`.pkl`).
 
     Args:
         where: the key or option and the path that it names, for messages.
+        mmap: read the tensors of a file for which :func:`is_torch_file` holds only when they are
+            used.
 
     Raises:
         ImportError: if it is a safetensors file and safetensors is not installed.
@@ -35,15 +37,18 @@ def read_plain(file: Path, where: str) -> Any:
     """
     if file.suffix == ".safetensors":
         return _read_safetensors(file, where)
-    return (read_pickle if is_pickle(file) else _read_torch)(file, where)
+    return read_pickle(file, where) if is_pickle(file) else _read_torch(file, where, mmap)
+
+
+def is_torch_file(file: Path) -> bool:
+    """Whether `torch.save` wrote it, in the format that it has had since torch 1.6."""
+    with file.open("rb") as stream:
+        return stream.read(len(_ZIP)) == _ZIP
 
 
 def is_pickle(file: Path) -> bool:
     """Whether it is read as a pickle: named `.pkl`, and not written by `torch.save`."""
-    if file.suffix != ".pkl":
-        return False
-    with file.open("rb") as stream:
-        return stream.read(len(_ZIP)) != _ZIP
+    return file.suffix == ".pkl" and not is_torch_file(file)
 
 
 def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
@@ -62,10 +67,10 @@ def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_torch(file: Path | BinaryIO, where: str) -> Any:
+def _read_torch(file: Path | BinaryIO, where: str, mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     # torch raises errors of many classes here, all meaning "not a plain weight file"
     except Exception as error:
         called = re.search(r"GLOBAL (\S+)", str(error))

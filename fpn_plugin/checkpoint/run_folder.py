@@ -18,6 +18,14 @@ CONFIG = "config.yaml"
 METRICS = "metrics.json"
 # a result of Detectron2's evaluators among the metrics; a dataset's name may come before it
 RESULT_KEY = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
+# what a run fills in from its training data
+LEARNED_KEYS = (
+    "DATASETS.CLASSES.NAMES",
+    "DATASETS.CLASSES.IDS",
+    "DATASETS.KEYPOINTS.NAMES",
+    "DATASETS.KEYPOINTS.FLIP_MAP",
+    "DATASETS.KEYPOINTS.SKELETON",
+)
 # where a run runs, and what it checks, draws and saves on the way: nothing that changes its numbers
 OUTER_KEYS = (
     "OUTPUT_DIR",
@@ -28,6 +36,7 @@ OUTER_KEYS = (
     "DATALOADER.PREFETCH_FACTOR",
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
+    *LEARNED_KEYS,
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.SIZE_BINS",
     "TEST.VIS_PERIOD",

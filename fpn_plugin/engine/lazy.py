@@ -26,6 +26,7 @@ from torch import nn
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
 from fpn_plugin.checkpoint.load import load_weights
+from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -137,7 +138,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         WorkerError: if a process that loads data died.
         OutOfMemoryError: with what to lower.
     """
-    model = build_model(cfg)
+    model, config = build_model(cfg), plain_config(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
@@ -148,6 +149,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
     )
     checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer.record = make_record(config, model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     resumes = resume and checkpointer.has_checkpoint()
     if holds_two_pyramids(model) and not resumes:

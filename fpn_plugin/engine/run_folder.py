@@ -7,12 +7,12 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
-from fpn_plugin.checkpoint.run_folder import METRICS, config_changes, run_results
+from fpn_plugin.checkpoint.run_folder import LEARNED_KEYS, METRICS, config_changes, run_results
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _UNCOMPARED = (
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
+    *LEARNED_KEYS,
 )
 
 
@@ -59,11 +60,28 @@ def claim_output_dir(
                     f"{name} {path!r} would be removed by --overwrite: choose another {key}"
                 )
     elif results:
-        names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
-        raise FileExistsError(
-            f"{key} {folder!r} holds another run's results ({names}). Give --resume to go on with"
-            f" that run, --overwrite to replace it, or another {key}"
+        refuse_results(
+            folder,
+            results,
+            f"Give --resume to go on with that run, --overwrite to replace it, or another {key}",
+            key,
         )
+
+
+def refuse_results(
+    folder: str, results: Sequence[Path], advice: str, key: str = "OUTPUT_DIR"
+) -> None:
+    """Refuse a folder for what it holds.
+
+    Args:
+        results: of :func:`run_results`.
+        key: the config key of the folder.
+
+    Raises:
+        FileExistsError: always.
+    """
+    names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
+    raise FileExistsError(f"{key} {folder!r} holds another run's results ({names}). {advice}")
 
 
 def warn_of_changes(cfg: CfgNode) -> None:

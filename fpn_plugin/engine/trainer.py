@@ -18,7 +18,11 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.record import make_record, plain_config
+from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.config.resolve import as_recorded
+from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
@@ -27,6 +31,7 @@ from fpn_plugin.engine.faults.actionable import (
 )
 from fpn_plugin.engine.faults.divergence import last_sizes
 from fpn_plugin.engine.faults.skipping import CountedLoader, SkipCounter, TestMapper
+from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.hooks import (
     FlushMetrics,
     LossNormalizerHook,
@@ -36,6 +41,8 @@ from fpn_plugin.engine.hooks import (
     trim_metrics,
 )
 from fpn_plugin.engine.rng import SeedHook
+from fpn_plugin.engine.run_folder import refuse_results
+from fpn_plugin.engine.setup import has_begun, prepare_config, write_config
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
 from fpn_plugin.evaluation.augmentation import (
@@ -57,11 +64,19 @@ class Trainer(DefaultTrainer):
     CPU, and on a GPU as far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN`
     are an exception, as that hook starts over with its own data.
 
+    With the config of a command line that has begun (:func:`fpn_plugin.engine.setup.begin`) it
+    goes on from there. With any other config, as in a notebook, it does the same by itself: it
+    checks the data and what the evaluators need, and when it loads weights or starts to train it
+    claims `OUTPUT_DIR` and writes config.yaml.
+
     Args:
         cfg: Detectron2's keys and this plugin's. A negative `SEED` is replaced by a random one.
 
     Attributes:
-        cfg: the config with the run's seed in it.
+        cfg: the config with the run's seed in it, and the classes of its training data.
+
+    Raises:
+        ValueError: if the data is bad, or does not fit the model.
     """
 
     iter: int
@@ -69,11 +84,17 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer.__init__ would wrap the model and build a step trainer that need CUDA
         super(DefaultTrainer, self).__init__()
+        self._is_begun = has_begun(cfg)
+        if not self._is_begun:
+            cfg = prepare_config(cfg)
+            # before the writers of this run begin theirs
+            self._old_results = comm.all_gather(run_results(cfg.OUTPUT_DIR))[0]
         self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
 
         model = self.build_model(cfg)
+        tag_model(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
         skips = cfg.DATALOADER.ON_ERROR == "skip"
         self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
@@ -84,6 +105,7 @@ class Trainer(DefaultTrainer):
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.record = make_record(plain_config(as_recorded(cfg)), model, optimizer)
         self._seed_hook = SeedHook(cfg.SEED)
         state_hooks = (self._seed_hook, LossNormalizerHook(model), self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
@@ -99,9 +121,12 @@ class Trainer(DefaultTrainer):
         With `MODEL.FPN.WARM_START` the weights are converted for the model's pyramid.
 
         Raises:
+            FileExistsError: if `OUTPUT_DIR` holds another run's results and `resume` is False, or
+                if another run is at work there.
             ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
             RuntimeError: if the processes do not all see the same checkpoint.
         """
+        self._claim_folder(resume)
         if self.cfg.MODEL.FPN.WARM_START and not (resume and self.checkpointer.has_checkpoint()):
             start_warm(self.checkpointer.model, self.cfg)
         else:
@@ -115,6 +140,7 @@ class Trainer(DefaultTrainer):
         if self._seed_hook.seed != self.cfg.SEED:
             self._adopt_seed(self._seed_hook.seed)
         start_at(self.data_loader, self.start_iter)
+        self._write_config()
         if resume and comm.is_main_process():
             trim_metrics(self.cfg.OUTPUT_DIR, self.start_iter)
 
@@ -130,10 +156,33 @@ class Trainer(DefaultTrainer):
             WorkerError: if a process that loads data died.
             OutOfMemoryError: with what to lower.
         """
+        if not self._is_begun:
+            self._claim_folder(resume=False)
+            self._write_config()
         folder, model = self.cfg.OUTPUT_DIR, self._trainer.model
         hints = lambda: training_hints(self.cfg, last_sizes(model))  # noqa: E731
         with actionable_errors("training", folder, hints):
             return super().train()
+
+    def _claim_folder(self, resume: bool) -> None:
+        """Lock `OUTPUT_DIR` for this run, unless a command line has done so, or refuse it."""
+        if self._is_begun:
+            return
+        folder = self.cfg.OUTPUT_DIR
+        if comm.is_main_process():
+            hold(folder, "OUTPUT_DIR")
+        if self._old_results and not resume:
+            advice = (
+                "Call resume_or_load(resume=True) to go on with that run, or choose another"
+                " OUTPUT_DIR"
+            )
+            refuse_results(folder, self._old_results, advice)
+
+    def _write_config(self) -> None:
+        """Write config.yaml, unless it is there by :func:`fpn_plugin.engine.setup.begin`."""
+        if not self._is_begun and comm.is_main_process():
+            write_config(self.cfg)
+        self._is_begun = True
 
     def after_train(self) -> None:
         """Called at the end. A run resumed after its last iteration reports that iteration too."""
@@ -152,6 +201,7 @@ class Trainer(DefaultTrainer):
     def _adopt_seed(self, seed: int) -> None:
         logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)
         self.cfg = _with_seed(self.cfg, seed)
+        self.checkpointer.record["config"] = plain_config(as_recorded(self.cfg))
         self._trainer.reset_data_loader(self._counted_loader)
 
     def _counted_loader(self) -> Any:
@@ -209,9 +259,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's loader, with errors that name the image."""
+        """Detectron2's loader, with errors that name the image.
+
+        Raises:
+            ValueError: if the dataset has other classes than the config's model (DATASETS.CLASSES).
+        """
         mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        check_test_classes(cfg, dataset_name)
+        return loader
 
     @classmethod
     def build_evaluator(
@@ -238,8 +294,10 @@ class Trainer(DefaultTrainer):
 
         Raises:
             SaveError, WorkerError, OutOfMemoryError: as in training.
-            ValueError: if Detectron2 cannot augment with this model.
+            ValueError: if a dataset has other classes than the model, or Detectron2 cannot augment
+                with this model.
         """
+        cfg = with_classes_of(model, cfg)
         with actionable_errors("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
             augments = cfg.TEST.AUG.ENABLED and evaluators is None
             if augments:
