@@ -30,6 +30,7 @@ from pycocotools.cocoeval import COCOeval
 from fpn_plugin.evaluation.augmentation import check_test_augmentation
 from fpn_plugin.evaluation.coco_metrics import (
     COCO_LIMIT,
+    check_oks_sigmas,
     detection_limit,
     evaluate_detections,
     prepare_truth,
@@ -260,12 +261,15 @@ def check_evaluators(cfg: CfgNode) -> None:
     Raises:
         KeyError: if a dataset's `evaluator_type` is missing or unknown.
         ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
-        ValueError: for a bad `TEST.SIZE_BINS`, or `TEST.AUG` of a model that has none.
+        ValueError: for a bad `TEST.SIZE_BINS`, or `TEST.AUG` of a model that has none, or
+            `TEST.KEYPOINT_OKS_SIGMAS` that do not fit the model.
     """
     check_size_bins(cfg)
     check_test_augmentation(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
+        check_oks_sigmas(cfg)
     coco_eval_class(cfg)
 
 

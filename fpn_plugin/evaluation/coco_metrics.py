@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, Sequence
 
 import numpy as np
+from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -97,6 +98,19 @@ def oks_sigmas(sigmas: Sequence[float], keypoints: int) -> list[float]:
             f"{SIGMAS_KEY}: {list(sigmas)} are not positive numbers, such as {example}"
         )
     return list(sigmas)
+
+
+def check_oks_sigmas(cfg: CfgNode) -> None:
+    """Check `TEST.KEYPOINT_OKS_SIGMAS`, and say which sigmas stand for none.
+
+    Raises:
+        ValueError: as :func:`oks_sigmas` does.
+    """
+    count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    sigmas = oks_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, count)
+    if not cfg.TEST.KEYPOINT_OKS_SIGMAS:
+        what = f"{sigmas[0]} for each of {count} keypoints" if sigmas else "those of COCO's persons"
+        logger.info("%s is empty: AP of keypoints takes %s", SIGMAS_KEY, what)
 
 
 def evaluate_detections(
