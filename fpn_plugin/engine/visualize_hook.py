@@ -21,6 +21,7 @@ from fpn_plugin.visualize.images import (
     class_names,
     dataset_records,
     inspect_image,
+    skeleton,
 )
 from fpn_plugin.visualize.maps import map_rows
 from fpn_plugin.visualize.picture import as_pixels, draw_image, select_objects
@@ -49,6 +50,7 @@ class VisualizeHook(HookBase):
         records: the dataset dicts of the images.
         period: in iterations.
         names: the names of the classes.
+        skeleton: pairs of indices of key points to join.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class VisualizeHook(HookBase):
         records: Sequence[Record],
         period: int,
         names: Sequence[str] = (),
+        skeleton: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.model: Any = model
         self.mapper = mapper
         self.records = records
         self.period = period
         self.names = names
+        self.skeleton = skeleton
 
     def before_train(self) -> None:
         """Register with the step trainer, the only one that calls `after_backward`."""
@@ -110,7 +114,7 @@ class VisualizeHook(HookBase):
     def _draw(self, record: Record) -> Any:
         """The figure as `(3, H, W)`, 0 to 255."""
         image = inspect_image(self.model, self.mapper, record)
-        objects = select_objects(image, self.names, SCORE)
+        objects = select_objects(image, self.names, SCORE, self.skeleton)
         figure = draw_image(image, objects, map_rows(self.pyramid, image.maps), SCORE)
         return as_pixels(figure, _DPI).transpose(2, 0, 1)
 
@@ -137,7 +141,8 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
     if not records:
         logger.warning("TEST.VIS_PERIOD: no pictures, as DATASETS.TEST is empty")
     mapper = DatasetMapper(cfg, is_train=False)
-    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, class_names(names, cfg))
+    drawn = class_names(names, cfg), skeleton(names, cfg)
+    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, *drawn)
 
 
 def gradient_norms(pyramid: GraphExecutor) -> dict[str, Tensor]:

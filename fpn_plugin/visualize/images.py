@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from fpn_plugin.data.classes import check_test_classes, model_classes
+from fpn_plugin.data.keypoints import dataset_keypoints, model_keypoints
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.visualize.detector import Mapper
 from fpn_plugin.visualize.levels import FIELD, record_levels
@@ -117,6 +118,16 @@ def class_names(datasets: Sequence[str], cfg: CfgNode | None = None) -> list[str
     for name in datasets:
         if names := MetadataCatalog.get(name).get("thing_classes"):
             return list(names)
+    return []
+
+
+def skeleton(datasets: Sequence[str], cfg: CfgNode | None = None) -> list[tuple[int, int]]:
+    """The pairs of keypoints' indices that a line joins: the model's, else the first dataset's."""
+    known = [model_keypoints(cfg)] if cfg is not None else []
+    for keypoints in (*known, *map(dataset_keypoints, datasets)):
+        if keypoints:
+            index = keypoints.names.index
+            return [(index(one), index(other)) for one, other in keypoints.skeleton]
     return []
 
 

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fpn_plugin.visualize.images import all_records, class_names, dataset_records
+from fpn_plugin.visualize.images import all_records, class_names, dataset_records, skeleton
 from fpn_plugin.visualize.objects import (
     MOST_LABELS,
     ImageObject,
@@ -141,9 +141,9 @@ def draw_pair(
         dataset: whose class names and colours to use.
         score: the threshold that the title names.
     """
-    names = class_names([dataset])
-    truth = objects_of_annotations(annotations, names)
-    detected = objects_of_annotations(detections, names)
+    names, lines = class_names([dataset]), skeleton([dataset])
+    truth = objects_of_annotations(annotations, names, lines)
+    detected = objects_of_annotations(detections, names, lines)
     labels = max(len(truth), len(detected)) <= MOST_LABELS
     height, width = (_SIDE * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
     size = np.array([2 * width + _GAP, height + _TITLE_HEIGHT])

@@ -41,6 +41,7 @@ from fpn_plugin.visualize.images import (
     find_images,
     inspect_image,
     records_of,
+    skeleton,
 )
 from fpn_plugin.visualize.maps import map_rows
 from fpn_plugin.visualize.objects import ImageObject
@@ -124,7 +125,8 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg)
     selections = _draw_images(
-        detector, records, list(pictures), class_names(datasets, cfg), settings, bar
+        *(detector, records, list(pictures), class_names(datasets, cfg)),
+        *(skeleton(datasets, cfg), settings, bar),
     )
     names = [Path(record["file_name"]).name for record in records]
     titles = {settings.output / file: name for file, name in zip(pictures, names)}
@@ -197,6 +199,7 @@ def _draw_images(
     records: Sequence[Record],
     files: Sequence[str],
     names: Sequence[str],
+    lines: Sequence[tuple[int, int]],
     settings: Settings,
     bar: Bar,
 ) -> list[Selection]:
@@ -205,7 +208,7 @@ def _draw_images(
     bar.begin("Images", len(records))
     for number, record in enumerate(records):
         image = inspect_image(detector.model, detector.mapper, record)
-        selections.append(select_objects(image, names, settings.score))
+        selections.append(select_objects(image, names, settings.score, lines))
         if files:
             rows = map_rows(detector.model.backbone, image.maps)
             figure = draw_image(image, selections[-1], rows, settings.score)
