@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
@@ -18,6 +18,7 @@ from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
@@ -193,7 +194,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's loader, with errors that name the image."""
-        mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
+        mapper = TestMapper(Mapper(cfg, is_train=False), dataset_name)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod

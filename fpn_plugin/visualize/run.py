@@ -16,6 +16,7 @@ from PIL import Image
 
 from fpn_plugin.config import load_config
 from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.data.deep_images import check_rule
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -135,12 +136,20 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
 
 def _draw_results(settings: Settings) -> list[Path]:
     """The ground truth beside the detections of an evaluation; no model is built."""
+    deep_images = "percentile"
     if settings.config_file:
         # the weights need not be there any more
         opts = [*settings.opts, "MODEL.WEIGHTS", ""]
-        register_own(load_config(argparse.Namespace(config_file=settings.config_file, opts=opts)))
+        cfg = load_config(argparse.Namespace(config_file=settings.config_file, opts=opts))
+        register_own(cfg)
+        deep_images = check_rule(cfg.INPUT.DEEP_IMAGES)
     return draw_results(
-        settings.results, settings.dataset, settings.output, settings.num, settings.score
+        settings.results,
+        settings.dataset,
+        settings.output,
+        settings.num,
+        settings.score,
+        deep_images,
     )
 
 
