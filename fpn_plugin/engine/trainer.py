@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
@@ -23,6 +23,7 @@ from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
 from fpn_plugin.config.resolve import as_recorded
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
@@ -264,7 +265,7 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: if the dataset has other classes than the config's model (DATASETS.CLASSES).
         """
-        mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
+        mapper = TestMapper(Mapper(cfg, is_train=False), dataset_name)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_test_classes(cfg, dataset_name)
         return loader

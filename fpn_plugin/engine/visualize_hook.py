@@ -8,13 +8,12 @@ from typing import Any, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedNode
-from fpn_plugin.visualize.detector import Mapper
 from fpn_plugin.visualize.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.visualize.images import (
     Record,
@@ -140,7 +139,7 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
     records = [record for name in names for record in dataset_records(name, IMAGES)]
     if not records:
         logger.warning("TEST.VIS_PERIOD: no pictures, as DATASETS.TEST is empty")
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = Mapper(cfg, is_train=False)
     drawn = class_names(names, cfg), skeleton(names, cfg)
     return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, *drawn)
 

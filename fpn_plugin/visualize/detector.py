@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -17,9 +16,8 @@ from fpn_plugin.config import load_config
 from fpn_plugin.data.classes import adopt_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import adopt_keypoints
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.modeling.speed import prepare_for_training
-
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]  # from a record to the model's input
 
 
 @dataclass(frozen=True)
@@ -78,4 +76,4 @@ def load_detector(
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
     checkpointer(model).load(cfg.MODEL.WEIGHTS)
-    return Detector(cfg, model, DatasetMapper(cfg, is_train=False))
+    return Detector(cfg, model, Mapper(cfg, is_train=False))

@@ -26,6 +26,7 @@ from fpn_plugin.data.classes import (
     recorded_classes,
 )
 from fpn_plugin.data.coco_format import needed_splits, register_own
+from fpn_plugin.data.deep_images import check_rule
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -150,18 +151,24 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
 
 def _draw_results(settings: Settings) -> list[Path]:
     """The ground truth beside the detections of an evaluation; no model is built."""
+    deep_images = "percentile"
     if settings.config_file:
         # the weights need not be there any more
         opts = [*settings.opts, "MODEL.WEIGHTS", ""]
         cfg = load_config(argparse.Namespace(config_file=settings.config_file, opts=opts))
         register_own(cfg, needed=needed_splits(settings.dataset))
-        classes = model_classes(cfg)
+        classes, deep_images = model_classes(cfg), check_rule(cfg.INPUT.DEEP_IMAGES)
     else:
         classes = _classes_beside(Path(settings.results))
     all_records(settings.dataset)  # most datasets name their classes when they are loaded
     compare_classes([each for each in (classes, dataset_classes(settings.dataset)) if each])
     return draw_results(
-        settings.results, settings.dataset, settings.output, settings.num, settings.score
+        settings.results,
+        settings.dataset,
+        settings.output,
+        settings.num,
+        settings.score,
+        deep_images,
     )
 
 
