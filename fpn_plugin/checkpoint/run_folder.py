@@ -50,11 +50,12 @@ def run_results(folder: str) -> list[Path]:
     A config and a log alone are no results: a run that failed before its first step leaves them.
     """
     root = Path(folder)
-    metrics, inference = root / METRICS, root / "inference"
+    metrics = root / METRICS
     results = [*list_checkpoints(folder), *root.glob("events.out.tfevents.*")]
     results += [root / TAG] if (root / TAG).is_file() else []
     results += [metrics] if metrics.is_file() and metrics.stat().st_size else []
-    results += [inference] if inference.is_dir() else []
+    folders = (root / "inference", root / "inference_TTA")
+    results += [results_folder for results_folder in folders if results_folder.is_dir()]
     return sorted(results)
 
 

@@ -223,7 +223,7 @@ def _evaluation_metrics(line: Mapping[str, Any], dataset: str) -> dict[str, floa
     return {
         name: float(line[key])
         for key, name in names.items()
-        if name.startswith(tuple(f"{task}/" for task in TASKS))
+        if name.startswith(tuple(f"{task}/" for task in TASKS)) and not name.endswith("/maxDets")
     }
 
 

@@ -23,13 +23,13 @@ from fpn_plugin.compare.bootstrap import (
     matches_of,
 )
 from fpn_plugin.compare.runs import Group, Run
+from fpn_plugin.evaluation.coco_metrics import COCO_LIMIT, detection_limit, prepare_truth
 from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precision
 from fpn_plugin.report.progress import Bar
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}
 _TOLERANCE = 0.01  # points of AP between metrics.json and what the detections give
-_MAX_DETECTIONS = 100  # per image, in COCO's AP
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_truth(run: Run) -> COCO | str:
     if not Path(path).is_file():
         return f"the annotations of {run.dataset!r} are not here ({path or 'no file is named'})"
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(path)
+        coco = prepare_truth(COCO(path))
     return coco if "annotations" in coco.dataset else f"{path} has no annotations"
 
 
@@ -78,6 +78,13 @@ def score_runs(
     Raises:
         ValueError: naming a file that holds no detections in the images of the truth.
     """
+    # the same number for all runs; no run has more detections than its own config lets it
+    limit = max(detection_limit(int(run.config["TEST.DETECTIONS_PER_IMAGE"])) for run in runs)
+    if limit > COCO_LIMIT:
+        notes.append(
+            f"AP counts {limit} detections of a category in an image (TEST.DETECTIONS_PER_IMAGE),"
+            f" not COCO's {COCO_LIMIT}."
+        )
     scores = {}
     bar.begin("detections against the truth", len(runs))
     for done, run in enumerate(runs):
@@ -85,13 +92,13 @@ def score_runs(
         if run.results is None:
             notes.append(f"{run.name}: no detections are there; its AP is metrics.json's.")
             continue
-        scores[run.name] = _score(run.results, truth, edges)
+        scores[run.name] = _score(run.results, truth, edges, limit)
         if not scores[run.name]:
             notes.append(f"{run.name} detected nothing at all.")
         for task, score in scores[run.name].items():
             ap = score.metrics["AP"]
             recorded = run.metrics.get(f"{task}/AP", ap)
-            if not abs(recorded - ap) <= _TOLERANCE:
+            if not np.isclose(recorded, ap, rtol=0, atol=_TOLERANCE, equal_nan=True):
                 notes.append(
                     f"{run.name}: {task} AP is {recorded:.2f} in metrics.json, but {ap:.2f} by its"
                     " detections, which are reported here."
@@ -134,7 +141,7 @@ def compare_pairs(
     return pairs
 
 
-def _score(path: Path, truth: COCO, edges: Sequence[float]) -> dict[str, Score]:
+def _score(path: Path, truth: COCO, edges: Sequence[float], limit: int) -> dict[str, Score]:
     """Evaluate the detections of a file, by task; {} if it holds none."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -148,11 +155,11 @@ def _score(path: Path, truth: COCO, edges: Sequence[float]) -> dict[str, Score]:
         )
     tasks = ["bbox"] if results else []
     tasks += ["segm"] if any("segmentation" in result for result in results) else []
-    return {task: _evaluate(results, truth, task, edges) for task in tasks}
+    return {task: _evaluate(results, truth, task, edges, limit) for task in tasks}
 
 
 def _evaluate(
-    results: Sequence[dict[str, Any]], truth: COCO, task: str, edges: Sequence[float]
+    results: Sequence[dict[str, Any]], truth: COCO, task: str, edges: Sequence[float], limit: int
 ) -> Score:
     results = copy.deepcopy(list(results))  # pycocotools adds to them
     if task == "segm":
@@ -160,7 +167,7 @@ def _evaluate(
             result.pop("bbox", None)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(results), task)
-        evaluation.params.maxDets = [_MAX_DETECTIONS]
+        evaluation.params.maxDets = [limit]
         evaluation.params.areaRng = [*_AREAS.values(), *area_ranges(edges)]
         evaluation.params.areaRngLbl = [*_AREAS, *bin_names(edges)]
         evaluation.evaluate()

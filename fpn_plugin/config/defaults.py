@@ -195,6 +195,14 @@ _KEYS = [
         " `DATASETS.TEST`, and each node's gradient norm, in TensorBoard; with it, the fusions'"
         " weights every 20 iterations; `0`: none of it",
     ),
+    Key(
+        "INPUT.DEEP_IMAGES",
+        "percentile",
+        "how images of more than 8 bits per channel (16-bit, 32-bit, float) become 0...255:"
+        " `percentile` (from the 0.1st percentile of each image to its 99.9th, all channels alike)"
+        " or `full` (the full range of the file's type, of floats 0 to 1); images of 8 bits stay as"
+        " they are",
+    ),
     Key("DATALOADER.PERSISTENT_WORKERS", False, "keeps worker processes between epochs"),
     Key("DATALOADER.PIN_MEMORY", False, "batches in pinned memory, from which a GPU copies faster"),
     Key(

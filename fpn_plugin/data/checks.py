@@ -15,13 +15,32 @@ from detectron2.utils.file_io import PathManager
 
 from fpn_plugin.checkpoint.plain import read_pickle
 
-from .annotation_checks import check_annotations, check_categories, check_images
+from .annotation_checks import (
+    check_annotations,
+    check_categories,
+    check_images,
+    check_keypoint_annotations,
+)
 from .classes import Classes, compare_classes, dataset_classes, has_classes, model_classes
 from .coco_json import DatasetError, Findings, read_json
 from .image_checks import check_image_files, name_fault
+from .keypoints import (
+    Keypoints,
+    check_keypoints,
+    dataset_keypoints,
+    model_keypoints,
+    read_keypoints,
+)
 from .record_checks import check_records
 
-__all__ = ["IMAGE_CHECKS", "Report", "check_config_datasets", "check_dataset", "training_classes"]
+__all__ = [
+    "IMAGE_CHECKS",
+    "Report",
+    "check_config_datasets",
+    "check_dataset",
+    "training_classes",
+    "training_keypoints",
+]
 
 IMAGE_CHECKS = ("auto", "full", "headers", "annotations", "off")
 _FULL_LIMIT, _HEADERS_LIMIT = 5_000, 20_000
@@ -60,6 +79,7 @@ class Report:
         classes: names of the categories, in the order of their ids.
         warnings: how often each warning was found.
         class_ids: of the categories, in the same order as their names.
+        keypoints: of its metadata, else of its file, if they are asked for and there.
     """
 
     name: str
@@ -70,6 +90,7 @@ class Report:
     classes: tuple[str, ...] = ()
     warnings: dict[str, int] = field(default_factory=dict)
     class_ids: tuple[int, ...] = ()
+    keypoints: Keypoints | None = None
 
     @property
     def known_classes(self) -> Classes | None:
@@ -88,6 +109,7 @@ def check_dataset(
     evaluation: bool = False,
     outside: bool = False,
     polygons: bool = False,
+    keypoints: bool = False,
 ) -> Report:
     """Check a registered dataset in COCO's format; of others, only what stands in their records.
 
@@ -105,6 +127,7 @@ def check_dataset(
             ``iscrowd`` unless it is LVIS's. Implied if ``training`` is False.
         outside: whether its JSON may name files outside of the image folder.
         polygons: whether training accepts masks as polygons only (``INPUT.MASK_FORMAT``).
+        keypoints: whether the model has a keypoint head.
 
     Raises:
         KeyError: the dataset is not registered.
@@ -118,7 +141,8 @@ def check_dataset(
     json_file = metadata.get("json_file")
     if images == "off":
         logger.info("Dataset %s is not checked: DATASETS.CHECK is 'off'", name)
-        return Report(name, str(json_file or ""), "off")
+        known = dataset_keypoints(name) if keypoints else None
+        return Report(name, str(json_file or ""), "off", keypoints=known)
     if not json_file:
         return _check_function(name, masks)
     content = _read(name, metadata)
@@ -128,6 +152,9 @@ def check_dataset(
         _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
     records = check_images(content, findings, outside)
+    points = None
+    if keypoints:
+        points = dataset_keypoints(name) or read_keypoints(content, findings, name)
     if panoptic := metadata.get("panoptic_json"):
         _check_panoptic_names(str(panoptic), findings, outside)
     num_annotations = 0
@@ -137,6 +164,9 @@ def check_dataset(
         num_annotations = check_annotations(
             content, records, categories, findings, masks, keys, polygons
         )
+        if keypoints:
+            count = len(points.names) if points else 0
+            check_keypoint_annotations(content, records, count, findings)
     else:
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
     level = _image_check(images, len(records))
@@ -149,7 +179,8 @@ def check_dataset(
     ids = tuple(sorted(categories))
     classes = _class_names(content, categories, evaluator)
     counts = (len(records), num_annotations)
-    report = Report(name, findings.source, level, *counts, classes, dict(findings.counts), ids)
+    warnings = dict(findings.counts)
+    report = Report(name, findings.source, level, *counts, classes, warnings, ids, points)
     logger.info(
         "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
         *(name, report.num_images, report.num_annotations, len(report.classes)),
@@ -185,7 +216,8 @@ def _check_function(name: str, masks: bool) -> Report:
         *(name, len(records), num_annotations, len(classes.names)),
     )
     counts = (len(records), num_annotations)
-    return Report(name, "", "annotations", *counts, classes.names, {}, classes.ids)
+    known = (classes.names, {}, classes.ids, dataset_keypoints(name))
+    return Report(name, "", "annotations", *counts, *known)
 
 
 def _image_check(images: str, num_images: int) -> str:
@@ -265,6 +297,7 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
     outside = cfg.DATASETS.OUTSIDE_FILES
     polygons = masks and cfg.INPUT.MASK_FORMAT == "polygon"
+    keypoints = bool(cfg.MODEL.KEYPOINT_ON)
     for name in training + testing:
         _require_registered(name)
     # The loader skips bad training images; those that AP is computed from must be good.
@@ -273,12 +306,21 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     for name in training:
         tested = name in cfg.DATASETS.TEST
         images = "annotations" if skip and not tested else level
-        reports.append(check_dataset(name, images, True, masks, tested, outside, polygons))
-    reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]
+        reports.append(
+            check_dataset(name, images, True, masks, tested, outside, polygons, keypoints)
+        )
+    reports += [
+        check_dataset(name, level, False, masks, outside=outside, keypoints=keypoints)
+        for name in testing
+    ]
     if has_classes(cfg):
         known = [model_classes(cfg)] if not training else []
         known += [report.known_classes for report in reports]
         compare_classes([classes for classes in known if classes])
+    if keypoints:
+        known_points = [model_keypoints(cfg)] if not training else []
+        known_points += [report.keypoints for report in reports]
+        check_keypoints(cfg, [points for points in known_points if points])
     for report in reports:
         _check_class_count(cfg, report)
     if level != "off" and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
@@ -302,6 +344,18 @@ def training_classes(cfg: CfgNode, reports: list[Report]) -> Classes | None:
         if report.json_file and (classes := _read_classes(report)):
             return classes
     return None
+
+
+def training_keypoints(cfg: CfgNode, reports: list[Report]) -> Keypoints | None:
+    """The keypoints of the training data, or None where it does not tell, or the model has none.
+
+    Args:
+        reports: of :func:`check_config_datasets`.
+    """
+    training = [report for report in reports if report.name in cfg.DATASETS.TRAIN]
+    if not cfg.MODEL.KEYPOINT_ON:
+        return None
+    return next((report.keypoints for report in training if report.keypoints), None)
 
 
 def _read_classes(report: Report) -> Classes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -17,6 +17,13 @@ from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
 from .coco_json import Findings, read_json
 from .image_checks import OUTSIDE_KEY, check_loaded
+from .keypoints import (
+    Keypoints,
+    fit_num_keypoints,
+    model_keypoints,
+    read_keypoints,
+    set_keypoints,
+)
 
 __all__ = ["needed_splits", "register_all", "register_coco_format", "register_own"]
 
@@ -134,15 +141,21 @@ def register_own(
         cfg.DATASETS[key] = (name,) if paths else ()
     train, val = files["TRAIN"], files["VAL"]
     trains = trains and train is not None
+    paths, keep = train or val, keep_json and cfg.DATASETS.CHECK != "off"
     if cfg.DATASETS.CLASSES.NAMES and not trains:
         _fit_num_classes(cfg, len(cfg.DATASETS.CLASSES.NAMES), "DATASETS.CLASSES.NAMES")
-    elif paths := train or val:
-        json_file, keep = paths[0], keep_json and cfg.DATASETS.CHECK != "off"
-        stat = os.stat(json_file)
-        names, ids = _read_classes(json_file, stat.st_size, stat.st_mtime_ns, keep)
+    elif paths:
+        names, ids, _ = _read_outputs(cfg, paths[0], keep)
         if trains and has_classes(cfg):
-            set_classes(cfg, Classes(names, ids, "own_train", json_file))
-        _fit_num_classes(cfg, len(names), json_file)
+            set_classes(cfg, Classes(names, ids, "own_train", paths[0]))
+        _fit_num_classes(cfg, len(names), paths[0])
+    if cfg.MODEL.KEYPOINT_ON:
+        keypoints = None if trains else model_keypoints(cfg)
+        if keypoints is None and paths:
+            keypoints = _read_outputs(cfg, paths[0], keep)[2]
+        if keypoints:
+            fit_num_keypoints(cfg, keypoints)
+            set_keypoints(cfg, keypoints)
     return cfg
 
 
@@ -187,17 +200,29 @@ def _fit_num_classes(cfg: CfgNode, count: int, source: str) -> None:
             node.NUM_CLASSES = count
 
 
-@functools.lru_cache(maxsize=4)
-def _read_classes(
-    json_file: str, size: int, mtime: int, keep_json: bool
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Cached, since a process asks twice and a large file takes seconds to read.
+class _Outputs(NamedTuple):
+    """What a file says of a model's outputs: names and ids of the categories, in the order of the
+    ids, and keypoints."""
 
-    Returns:
-        the names and ids of the categories, in the order of the ids.
-    """
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    keypoints: Keypoints | None
+
+
+def _read_outputs(cfg: CfgNode, json_file: str, keep_json: bool) -> _Outputs:
+    stat, keypoints = os.stat(json_file), bool(cfg.MODEL.KEYPOINT_ON)
+    return _parse_outputs(json_file, stat.st_size, stat.st_mtime_ns, keep_json, keypoints)
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_outputs(
+    json_file: str, size: int, mtime: int, keep_json: bool, keypoints: bool
+) -> _Outputs:
+    """Cached, since a process asks twice and a large file takes seconds to read."""
     findings = Findings(json_file)
-    categories = check_categories(read_json(json_file, keep_json), findings)
+    content = read_json(json_file, keep_json)
+    categories = check_categories(content, findings)
+    points = read_keypoints(content, findings, "the own data") if keypoints else None
     findings.raise_errors()
     ids = tuple(sorted(categories))
-    return tuple(categories[key] for key in ids), ids
+    return _Outputs(tuple(categories[key] for key in ids), ids, points)

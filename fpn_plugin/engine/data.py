@@ -15,7 +15,6 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
-    DatasetMapper,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -23,6 +22,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
@@ -150,7 +150,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
 
     Args:
         cfg: with a `SEED` that is not negative; Detectron2's keys keep their meaning.
-        mapper: by default Detectron2's DatasetMapper for training.
+        mapper: by default our Mapper for training.
 
     Returns:
         A DataLoader of lists of mapped samples.
@@ -163,7 +163,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     batch_size = _batch_per_process(cfg)
     skip = check_on_error(cfg.DATALOADER.ON_ERROR) == "skip"
     dataset = load_training_dicts(cfg)
-    mapper = mapper or DatasetMapper(cfg, is_train=True)
+    mapper = mapper or Mapper(cfg, is_train=True)
     if isinstance(dataset, torchdata.IterableDataset):
         if skip:
             raise ValueError(f"{KEY} 'skip': DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a stream")

@@ -175,14 +175,13 @@ class EvalHook(hooks.EvalHook):
         super().after_train()
 
 
-def replace_eval_hooks(given: list[HookBase | None], folder: str) -> list[HookBase | None]:
-    """Hooks with Detectron2's EvalHook replaced by :class:`EvalHook` for a run's folder."""
+def replace_eval_hooks(
+    given: list[HookBase | None], evaluate: Callable[[], Any], folder: str
+) -> list[HookBase | None]:
+    """Hooks with Detectron2's EvalHook replaced by an :class:`EvalHook` of that function, for a
+    run's folder."""
     return [
-        (
-            EvalHook(hook._period, hook._func, folder)
-            if hook and type(hook) is hooks.EvalHook
-            else hook
-        )
+        EvalHook(hook._period, evaluate, folder) if hook and type(hook) is hooks.EvalHook else hook
         for hook in given
     ]
 

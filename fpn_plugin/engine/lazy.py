@@ -5,6 +5,8 @@ This plugin adds to `train`: `channels_last`, `amp.precision` (auto, fp16 or bf1
 pyramid or backbone), `fold_norms`, `fast_roi_align` and `max_loss_ratio`, which is
 `SOLVER.MAX_LOSS_RATIO`. A resumed run goes on with the model, the optimizer and the schedule;
 unlike :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
+Loaders with Detectron2's DatasetMapper get :class:`fpn_plugin.data.mapper.Mapper`, which has
+`deep_images` too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Sequence
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetMapper
 from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -29,6 +32,7 @@ from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
 from fpn_plugin.checkpoint.load import load_weights
 from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -54,6 +58,12 @@ from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_
 
 logger = logging.getLogger(__name__)
 
+# as a class, and by the names that a dumped config may have
+_DETECTRON2_MAPPER = (
+    DatasetMapper,
+    "detectron2.data.DatasetMapper",
+    "detectron2.data.dataset_mapper.DatasetMapper",
+)
 _PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
 
 
@@ -109,7 +119,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--config-file {path!r} does not exist")
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides or ()))
+    cfg = LazyConfig.load(path)
+    _replace_mappers(cfg)
+    cfg = LazyConfig.apply_overrides(cfg, list(overrides or ()))
     if missing := [part for part in _PARTS if part not in cfg]:
         raise ValueError(f"{path}: the config lacks {', '.join(missing)}")
     if device_of(cfg) != cfg.train.device:
@@ -121,6 +133,12 @@ def device_of(cfg: DictConfig) -> str:
     """`train.device`; the CPU in place of its default, cuda, where there is no GPU."""
     is_missing = cfg.train.device == "cuda" and not torch.cuda.is_available()
     return "cpu" if is_missing else str(cfg.train.device)
+def _replace_mappers(cfg: DictConfig) -> None:
+    """Let loaders have our mapper in the place of Detectron2's, of which it is a subclass."""
+    for split in ("train", "test"):
+        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
+        if isinstance(mapper, DictConfig) and mapper.get("_target_") in _DETECTRON2_MAPPER:
+            mapper._target_ = f"{Mapper.__module__}.{Mapper.__qualname__}"
 
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:

@@ -18,9 +18,14 @@ from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
-from fpn_plugin.data.checks import check_config_datasets, training_classes
+from fpn_plugin.data.checks import (
+    check_config_datasets,
+    training_classes,
+    training_keypoints,
+)
 from fpn_plugin.data.classes import adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.data.keypoints import adopt_keypoints, require_keypoints, set_keypoints
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.run_folder import (
@@ -78,6 +83,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.eval_only:
         _find_eval_weights(cfg, args.resume)
         adopt_classes(cfg, cfg.MODEL.WEIGHTS)
+        adopt_keypoints(cfg, cfg.MODEL.WEIGHTS)
         register_own(cfg, alone, needed=("VAL",))
         _require_data(cfg, eval_only=True)
         if args.machine_rank == 0:
@@ -184,8 +190,8 @@ def write_config(cfg: CfgNode, first_weights: bool = False) -> None:
 def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """Check all that a run reads and that its evaluators need, before it starts.
 
-    `DATASETS.OWN` is registered, and the classes of the training data, which the main process has
-    read, become those of the config, in place.
+    `DATASETS.OWN` is registered, and the classes and keypoints of the training data, which the main
+    process has read, become those of the config, in place.
 
     Args:
         eval_only: whether `DATASETS.TRAIN` is neither read nor checked, and becomes empty.
@@ -198,12 +204,15 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
     if eval_only:
         cfg.DATASETS.TRAIN = ()
-    classes = None
+    outputs = None, None
     if comm.is_main_process():
-        classes = training_classes(cfg, check_config_datasets(cfg))
-    classes = comm.all_gather(classes)[0]
+        reports = check_config_datasets(cfg)
+        outputs = training_classes(cfg, reports), training_keypoints(cfg, reports)
+    classes, keypoints = comm.all_gather(outputs)[0]
     if not eval_only:
         set_classes(cfg, classes)
+        set_keypoints(cfg, keypoints)
+        require_keypoints(cfg)
     check_evaluators(cfg)
 
 

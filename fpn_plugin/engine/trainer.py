@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
@@ -23,6 +24,7 @@ from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
 from fpn_plugin.config.resolve import as_recorded
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
@@ -46,8 +48,13 @@ from fpn_plugin.engine.run_folder import refuse_results
 from fpn_plugin.engine.setup import has_begun, prepare_config, write_config
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
+from fpn_plugin.evaluation.augmentation import (
+    SUFFIX,
+    augment_at_test_time,
+    check_test_augmentation,
+)
 from fpn_plugin.evaluation.build import build_evaluator
-from fpn_plugin.modeling.precision import device_type
+from fpn_plugin.modeling.precision import Autocast, device_type
 from fpn_plugin.modeling.speed import prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
@@ -224,12 +231,12 @@ class Trainer(DefaultTrainer):
         `TEST.VIS_PERIOD`."""
         # without a folder a finished run is evaluated again
         folder = "" if self.cfg.TEST.EXPECTED_RESULTS else self.cfg.OUTPUT_DIR
-        hooks = replace_eval_hooks(super().build_hooks(), folder)
+        hooks = replace_eval_hooks(super().build_hooks(), self._evaluate, folder)
         if comm.is_main_process():
             place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
             hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))
-        evaluate = lambda: self.test(self.cfg, self.model)  # noqa: E731
-        hooks.insert(0, MissedEvaluation(self.cfg.TEST.EVAL_PERIOD, evaluate, self.cfg.OUTPUT_DIR))
+        period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
+        hooks.insert(0, MissedEvaluation(period, self._evaluate, folder))
         if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
             # imported here, as it needs matplotlib
             from fpn_plugin.engine.visualize_hook import build_visualize_hook
@@ -237,6 +244,17 @@ class Trainer(DefaultTrainer):
             # before the hook of the writers; the checkpointer has the model without DDP
             hooks.insert(-1, build_visualize_hook(self.cfg, self.checkpointer.model))
         return hooks
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate now; with `TEST.AUG` at the end only, as in Detectron2's training script."""
+        cfg = self.cfg
+        if cfg.TEST.AUG.ENABLED and self.iter < self.max_iter:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.TEST.AUG.ENABLED = False
+            cfg.freeze()
+        self._last_eval_results = self.test(cfg, self.model)
+        return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
         """Called in the main process only."""
@@ -266,15 +284,18 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: if the dataset has other classes than the config's model (DATASETS.CLASSES).
         """
-        mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
+        mapper = TestMapper(Mapper(cfg, is_train=False), dataset_name)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_test_classes(cfg, dataset_name)
         return loader
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the dataset's `evaluator_type`."""
-        return build_evaluator(cfg, dataset_name)
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str = ""
+    ) -> DatasetEvaluator:
+        """The evaluator of the dataset's `evaluator_type`; see
+        :func:`fpn_plugin.evaluation.build.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(
@@ -285,13 +306,39 @@ class Trainer(DefaultTrainer):
         Detectron2 evaluates in fp32 whatever it trained in, so its AP of the same weights differs a
         little. For its numbers evaluate with `--eval-only SOLVER.AMP.ENABLED False`.
 
+        With `TEST.AUG.ENABLED` the results with test-time augmentation follow, as "bbox_TTA".
+
+        Args:
+            evaluators: by default those of the datasets' `evaluator_type`; with others there is no
+                test-time augmentation.
+
         Raises:
             SaveError, WorkerError, OutOfMemoryError: as in training.
-            ValueError: if a dataset has other classes than the model.
+            ValueError: if a dataset has other classes than the model, or Detectron2 cannot augment
+                with this model.
         """
         cfg = with_classes_of(model, cfg)
         with actionable_errors("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
-            return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
+            augments = cfg.TEST.AUG.ENABLED and evaluators is None
+            if augments:
+                check_test_augmentation(cfg)
+            model = prepare_for_inference(model, cfg)
+            results = super().test(cfg, model, evaluators)
+            if not augments:
+                return results
+            logger.info("Evaluating with test-time augmentation (TEST.AUG)")
+            names, folder = cfg.DATASETS.TEST, os.path.join(cfg.OUTPUT_DIR, "inference" + SUFFIX)
+            folders = [os.path.join(folder, name) if len(names) > 1 else folder for name in names]
+            evaluators = [cls.build_evaluator(cfg, *pair) for pair in zip(names, folders)]
+            augmented = super().test(cfg, _augmented(cfg, model), evaluators)
+            return {**results, **{key + SUFFIX: value for key, value in augmented.items()}}
+
+
+def _augmented(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """A prepared model with test-time augmentation, in the same precision."""
+    if isinstance(model, Autocast):
+        return Autocast(augment_at_test_time(cfg, model.model), model.device, model.dtype)
+    return augment_at_test_time(cfg, model)
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:

@@ -8,19 +8,19 @@ from typing import Any, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedNode
-from fpn_plugin.visualize.detector import Mapper
 from fpn_plugin.visualize.fusion_weights import FusionWeights, fusion_weights
 from fpn_plugin.visualize.images import (
     Record,
     class_names,
     dataset_records,
     inspect_image,
+    skeleton,
 )
 from fpn_plugin.visualize.maps import map_rows
 from fpn_plugin.visualize.picture import as_pixels, draw_image, select_objects
@@ -49,6 +49,7 @@ class VisualizeHook(HookBase):
         records: the dataset dicts of the images.
         period: in iterations.
         names: the names of the classes.
+        skeleton: pairs of indices of key points to join.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class VisualizeHook(HookBase):
         records: Sequence[Record],
         period: int,
         names: Sequence[str] = (),
+        skeleton: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.model: Any = model
         self.mapper = mapper
         self.records = records
         self.period = period
         self.names = names
+        self.skeleton = skeleton
 
     def before_train(self) -> None:
         """Register with the step trainer, the only one that calls `after_backward`."""
@@ -110,7 +113,7 @@ class VisualizeHook(HookBase):
     def _draw(self, record: Record) -> Any:
         """The figure as `(3, H, W)`, 0 to 255."""
         image = inspect_image(self.model, self.mapper, record)
-        objects = select_objects(image, self.names, SCORE)
+        objects = select_objects(image, self.names, SCORE, self.skeleton)
         figure = draw_image(image, objects, map_rows(self.pyramid, image.maps), SCORE)
         return as_pixels(figure, _DPI).transpose(2, 0, 1)
 
@@ -136,8 +139,9 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
     records = [record for name in names for record in dataset_records(name, IMAGES)]
     if not records:
         logger.warning("TEST.VIS_PERIOD: no pictures, as DATASETS.TEST is empty")
-    mapper = DatasetMapper(cfg, is_train=False)
-    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, class_names(names, cfg))
+    mapper = Mapper(cfg, is_train=False)
+    drawn = class_names(names, cfg), skeleton(names, cfg)
+    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, *drawn)
 
 
 def gradient_norms(pyramid: GraphExecutor) -> dict[str, Tensor]:

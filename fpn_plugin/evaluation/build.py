@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from typing import Any, Callable, Sequence
 
@@ -20,12 +21,21 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from detectron2.evaluation.coco_evaluation import COCOeval_opt, _evaluate_predictions_on_coco
+from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.evaluation.augmentation import check_test_augmentation
+from fpn_plugin.evaluation.coco_metrics import (
+    COCO_LIMIT,
+    check_oks_sigmas,
+    detection_limit,
+    evaluate_detections,
+    prepare_truth,
+    warn_of_full_images,
+)
 from fpn_plugin.evaluation.size_bins import SizeBinEvaluator, check_size_bins
 from fpn_plugin.registry import Registry
 
@@ -41,6 +51,8 @@ _PACKAGES = {
     "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
 }
 
+logger = logging.getLogger(__name__)
+
 
 class InstanceEvaluator(SizeBinEvaluator):
     """Detectron2's `COCOEvaluator` with AP by size bins and any `COCOeval`.
@@ -50,10 +62,8 @@ class InstanceEvaluator(SizeBinEvaluator):
     Args:
         tasks: some of bbox, segm and keypoints; None for those that the predictions have.
         cocoeval: the class that computes the metrics; see :func:`coco_eval_class`.
-        options: of Detectron2's evaluator, and `size_bins`.
-
-    Raises:
-        ValueError: if `TEST.FAST_COCO_EVAL` cannot have the dataset's image ids.
+        options: of Detectron2's evaluator, and `size_bins`. A `max_dets_per_image` above 100 is
+            for keypoints too, and is in the results as "maxDets".
     """
 
     def __init__(
@@ -66,14 +76,11 @@ class InstanceEvaluator(SizeBinEvaluator):
     ) -> None:
         super().__init__(dataset_name, **options)
         self._requested_tasks = tasks
+        prepare_truth(self._coco_api)
+        if cocoeval not in (COCOeval, COCOeval_opt):
+            cocoeval = _for_image_ids(cocoeval, self._coco_api.getImgIds(), dataset_name)
         self._cocoeval = cocoeval
         self._use_fast_impl = cocoeval is not COCOeval  # for Detectron2's log
-        others = [key for key in self._coco_api.getImgIds() if not isinstance(key, int)]
-        if others and cocoeval not in (COCOeval, COCOeval_opt):
-            raise ValueError(
-                f"TEST.FAST_COCO_EVAL: image ids of {dataset_name!r} must be whole numbers, but one"
-                f" is {others[0]!r}; choose False"
-            )
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Add the outputs for a batch of images."""
@@ -90,21 +97,50 @@ class InstanceEvaluator(SizeBinEvaluator):
         # It has also replaced the category ids by the dataset's.
         results = [result for prediction in predictions for result in prediction["instances"]]
         for task in sorted(self._requested_tasks or super()._tasks_from_predictions(results)):
-            evaluated = results and _evaluate_predictions_on_coco(
-                self._coco_api,
-                results,
-                task,
-                kpt_oks_sigmas=self._kpt_oks_sigmas,
-                cocoeval_fn=self._cocoeval,
-                img_ids=img_ids,
-                max_dets_per_image=self._max_dets_per_image,
-            )
+            max_dets = self._max_dets(task)
+            evaluated = None
+            if results:
+                evaluated = evaluate_detections(
+                    *(self._coco_api, results, task, self._cocoeval),
+                    max_dets=max_dets,
+                    sigmas=self._kpt_oks_sigmas,
+                    image_ids=img_ids,
+                )
+            warn_of_full_images(self._coco_api, max_dets[-1], task)
             names = self._metadata.get("thing_classes")
-            self._results[task] = self._derive_coco_results(evaluated or None, task, names)
+            self._results[task] = self._derive_coco_results(evaluated, task, names)
+            if max_dets[-1] > COCO_LIMIT:
+                self._results[task]["maxDets"] = float(max_dets[-1])
+                logger.info(
+                    "%s AP counts %d detections of a category in an image"
+                    " (TEST.DETECTIONS_PER_IMAGE), not COCO's %d",
+                    *(task, max_dets[-1], detection_limit(0, task)),
+                )
+
+    def _max_dets(self, task: str) -> list[int]:
+        """pycocotools' `maxDets`: the numbers of detections in an image that are counted."""
+        if task == "keypoints":
+            return [detection_limit(self._max_dets_per_image[-1], task)]
+        return sorted(self._max_dets_per_image)
 
     def _tasks_from_predictions(self, predictions: Any) -> list[str]:
         """None, to skip Detectron2's loop over the tasks, which has its `COCOeval` built in."""
         return []
+
+
+def _for_image_ids(
+    cocoeval: type[COCOeval], image_ids: Sequence[Any], dataset_name: str
+) -> type[COCOeval]:
+    """faster-coco-eval's class, or Detectron2's if it cannot have the ids."""
+    others = [key for key in image_ids if type(key) is not int or not 0 <= key < 2**63]
+    if not others:
+        return cocoeval
+    logger.warning(
+        "TEST.FAST_COCO_EVAL is not used for %s, as faster-coco-eval needs image ids that are whole"
+        " numbers from 0 to 2**63, and one is %r: Detectron2's class computes the same numbers",
+        *(dataset_name, others[0]),
+    )
+    return COCOeval_opt
 
 
 def coco_eval_class(cfg: CfgNode) -> type[COCOeval]:
@@ -149,6 +185,7 @@ def _coco(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
             output_dir=folder,
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             cocoeval=coco_eval_class(cfg),
+            max_dets_per_image=detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE),
             size_bins=cfg.TEST.SIZE_BINS,
         )
     ]
@@ -224,11 +261,15 @@ def check_evaluators(cfg: CfgNode) -> None:
     Raises:
         KeyError: if a dataset's `evaluator_type` is missing or unknown.
         ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
-        ValueError: for a bad `TEST.SIZE_BINS`.
+        ValueError: for a bad `TEST.SIZE_BINS`, or `TEST.AUG` of a model that has none, or
+            `TEST.KEYPOINT_OKS_SIGMAS` that do not fit the model.
     """
     check_size_bins(cfg)
+    check_test_augmentation(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
+        check_oks_sigmas(cfg)
     coco_eval_class(cfg)
 
 

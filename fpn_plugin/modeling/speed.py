@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone
@@ -86,8 +87,30 @@ def prepare_for_training(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
         model = model.to(memory_format=torch.channels_last)
     if speed.fast_roi_align:
         gather_poolers(model)
+    if speed.channels_last or speed.fast_roi_align:
+        _keep_keypoint_logits_contiguous(model)
     compile_part(model, speed.compile, speed.where)
     return model
+
+
+def _keep_keypoint_logits_contiguous(model: nn.Module) -> None:
+    """Let keypoint heads give contiguous logits, as Detectron2's loss calls `view` on them."""
+    for head in [m for m in model.modules() if isinstance(m, BaseKeypointRCNNHead)]:
+        last = getattr(head, "score_lowres", None)
+        if isinstance(last, nn.Module):  # only bilinear upsampling follows, which keeps the layout
+            if _contiguous_output not in last._forward_hooks.values():
+                last.register_forward_hook(_contiguous_output)
+        elif _contiguous_input not in head._forward_pre_hooks.values():  # a head of the user's
+            head.to(memory_format=torch.contiguous_format)
+            head.register_forward_pre_hook(_contiguous_input)
+
+
+def _contiguous_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.contiguous()
+
+
+def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(part.contiguous() if isinstance(part, Tensor) else part for part in inputs)
 
 
 def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.config import load_config
 from fpn_plugin.data.classes import adopt_classes
 from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.data.keypoints import adopt_keypoints
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.modeling.speed import prepare_for_training
-
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]  # from a record to the model's input
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def read_config(
     if "://" not in checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"--weights (MODEL.WEIGHTS) {checkpoint!r}: there is no such file")
     adopt_classes(cfg, checkpoint)
+    adopt_keypoints(cfg, checkpoint)
     return register_own(cfg, needed=needed)
 
 
@@ -79,4 +79,4 @@ def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
     StrictCheckpointer(model, prefix, allow_partial).load(cfg.MODEL.WEIGHTS)
-    return Detector(cfg, model, DatasetMapper(cfg, is_train=False))
+    return Detector(cfg, model, Mapper(cfg, is_train=False))

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from fpn_plugin.data.classes import check_test_classes, model_classes
+from fpn_plugin.data.deep_images import read_image
+from fpn_plugin.data.keypoints import dataset_keypoints, model_keypoints
+from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.registry import unknown_name
-from fpn_plugin.visualize.detector import Mapper
 from fpn_plugin.visualize.levels import FIELD, record_levels
 from fpn_plugin.visualize.maps import RecordedMaps, record_maps
 
@@ -120,6 +121,16 @@ def class_names(datasets: Sequence[str], cfg: CfgNode | None = None) -> list[str
     return []
 
 
+def skeleton(datasets: Sequence[str], cfg: CfgNode | None = None) -> list[tuple[int, int]]:
+    """The pairs of keypoints' indices that a line joins: the model's, else the first dataset's."""
+    known = [model_keypoints(cfg)] if cfg is not None else []
+    for keypoints in (*known, *map(dataset_keypoints, datasets)):
+        if keypoints:
+            index = keypoints.names.index
+            return [(index(one), index(other)) for one, other in keypoints.skeleton]
+    return []
+
+
 @dataclass(frozen=True)
 class InspectedImage:
     """One image, and what a model made of it.
@@ -153,14 +164,14 @@ def inspect_image(model: Any, mapper: Mapper, record: Record) -> InspectedImage:
 
     Args:
         model: a detector, without any wrapper.
-        mapper: from a record to the model's input: Detectron2's `DatasetMapper` for tests.
+        mapper: for tests, from a record to the model's input.
     """
     path = record["file_name"]
     model_input = mapper(dict(record))
     with _evaluation_mode(model), record_levels(model), record_maps(model.backbone) as maps:
         output = model([model_input])[0]
     height, width = model_input["image"].shape[-2:]
-    pixels = utils.read_image(path, "RGB")
+    pixels = read_image(path, "RGB", mapper.deep_images)
     detections = _detections(output, pixels.shape[:2])
     annotations = record.get("annotations")
     return InspectedImage(Path(path).name, pixels, detections, annotations, maps, (height, width))

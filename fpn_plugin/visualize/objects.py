@@ -28,7 +28,8 @@ class ImageObject:
         label: a text on it, or "".
         score: of a detection.
         mask: polygons or RLE as in COCO's files, or `(H, W)` of bool; None if there is none.
-        points: key points `(K, 2)`, or None.
+        points: key points `(K, 2)`, nan where one is not labelled, or None.
+        lines: pairs of indices of key points that a line joins.
     """
 
     box: tuple[float, float, float, float]
@@ -37,6 +38,7 @@ class ImageObject:
     score: float = 1.0
     mask: Any = None
     points: np.ndarray | None = None
+    lines: Sequence[tuple[int, int]] = ()
 
     @property
     def size(self) -> float:
@@ -45,11 +47,14 @@ class ImageObject:
         return float(max(x1 - x0, 0) * max(y1 - y0, 0)) ** 0.5
 
 
-def objects_of_instances(instances: Instances, names: Sequence[str]) -> list[ImageObject]:
+def objects_of_instances(
+    instances: Instances, names: Sequence[str], skeleton: Sequence[tuple[int, int]] = ()
+) -> list[ImageObject]:
     """The objects that a model found.
 
     Args:
         names: of the classes; a class without one is called by its number.
+        skeleton: pairs of indices of key points to join.
     """
     masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
     points = instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None
@@ -64,18 +69,21 @@ def objects_of_instances(instances: Instances, names: Sequence[str]) -> list[Ima
                 score,
                 None if masks is None else masks[i],
                 None if points is None else points[i, :, :2],
+                skeleton,
             )
         )
     return objects
 
 
 def objects_of_annotations(
-    annotations: Sequence[Mapping[str, Any]], names: Sequence[str]
+    annotations: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    skeleton: Sequence[tuple[int, int]] = (),
 ) -> list[ImageObject]:
     """The objects of Detectron2's annotations, crowds left out; detections if they have a "score".
 
     Args:
-        names: as for :func:`objects_of_instances`.
+        names: and `skeleton`: as for :func:`objects_of_instances`.
     """
     objects = []
     for annotation in annotations:
@@ -88,8 +96,17 @@ def objects_of_annotations(
         mask = annotation.get("segmentation") or None
         label = _label(category, names, score)
         score = 1.0 if score is None else score
-        objects.append(ImageObject((x0, y0, x1, y1), category, label, score, mask))
+        points = _labelled_points(annotation.get("keypoints"))
+        box = (x0, y0, x1, y1)
+        objects.append(ImageObject(box, category, label, score, mask, points, skeleton))
     return objects
+
+
+def _labelled_points(keypoints: Sequence[float] | None) -> np.ndarray | None:
+    if not keypoints:
+        return None
+    points = np.reshape(keypoints, (-1, 3)).astype(float)
+    return np.where(points[:, 2:] > 0, points[:, :2], np.nan)
 
 
 def _label(category: int, names: Sequence[str], score: float | None) -> str:
@@ -126,6 +143,8 @@ def draw_objects(
     axes.add_collection(PatchCollection(boxes, edgecolors=list(colours), linewidths=1.2, **style))
     for obj, colour in zip(objects, colours):
         if obj.points is not None:
+            for pair in obj.lines:
+                axes.plot(*obj.points[list(pair)].T, "-", color=colour, linewidth=1)
             axes.plot(*obj.points.T, ".", color=colour, markersize=3)
         if labels and len(objects) <= MOST_LABELS:
             x, y = max(obj.box[0], 0), max(obj.box[1], 0)

@@ -79,19 +79,25 @@ class Selection:
     truth: Sequence[ImageObject] | None
 
 
-def select_objects(image: InspectedImage, names: Sequence[str], score: float) -> Selection:
+def select_objects(
+    image: InspectedImage,
+    names: Sequence[str],
+    score: float,
+    skeleton: Sequence[tuple[int, int]] = (),
+) -> Selection:
     """The detections with at least this score, and the truth.
 
     Args:
         names: of the classes.
+        skeleton: pairs of indices of key points to join.
     """
     selected = (image.detections.scores >= score).nonzero()[:, 0]
     levels = image.levels()
     annotations = image.annotations
     return Selection(
-        objects_of_instances(image.detections[selected], names),
+        objects_of_instances(image.detections[selected], names, skeleton),
         [None if levels is None else levels[i] for i in selected.tolist()],
-        None if annotations is None else objects_of_annotations(annotations, names),
+        None if annotations is None else objects_of_annotations(annotations, names, skeleton),
     )
 
 

@@ -14,13 +14,13 @@ from typing import Any, Mapping, Sequence
 import matplotlib
 import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fpn_plugin.visualize.images import all_records, class_names, dataset_records
+from fpn_plugin.data.deep_images import read_image
+from fpn_plugin.visualize.images import all_records, class_names, dataset_records, skeleton
 from fpn_plugin.visualize.objects import (
     MOST_LABELS,
     ImageObject,
@@ -88,7 +88,12 @@ def _check_result(
 
 
 def draw_results(
-    results: str | Path, dataset: str, output: str | Path, num: int = 4, score: float = 0.5
+    results: str | Path,
+    dataset: str,
+    output: str | Path,
+    num: int = 4,
+    score: float = 0.5,
+    deep_images: str = "percentile",
 ) -> list[Path]:
     """Write pictures of some images of a dataset: ground truth and detections side by side.
 
@@ -100,6 +105,7 @@ def draw_results(
         output: a folder; it is created if it does not exist.
         num: of pictures, at most.
         score: detections below it are not drawn.
+        deep_images: `INPUT.DEEP_IMAGES`.
 
     Returns:
         the files, in the dataset's order.
@@ -118,7 +124,7 @@ def draw_results(
     paths = []
     for number, record in enumerate(records, 1):
         detected = [d for d in detections[record["image_id"]] if d["score"] >= score]
-        pixels = utils.read_image(record["file_name"], "RGB")
+        pixels = read_image(record["file_name"], "RGB", deep_images)
         figure = draw_pair(pixels, record.get("annotations", []), detected, dataset, score)
         paths.append(folder / f"detections_{number}_{Path(record['file_name']).stem}.jpg")
         figure.savefig(paths[-1], dpi="figure", pil_kwargs={"quality": 90})
@@ -141,9 +147,9 @@ def draw_pair(
         dataset: whose class names and colours to use.
         score: the threshold that the title names.
     """
-    names = class_names([dataset])
-    truth = objects_of_annotations(annotations, names)
-    detected = objects_of_annotations(detections, names)
+    names, lines = class_names([dataset]), skeleton([dataset])
+    truth = objects_of_annotations(annotations, names, lines)
+    detected = objects_of_annotations(detections, names, lines)
     labels = max(len(truth), len(detected)) <= MOST_LABELS
     height, width = (_SIDE * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
     size = np.array([2 * width + _GAP, height + _TITLE_HEIGHT])

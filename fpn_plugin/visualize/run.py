@@ -26,6 +26,7 @@ from fpn_plugin.data.classes import (
     recorded_classes,
 )
 from fpn_plugin.data.coco_format import needed_splits, register_own
+from fpn_plugin.data.deep_images import check_rule
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -41,6 +42,7 @@ from fpn_plugin.visualize.images import (
     find_images,
     inspect_image,
     records_of,
+    skeleton,
 )
 from fpn_plugin.visualize.maps import map_rows
 from fpn_plugin.visualize.objects import ImageObject
@@ -126,7 +128,8 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg, allow_partial=settings.allow_partial)
     selections = _draw_images(
-        detector, records, list(pictures), class_names(datasets, cfg), settings, bar
+        *(detector, records, list(pictures), class_names(datasets, cfg)),
+        *(skeleton(datasets, cfg), settings, bar),
     )
     names = [Path(record["file_name"]).name for record in records]
     titles = {settings.output / file: name for file, name in zip(pictures, names)}
@@ -150,18 +153,24 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
 
 def _draw_results(settings: Settings) -> list[Path]:
     """The ground truth beside the detections of an evaluation; no model is built."""
+    deep_images = "percentile"
     if settings.config_file:
         # the weights need not be there any more
         opts = [*settings.opts, "MODEL.WEIGHTS", ""]
         cfg = load_config(argparse.Namespace(config_file=settings.config_file, opts=opts))
         register_own(cfg, needed=needed_splits(settings.dataset))
-        classes = model_classes(cfg)
+        classes, deep_images = model_classes(cfg), check_rule(cfg.INPUT.DEEP_IMAGES)
     else:
         classes = _classes_beside(Path(settings.results))
     all_records(settings.dataset)  # most datasets name their classes when they are loaded
     compare_classes([each for each in (classes, dataset_classes(settings.dataset)) if each])
     return draw_results(
-        settings.results, settings.dataset, settings.output, settings.num, settings.score
+        settings.results,
+        settings.dataset,
+        settings.output,
+        settings.num,
+        settings.score,
+        deep_images,
     )
 
 
@@ -199,6 +208,7 @@ def _draw_images(
     records: Sequence[Record],
     files: Sequence[str],
     names: Sequence[str],
+    lines: Sequence[tuple[int, int]],
     settings: Settings,
     bar: Bar,
 ) -> list[Selection]:
@@ -207,7 +217,7 @@ def _draw_images(
     bar.begin("Images", len(records))
     for number, record in enumerate(records):
         image = inspect_image(detector.model, detector.mapper, record)
-        selections.append(select_objects(image, names, settings.score))
+        selections.append(select_objects(image, names, settings.score, lines))
         if files:
             rows = map_rows(detector.model.backbone, image.maps)
             figure = draw_image(image, selections[-1], rows, settings.score)

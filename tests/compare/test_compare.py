@@ -144,6 +144,28 @@ def test_metrics_json_with_other_results_is_noted(make: Any, tmp_path: Path) -> 
     assert any("iteration 20 of 40" in note for note in report["notes"])
 
 
+def test_as_many_detections_count_as_the_runs_may_have(tmp_path: Path) -> None:
+    truth = tmp_path / "truth.json"
+    content = write_truth(truth, images=2)
+    ids = [(image, number) for image in (1, 2) for number in range(150)]
+    content["annotations"] = [
+        {**content["annotations"][0], "id": -i, "image_id": image, "iscrowd": 0}
+        | {"bbox": [number % 15 * 16, number // 15 * 16, 12, 12], "area": 144}
+        for i, (image, number) in enumerate(ids)
+    ]
+    truth.write_text(json.dumps(content))
+    keys = ("image_id", "category_id", "bbox")
+    results = [{**{k: a[k] for k in keys}, "score": 0.9} for a in content["annotations"]]
+    metrics = [{**evaluation(100.0), "bbox/maxDets": 200.0, "bbox/AP-bolt": math.nan}]
+    folder = write_run(*(tmp_path / "a", truth, results, metrics), TEST__DETECTIONS_PER_IMAGE=200)
+    report = report_on([folder], tmp_path / "report")
+    assert report["runs"][0]["metrics"]["bbox/AP"] == pytest.approx(100)
+    assert report["runs"][0]["metrics"]["bbox/AP-bolt"] is None  # no object
+    assert "bbox/maxDets" not in report["runs"][0]["metrics"]
+    noted = [note for note in report["notes"] if "TEST.DETECTIONS_PER_IMAGE" in note]
+    assert len(noted) == 1 and "counts 200 detections" in noted[0]
+
+
 def test_without_detections_the_ap_is_that_of_metrics_json(make: Any, tmp_path: Path) -> None:
     folders = [make("a", None, evaluation(12.0)), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
     report = report_on(folders, tmp_path / "report")

@@ -1,0 +1,57 @@
+"""Detectron2's mapper, from a dataset dict to a model's input, for more kinds of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
+
+from .deep_images import check_rule, readable
+
+__all__ = ["Mapper"]
+
+
+class Mapper(DatasetMapper):
+    """Detectron2's mapper, which also reads images of more than 8 bits per channel.
+
+    What it makes of other images is the same bit for bit. Without training it needs nothing of the
+    training data.
+
+    Args:
+        is_train: as in Detectron2's.
+        deep_images: `INPUT.DEEP_IMAGES`.
+        options: Detectron2's other arguments.
+
+    Raises:
+        KeyError: for an unknown `INPUT.DEEP_IMAGES`.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, *, deep_images: str = "percentile", **options: Any) -> None:
+        super().__init__(is_train, **options)
+        self.deep_images = check_rule(deep_images)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """The arguments that a config stands for."""
+        if cfg.MODEL.KEYPOINT_ON and not is_train:
+            # Detectron2 would look up the flips of DATASETS.TRAIN, and drop the annotations later
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False
+        options = super().from_config(cfg, is_train)
+        return {**options, "deep_images": cfg.INPUT.DEEP_IMAGES}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Detectron2's, with the file's name as it was given."""
+        name = dataset_dict["file_name"]
+        path = readable(name, self.deep_images)
+        if path == name:
+            return super().__call__(dataset_dict)
+        try:
+            sample = super().__call__({**dataset_dict, "file_name": path})
+        except SizeMismatchError as error:
+            raise SizeMismatchError(str(error).replace(path, name)) from None
+        return {**sample, "file_name": name}
