@@ -166,7 +166,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
         ValueError: if the data is bad, as :func:`check_config_datasets` says.
         ImportError: if a package for the evaluation is missing, as :func:`check_evaluators` says.
     """
-    needed = ("VAL",) if eval_only else ("TRAIN", "VAL")
+    needed = ("VAL",) if eval_only else None
     register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
     if eval_only:
         cfg.DATASETS.TRAIN = ()
