@@ -9,13 +9,13 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from fpn_plugin.paths import dataset_root
 
 from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
-from .coco_json import Findings, read_json
+from .coco_json import Findings, read_json, unify_ids
+from .coco_records import OWN_LOADER, load_records
 from .image_checks import OUTSIDE_KEY, check_loaded
 
 __all__ = ["needed_splits", "register_all", "register_coco_format", "register_own"]
@@ -75,6 +75,7 @@ def register_coco_format(
         load = functools.partial(_load, name, json_file, image_root, outside_files)
         DatasetCatalog.register(name, load)
         files = {"json_file": json_file, "image_root": image_root, "outside_files": outside_files}
+        files[OWN_LOADER] = True
         MetadataCatalog.get(name).set(**files, evaluator_type="coco", **metadata)
         return
     taken = MetadataCatalog.get(name)
@@ -91,7 +92,7 @@ def register_coco_format(
 
 
 def _load(name: str, json_file: str, image_root: str, outside_files: bool) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+    records = load_records(json_file, image_root, name)
     if not outside_files:  # also if DATASETS.CHECK is off
         check_loaded(records, image_root, json_file)
     return records
@@ -197,7 +198,9 @@ def _read_classes(
         the names and ids of the categories, in the order of the ids.
     """
     findings = Findings(json_file)
-    categories = check_categories(read_json(json_file, keep_json), findings)
+    content = read_json(json_file, keep_json)
+    unify_ids(content)
+    categories = check_categories(content, findings)
     findings.raise_errors()
     ids = tuple(sorted(categories))
     return tuple(categories[key] for key in ids), ids
