@@ -22,7 +22,8 @@ from .annotation_checks import (
     check_keypoint_annotations,
 )
 from .classes import Classes, compare_classes, dataset_classes, has_classes, model_classes
-from .coco_json import DatasetError, Findings, read_json
+from .coco_json import DatasetError, Findings, is_plain_utf8, read_json, unify_ids
+from .coco_records import is_own_loader
 from .image_checks import check_image_files, name_fault
 from .keypoints import (
     Keypoints,
@@ -55,6 +56,7 @@ _CLASS_KEYS = {
     "RetinaNet": "RETINANET",
     "FCOS": "FCOS",
 }
+_MANY = 0.1  # the share of annotations that training leaves out from which it is a warning
 _SEMANTIC = ("PanopticFPN", "SemanticSegmentor")
 # What pycocotools and the lvis package read from every annotation, by `evaluator_type`.
 _EVALUATION_KEYS = {
@@ -80,6 +82,7 @@ class Report:
         warnings: how often each warning was found.
         class_ids: of the categories, in the same order as their names.
         keypoints: of its metadata, else of its file, if they are asked for and there.
+        left_out: how many annotations training leaves out, for each reason.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Report:
     warnings: dict[str, int] = field(default_factory=dict)
     class_ids: tuple[int, ...] = ()
     keypoints: Keypoints | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def known_classes(self) -> Classes | None:
@@ -147,6 +151,12 @@ def check_dataset(
         return _check_function(name, masks)
     content = _read(name, metadata)
     findings = Findings(str(json_file))
+    own = is_own_loader(name)
+    if not own and not is_plain_utf8(PathManager.get_local_path(str(json_file))):
+        findings.error(
+            "is not UTF-8, or starts with a byte order mark, which Detectron2's loader does not"
+            " read: save it as UTF-8, or register it by fpn_plugin.data.register_coco_format"
+        )
     evaluator = str(metadata.get("evaluator_type"))
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
@@ -162,7 +172,7 @@ def check_dataset(
         keys = _EVALUATION_KEYS.get(evaluator, ()) if evaluation or not training else ()
         masks, polygons = masks and (training or bool(keys)), polygons and training
         num_annotations = check_annotations(
-            content, records, categories, findings, masks, keys, polygons
+            *(content, records, categories, findings, masks, keys, polygons, training, own)
         )
         if keypoints:
             count = len(points.names) if points else 0
@@ -176,17 +186,31 @@ def check_dataset(
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
     findings.raise_errors()
+    left_out = findings.left_out_counts()
+    if left_out:
+        few = sum(left_out.values()) < _MANY * num_annotations
+        logger.log(
+            logging.INFO if few else logging.WARNING,
+            "Dataset %s: %d of %d annotations are left out of training: %s",
+            *(name, sum(left_out.values()), num_annotations, _count_reasons(left_out)),
+        )
     ids = tuple(sorted(categories))
     classes = _class_names(content, categories, evaluator)
     counts = (len(records), num_annotations)
     warnings = dict(findings.counts)
-    report = Report(name, findings.source, level, *counts, classes, warnings, ids, points)
+    report = Report(
+        name, findings.source, level, *counts, classes, warnings, ids, points, left_out
+    )
     logger.info(
         "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
         *(name, report.num_images, report.num_annotations, len(report.classes)),
         _CHECKED[level],
     )
     return report
+
+
+def _count_reasons(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
 
 
 def _class_names(
@@ -273,7 +297,10 @@ def _read(name: str, metadata: Any) -> dict[str, Any]:
         command = metadata.get("prepare_command")
         remedy = f"run `{command}`" if command else "see datasets/README.md for where it belongs"
         raise DatasetError(f"{path}: dataset {name} has no such file: {remedy}")
-    return read_json(path)
+    content = read_json(path)
+    if is_own_loader(name):
+        unify_ids(content)
+    return content
 
 
 def check_config_datasets(cfg: CfgNode) -> list[Report]:
@@ -309,6 +336,7 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
         reports.append(
             check_dataset(name, images, True, masks, tested, outside, polygons, keypoints)
         )
+    _require_objects(reports)
     reports += [
         check_dataset(name, level, False, masks, outside=outside, keypoints=keypoints)
         for name in testing
@@ -326,6 +354,19 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     if level != "off" and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
         _check_stuff(cfg, training + testing)
     return reports
+
+
+def _require_objects(reports: list[Report]) -> None:
+    """Refuse training data of which every object is left out, as Detectron2 says no reason."""
+    if not reports or any(report.level == "off" for report in reports):
+        return
+    total = sum(report.num_annotations for report in reports)
+    if total and sum(sum(report.left_out.values()) for report in reports) == total:
+        reasons = "; ".join(f"{r.json_file}: {_count_reasons(r.left_out)}" for r in reports)
+        raise DatasetError(
+            f"DATASETS.TRAIN {tuple(report.name for report in reports)}: all {total} annotations"
+            f" are left out of training, so that nothing is left to learn from ({reasons})"
+        )
 
 
 def training_classes(cfg: CfgNode, reports: list[Report]) -> Classes | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
-from typing import Any, Callable, Sequence
+import tempfile
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -27,6 +29,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.data.coco_records import mask_truth, read_truth
 from fpn_plugin.evaluation.augmentation import check_test_augmentation
 from fpn_plugin.evaluation.coco_metrics import (
     COCO_LIMIT,
@@ -74,7 +77,14 @@ class InstanceEvaluator(SizeBinEvaluator):
         cocoeval: type[COCOeval] = COCOeval_opt,
         **options: Any,
     ) -> None:
-        super().__init__(dataset_name, **options)
+        if "json_file" in MetadataCatalog.get(dataset_name).as_dict():
+            with _without_truth(dataset_name) as stand_in:
+                super().__init__(stand_in, **options)
+            self._metadata = MetadataCatalog.get(dataset_name)
+            self._coco_api = read_truth(PathManager.get_local_path(self._metadata.json_file))
+            self._do_evaluation = "annotations" in self._coco_api.dataset
+        else:  # Detectron2 writes a file of it
+            super().__init__(dataset_name, **options)
         self._requested_tasks = tasks
         prepare_truth(self._coco_api)
         if cocoeval not in (COCOeval, COCOeval_opt):
@@ -100,14 +110,15 @@ class InstanceEvaluator(SizeBinEvaluator):
             max_dets = self._max_dets(task)
             evaluated = None
             if results:
+                truth = mask_truth(self._coco_api) if task == "segm" else self._coco_api
                 evaluated = evaluate_detections(
-                    *(self._coco_api, results, task, self._cocoeval),
+                    *(truth, results, task, self._cocoeval),
                     max_dets=max_dets,
                     sigmas=self._kpt_oks_sigmas,
                     image_ids=img_ids,
                 )
             warn_of_full_images(self._coco_api, max_dets[-1], task)
-            names = self._metadata.get("thing_classes")
+            names = [self._coco_api.cats[key]["name"] for key in sorted(self._coco_api.cats)]
             self._results[task] = self._derive_coco_results(evaluated, task, names)
             if max_dets[-1] > COCO_LIMIT:
                 self._results[task]["maxDets"] = float(max_dets[-1])
@@ -126,6 +137,22 @@ class InstanceEvaluator(SizeBinEvaluator):
     def _tasks_from_predictions(self, predictions: Any) -> list[str]:
         """None, to skip Detectron2's loop over the tasks, which has its `COCOeval` built in."""
         return []
+
+
+@contextlib.contextmanager
+def _without_truth(dataset_name: str) -> Iterator[str]:
+    """The name of a dataset without annotations for the constructor of Detectron2's evaluator,
+    which reads the file of a dataset by pycocotools and so takes less than our loader does."""
+    name = f"{dataset_name} (without annotations)"
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "empty.json")
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.write('{"annotations": []}')
+        MetadataCatalog.get(name).json_file = file
+        try:
+            yield name
+        finally:
+            MetadataCatalog.remove(name)
 
 
 def _for_image_ids(
