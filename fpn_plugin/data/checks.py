@@ -18,7 +18,9 @@ from fpn_plugin.checkpoint.plain import read_pickle
 
 from .annotation_checks import check_annotations, check_categories, check_images
 from .coco_json import DatasetError, Findings, read_json
-from .image_checks import check_image_files, name_fault
+from .deep_images import check_rule
+from .file_names import ImageFolder
+from .image_checks import check_image_files, image_file_name, name_fault
 
 __all__ = ["IMAGE_CHECKS", "Report", "check_config_datasets", "check_dataset"]
 
@@ -77,6 +79,7 @@ def check_dataset(
     evaluation: bool = False,
     outside: bool = False,
     polygons: bool = False,
+    deep_images: str = "percentile",
 ) -> Report:
     """Check a registered dataset in COCO's format; others are skipped with a line in the log.
 
@@ -92,6 +95,7 @@ def check_dataset(
             ``iscrowd`` unless it is LVIS's. Implied if ``training`` is False.
         outside: whether its JSON may name files outside of the image folder.
         polygons: whether training accepts masks as polygons only (``INPUT.MASK_FORMAT``).
+        deep_images: how images of more than 8 bits per channel are read (``INPUT.DEEP_IMAGES``).
 
     Raises:
         KeyError: the dataset is not registered.
@@ -113,6 +117,11 @@ def check_dataset(
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
+    root = PathManager.get_local_path(str(metadata.get("image_root", "")))
+    folder = ImageFolder(root, outside)
+    # the loader of `register_coco_format` finds files likewise, Detectron2's own does not
+    if metadata.get("outside_files") is not None:
+        _correct_names(content, folder, findings)
     records = check_images(content, findings, outside)
     if panoptic := metadata.get("panoptic_json"):
         _check_panoptic_names(str(panoptic), findings, outside)
@@ -127,8 +136,8 @@ def check_dataset(
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
     level = _image_check(images, len(records))
     if level != "annotations":
-        folder = PathManager.get_local_path(str(metadata.get("image_root", "")))
-        check_image_files(records.values(), folder, level == "full", findings)
+        decode = level == "full"
+        check_image_files(records.values(), root, decode, findings, deep_images, folder.hint)
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
     findings.raise_errors()
@@ -169,6 +178,19 @@ def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
                 f"image id {image.get('id')!r}: 'coco_url' is {url!r}, but Detectron2's LVIS "
                 "loader takes the image's folder and name from its end: '…/val2017/1.jpg'"
             )
+
+
+def _correct_names(content: dict[str, Any], folder: ImageFolder, findings: Findings) -> None:
+    """Replace every ``file_name`` by that of the file which it stands for."""
+    records = content.get("images")
+    records = records if isinstance(records, list) else []
+    images = [image for image in records if isinstance(image, dict) and image_file_name(image)]
+    found = folder.find(image["file_name"] for image in images)
+    for image in images if found else ():
+        image["file_name"] = found.get(image["file_name"], image["file_name"])
+    pairs = list(found.items())
+    fault = "a 'file_name' that is not exactly a file's, which was found all the same"
+    findings.warn(fault, len(pairs), lambda i: f"{pairs[i][0]!r} is {pairs[i][1]!r}")
 
 
 def _check_panoptic_names(path: str, findings: Findings, outside: bool) -> None:
@@ -217,7 +239,7 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     training = list(dict.fromkeys(cfg.DATASETS.TRAIN))
     testing = [name for name in dict.fromkeys(cfg.DATASETS.TEST) if name not in training]
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
-    outside = cfg.DATASETS.OUTSIDE_FILES
+    outside, deep_images = cfg.DATASETS.OUTSIDE_FILES, check_rule(cfg.INPUT.DEEP_IMAGES)
     polygons = masks and cfg.INPUT.MASK_FORMAT == "polygon"
     for name in training + testing:
         _require_registered(name)
@@ -227,8 +249,13 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     for name in training:
         tested = name in cfg.DATASETS.TEST
         images = "annotations" if skip and not tested else level
-        reports.append(check_dataset(name, images, True, masks, tested, outside, polygons))
-    reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]
+        reports.append(
+            check_dataset(name, images, True, masks, tested, outside, polygons, deep_images)
+        )
+    reports += [
+        check_dataset(name, level, False, masks, outside=outside, deep_images=deep_images)
+        for name in testing
+    ]
     if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
         _compare_classes([report for report in reports if report.level != "off"])
     for report in reports:
