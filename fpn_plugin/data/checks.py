@@ -24,7 +24,9 @@ from .annotation_checks import (
 from .classes import Classes, compare_classes, dataset_classes, has_classes, model_classes
 from .coco_json import DatasetError, Findings, is_plain_utf8, read_json, unify_ids
 from .coco_records import is_own_loader
-from .image_checks import check_image_files, name_fault
+from .deep_images import check_rule
+from .file_names import ImageFolder
+from .image_checks import check_image_files, image_file_name, name_fault
 from .keypoints import (
     Keypoints,
     check_keypoints,
@@ -114,6 +116,7 @@ def check_dataset(
     outside: bool = False,
     polygons: bool = False,
     keypoints: bool = False,
+    deep_images: str = "percentile",
 ) -> Report:
     """Check a registered dataset in COCO's format; of others, only what stands in their records.
 
@@ -132,6 +135,7 @@ def check_dataset(
         outside: whether its JSON may name files outside of the image folder.
         polygons: whether training accepts masks as polygons only (``INPUT.MASK_FORMAT``).
         keypoints: whether the model has a keypoint head.
+        deep_images: how images of more than 8 bits per channel are read (``INPUT.DEEP_IMAGES``).
 
     Raises:
         KeyError: the dataset is not registered.
@@ -161,6 +165,11 @@ def check_dataset(
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
     categories = check_categories(content, findings)
+    root = PathManager.get_local_path(str(metadata.get("image_root", "")))
+    folder = ImageFolder(root, outside)
+    # the loader of `register_coco_format` finds files likewise, Detectron2's own does not
+    if metadata.get("outside_files") is not None:
+        _correct_names(content, folder, findings)
     records = check_images(content, findings, outside)
     points = None
     if keypoints:
@@ -181,8 +190,8 @@ def check_dataset(
         logger.info("Dataset %s has no annotations: it gives predictions, but no AP", name)
     level = _image_check(images, len(records))
     if level != "annotations":
-        folder = PathManager.get_local_path(str(metadata.get("image_root", "")))
-        check_image_files(records.values(), folder, level == "full", findings)
+        decode = level == "full"
+        check_image_files(records.values(), root, decode, findings, deep_images, folder.hint)
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
     findings.raise_errors()
@@ -272,6 +281,19 @@ def _name_images_by_url(content: dict[str, Any], findings: Findings) -> None:
             )
 
 
+def _correct_names(content: dict[str, Any], folder: ImageFolder, findings: Findings) -> None:
+    """Replace every ``file_name`` by that of the file which it stands for."""
+    records = content.get("images")
+    records = records if isinstance(records, list) else []
+    images = [image for image in records if isinstance(image, dict) and image_file_name(image)]
+    found = folder.find(image["file_name"] for image in images)
+    for image in images if found else ():
+        image["file_name"] = found.get(image["file_name"], image["file_name"])
+    pairs = list(found.items())
+    fault = "a 'file_name' that is not exactly a file's, which was found all the same"
+    findings.warn(fault, len(pairs), lambda i: f"{pairs[i][0]!r} is {pairs[i][1]!r}")
+
+
 def _check_panoptic_names(path: str, findings: Findings, outside: bool) -> None:
     """Check the names of the PNG files that the panoptic evaluator reads."""
     local = PathManager.get_local_path(path)
@@ -322,7 +344,7 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     training = list(dict.fromkeys(cfg.DATASETS.TRAIN))
     testing = [name for name in dict.fromkeys(cfg.DATASETS.TEST) if name not in training]
     level, masks = cfg.DATASETS.CHECK, bool(cfg.MODEL.MASK_ON)
-    outside = cfg.DATASETS.OUTSIDE_FILES
+    outside, deep_images = cfg.DATASETS.OUTSIDE_FILES, check_rule(cfg.INPUT.DEEP_IMAGES)
     polygons = masks and cfg.INPUT.MASK_FORMAT == "polygon"
     keypoints = bool(cfg.MODEL.KEYPOINT_ON)
     for name in training + testing:
@@ -334,11 +356,18 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
         tested = name in cfg.DATASETS.TEST
         images = "annotations" if skip and not tested else level
         reports.append(
-            check_dataset(name, images, True, masks, tested, outside, polygons, keypoints)
+            check_dataset(
+                *(name, images, True, masks, tested, outside, polygons, keypoints, deep_images)
+            )
         )
     _require_objects(reports)
     reports += [
-        check_dataset(name, level, False, masks, outside=outside, keypoints=keypoints)
+        check_dataset(
+            *(name, level, False, masks),
+            outside=outside,
+            keypoints=keypoints,
+            deep_images=deep_images,
+        )
         for name in testing
     ]
     if has_classes(cfg):

@@ -16,6 +16,7 @@ from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
 from .coco_json import Findings, read_json, unify_ids
 from .coco_records import OWN_LOADER, load_records
+from .file_names import ImageFolder
 from .image_checks import OUTSIDE_KEY, check_loaded
 from .keypoints import (
     Keypoints,
@@ -99,10 +100,28 @@ def register_coco_format(
 
 
 def _load(name: str, json_file: str, image_root: str, outside_files: bool) -> list[dict[str, Any]]:
-    records = load_records(json_file, image_root, name)
+    records: list[dict[str, Any]] = load_records(json_file, image_root, name)
+    _find_files(records, ImageFolder(image_root, outside_files), json_file)
     if not outside_files:  # also if DATASETS.CHECK is off
         check_loaded(records, image_root, json_file)
     return records
+
+
+def _find_files(records: list[dict[str, Any]], folder: ImageFolder, source: str) -> None:
+    """Let records, as Detectron2 has loaded them, name the files that their names stand for."""
+    below = os.path.join(folder.path, "")
+    names = [record["file_name"].removeprefix(below) for record in records]
+    found = folder.find(names)
+    for record, name in zip(records, names):
+        if name in found:
+            record["file_name"] = os.path.join(folder.path, found[name])
+    if found:
+        name = next(iter(found))
+        logger.info(
+            "%s: %d names of images are not exactly those of files, which were found all the same:"
+            " %r is %r",
+            *(source, len(found), name, found[name]),
+        )
 
 
 def register_own(

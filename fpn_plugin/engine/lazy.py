@@ -133,6 +133,8 @@ def device_of(cfg: DictConfig) -> str:
     """`train.device`; the CPU in place of its default, cuda, where there is no GPU."""
     is_missing = cfg.train.device == "cuda" and not torch.cuda.is_available()
     return "cpu" if is_missing else str(cfg.train.device)
+
+
 def _replace_mappers(cfg: DictConfig) -> None:
     """Let loaders have our mapper in the place of Detectron2's, of which it is a subclass."""
     for split in ("train", "test"):

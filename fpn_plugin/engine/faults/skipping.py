@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from fpn_plugin.checkpoint.checkpointer import write_atomically
-from fpn_plugin.data.image_checks import READ_ERRORS
+from fpn_plugin.data.image_checks import READ_ERRORS, read_fault
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def image_fault(error: Exception) -> str | None:
     """
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
         return None
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {read_fault(error)}"
 
 
 class TestMapper:
