@@ -42,6 +42,7 @@ from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 from fpn_plugin.modeling.precision import choose_dtype
 from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.yaml_files import check_repeated_keys
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the config lacks one of its parts.
+        ValueError: if the config lacks one of its parts, or a YAML file has a key twice.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--config-file {path!r} does not exist")
+    if path.endswith((".yaml", ".yml")):
+        check_repeated_keys(path)
     cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides or ()))
     if missing := [part for part in _PARTS if part not in cfg]:
         raise ValueError(f"{path}: the config lacks {', '.join(missing)}")
