@@ -18,6 +18,7 @@ from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.config.validate import plugin_config
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
@@ -63,6 +64,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer.__init__ would wrap the model and build a step trainer that need CUDA
         super(DefaultTrainer, self).__init__()
+        cfg = plugin_config(cfg)
         self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
