@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Callable, Generic, Iterable, TypeVar
+from typing import Callable, Generic, Iterable, Sequence, TypeVar
 
 T = TypeVar("T")
 
@@ -45,15 +45,29 @@ def bad_argument(argument: str, reason: str) -> ArgumentError:
     return error
 
 
-def unknown_name(where: str, name: object, choices: Iterable[str]) -> UnknownNameError:
+def close_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str:
+    """The choice that a name is nearest to, whatever the case of its letters; "" for none.
+
+    Args:
+        cutoff: how much of them must be alike, from 0 to 1.
+    """
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else ""
+
+
+def unknown_name(
+    where: str, name: object, choices: Iterable[str], meant: str = ""
+) -> UnknownNameError:
     """The error for a wrong name: where it stands, what it is, what may stand there.
 
     Args:
         where: the argument, config key, node or registry that holds the name.
+        meant: what it may be instead; "" for the nearest of the choices.
     """
     known = sorted(choices)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    close = meant or close_name(str(name), known)
+    hint = f" (did you mean {close!r}?)" if close else ""
     choice = ", ".join(item or repr(item) for item in known)
     error = UnknownNameError(f"{where}: unknown name {name!r}{hint}; choose from: {choice}")
     error.argument = where

@@ -24,6 +24,7 @@ _OPERATORS: dict[type, Any] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
 _STEPS = 100_000  # of one expression: lists can be made inside of each other
 _LARGEST, _HIGHEST = 1e6, 64  # base and exponent: a power of whole numbers can fill the memory
 _VALUES = 100_000  # in a whole file; a few lines with anchors can stand for any number
@@ -64,12 +65,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     """The keys and values of a YAML file; none for an empty file.
 
     Raises:
-        ValueError: naming the file, if it cannot be read, is not YAML, calls code, or holds
-            anything else than keys with values.
+        ValueError: naming the file, if it cannot be read, is not YAML, calls code, has a key twice,
+            or holds anything else than keys with values.
     """
     try:
         with PathManager.open(path, "r") as stream:
-            content = yaml.load(stream, _Loader)
+            content = _load(stream)
     # yaml lets the ValueError of a date such as 2000-99-99 through, and others of odd scalars
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_reason(error)}") from error
@@ -83,6 +84,62 @@ def read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
+def check_repeated_keys(path: str) -> None:
+    """Refuse a YAML file, which another library reads, with a key twice in one of its sections.
+
+    Raises:
+        ValueError: naming the file, the line and the key.
+    """
+    with PathManager.open(path, "r") as stream:
+        try:
+            _refuse_repeated_keys(yaml.compose(stream, yaml.SafeLoader))
+        except RepeatedKeyError as error:
+            raise ValueError(f"{path}: {_reason(error)}") from error
+        except (ValueError, RecursionError, yaml.YAMLError):
+            pass  # that library says what is wrong
+
+
+class RepeatedKeyError(yaml.constructor.ConstructorError):
+    """A section has a key twice."""
+
+
+def _load(stream: Any) -> Any:
+    loader = _Loader(stream)
+    try:
+        node = loader.get_single_node()
+        _refuse_repeated_keys(node)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated_keys(root: yaml.Node | None) -> None:
+    """Raise an error if a section has a key twice: yaml keeps the last and drops the others."""
+    pending: list[tuple[str, yaml.Node | None]] = [("", root)]
+    seen: set[int] = set()  # an anchor's node stands in several places
+    while pending:
+        place, node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending += [(f"{place}[{i}]", value) for i, value in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            name, line = f"{place}.{key.value}" if place else key.value, key.start_mark.line + 1
+            if first := lines.get((key.tag, key.value)):
+                raise RepeatedKeyError(
+                    problem=f"{name} is there already, in line {first}; keep one of them",
+                    problem_mark=key.start_mark,
+                )
+            lines[key.tag, key.value] = line
+            pending.append((name, value))
+
+
 def _reason(error: Exception) -> str:
     """One line, with the place in the file where yaml says it."""
     if isinstance(error, yaml.MarkedYAMLError):
@@ -91,6 +148,8 @@ def _reason(error: Exception) -> str:
         hint = ""
         if "python/" in str(error.problem):
             hint = " (a tag of Python calls code, and no code of a config is run)"
+        if isinstance(error, RepeatedKeyError):
+            return f"has a key twice{place}: {error.problem}"
         return f"is no plain YAML{place}: {error.problem or error.context}{hint}"
     return f"cannot be read: {str(error).partition(chr(10))[0]}"
 

@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fpn_plugin.registry import unknown_name
 
@@ -75,10 +76,16 @@ class AdaptedBackbone(Backbone):
         maps: their properties by name, in the same order, from high to low resolution.
         size_divisibility: the image's height and width must be divisible by it, in pixels; 0 for
             any size.
+        resample: brings every map to the size that its stride says, by linear interpolation: for
+            networks whose convolutions lose the border.
     """
 
     def __init__(
-        self, model: nn.Module, maps: Mapping[str, MapInfo], size_divisibility: int = 0
+        self,
+        model: nn.Module,
+        maps: Mapping[str, MapInfo],
+        size_divisibility: int = 0,
+        resample: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -86,6 +93,8 @@ class AdaptedBackbone(Backbone):
         # what forward reads, in types that TorchScript has
         self._names = list(maps)
         self._channels_last = [info.channels_last for info in maps.values()]
+        self._strides = [info.stride for info in maps.values()]
+        self._resamples = resample
         self._size_divisibility = size_divisibility
 
     @property
@@ -102,13 +111,19 @@ class AdaptedBackbone(Backbone):
         Returns:
             `{"res2": (N, C2, H/4, W/4), ...}` from high to low resolution.
         """
-        return self._named(list(self.model(x).values()))
+        return self._named(list(self.model(x).values()), x)
 
-    def _named(self, values: List[Tensor]) -> Dict[str, Tensor]:
-        """The maps as `(N, C, H, W)` by name."""
+    def _named(self, values: List[Tensor], x: Tensor) -> Dict[str, Tensor]:
+        """The maps of the images `x` as `(N, C, H, W)` by name."""
         maps: Dict[str, Tensor] = {}
-        for name, channels_last, y in zip(self._names, self._channels_last, values):
-            maps[name] = y.permute(0, 3, 1, 2) if channels_last else y
+        for name, channels_last, stride, y in zip(
+            self._names, self._channels_last, self._strides, values
+        ):
+            y = y.permute(0, 3, 1, 2) if channels_last else y
+            if self._resamples:
+                size = [(x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride]
+                y = F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+            maps[name] = y
         return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:

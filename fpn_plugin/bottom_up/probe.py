@@ -1,16 +1,21 @@
-"""Probing a timm network with an image: which sizes it accepts, and what its maps depend on.
+"""Probing a network with an image: which sizes it accepts and gives maps of the right size for, and
+what the maps of a timm network depend on.
 
-Shapes are `(N, C, H, W)`.
+A map of stride `s` has `H/s` rows, rounded up or down: a place in it then is a place in the image,
+and the anchors and boxes that Detectron2 puts there are right. Shapes are `(N, C, H, W)`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+import logging
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.base import parameters_behind
+
+logger = logging.getLogger(__name__)
 
 # The stages of networks that compute all maps together at their end, from parallel branches
 SERIAL_STAGES = {"HighResolutionNetFeatures": ("layer1", "stage2", "stage3", "stage4")}
@@ -23,35 +28,55 @@ class Probe(NamedTuple):
         maps: all that it returns.
         stage_inputs: the tensors that enter each known stage, in order.
         divisor: the image's sides must be divisible by it, in pixels.
+        is_exact: whether its maps then have the sizes that their strides say.
     """
 
     maps: list[Tensor]
     stage_inputs: list[list[Tensor]]
     divisor: int
+    is_exact: bool = True
 
 
-def probe(network: nn.Module, source: str, in_channels: int, fixed_size: Any) -> Probe:
+def probe(
+    network: nn.Module, source: str, in_channels: int, fixed_size: Any, wanted: Sequence[int]
+) -> Probe:
     """Run the network on an image with odd sides, or else with sides as divisible as it needs.
 
     Args:
         fixed_size: the one size that the user built the network for, in pixels, if any.
+        wanted: the positions of the maps whose sizes count.
 
     Raises:
         ValueError: if it accepts no size but its own, or its maps are not what timm promises.
     """
-    sizes = [(d, _odd_multiple(97, d), _odd_multiple(131, d)) for d in (1, 4, 8, 16, 32)]
+    sizes = list(probe_sizes())
     if fixed_size is not None:
-        height, width = (fixed_size, fixed_size) if isinstance(fixed_size, int) else fixed_size
-        sizes.append((1, height, width))
+        own = (fixed_size, fixed_size) if isinstance(fixed_size, int) else tuple(fixed_size)
+        sizes.append((1, [own]))
+    strides, channels_last = network.feature_info.reduction(), is_channels_last(network)
+
+    def map_sizes(maps: Sequence[Tensor]) -> list[torch.Size]:
+        return [maps[i].shape[1:3] if channels_last else maps[i].shape[2:] for i in wanted]
+
+    wanted_strides = [strides[i] for i in wanted]
     reason: Exception | None = None
-    for divisor, height, width in sizes:
+    misfit: Probe | None = None
+    for divisor, (image, *others) in sizes:
         try:
-            maps, inputs = _run(network, torch.zeros(1, in_channels, height, width))
+            maps, inputs = _run(network, torch.zeros(1, in_channels, *image))
+            other_maps = [_maps(network, torch.zeros(1, in_channels, *other)) for other in others]
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = error
             continue
         _check_channels(source, network, maps)
-        return Probe(maps, inputs, divisor)
+        result = Probe(maps, inputs, divisor)
+        pairs = zip((image, *others), (maps, *other_maps))
+        if all(fits(map_sizes(given), wanted_strides, size) for size, given in pairs):
+            return result
+        misfit = misfit or result._replace(is_exact=False)
+    if misfit:
+        log_misfit(source)
+        return misfit
     raise ValueError(
         f"MODEL.BOTTOM_UP.NAME: {source} takes no images but those of its own size ({reason});"
         " MODEL.BOTTOM_UP.ARGS: {img_size: [height, width]} makes some networks for the size that"
@@ -59,8 +84,69 @@ def probe(network: nn.Module, source: str, in_channels: int, fixed_size: Any) ->
     ) from reason
 
 
-def _odd_multiple(about: int, divisor: int) -> int:
-    return (about // divisor | 1) * divisor
+def probe_sizes() -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Divisors in pixels, each with heights and widths of images to try.
+
+    The first has odd multiples of the divisor as its sides, the second multiples of every stride:
+    some networks give too much of the one, and some too little of the other.
+    """
+    for divisor in (1, 4, 8, 16):
+        odd = (97 // divisor | 1) * divisor, (131 // divisor | 1) * divisor
+        yield divisor, [odd, (96, 160)]
+    yield 32, [(96, 160)]
+    yield 64, [(192, 192)]
+
+
+def fits(map_sizes: Iterable[Sequence[int]], strides: Iterable[int], image: Sequence[int]) -> bool:
+    """Whether maps have the sizes that their strides say, rounded up or down.
+
+    Args:
+        map_sizes: their heights and widths.
+        image: its height and width.
+    """
+    return all(
+        image_side // stride <= side <= -(-image_side // stride)
+        for size, stride in zip(map_sizes, strides)
+        for side, image_side in zip(size, image)
+    )
+
+
+def find_divisor(
+    map_sizes: Callable[[int, int], Iterable[Sequence[int]]], strides: Sequence[int]
+) -> int:
+    """What an image's sides must be divisible by, in pixels, for maps of the right sizes; 0 if no
+    divisor is known to help.
+
+    Args:
+        map_sizes: gives the maps' heights and widths for an image's height and width; a
+            RuntimeError, AssertionError or ValueError says that the network refuses such an image.
+    """
+    for divisor, images in probe_sizes():
+        try:
+            if all(fits(map_sizes(*image), strides, image) for image in images):
+                return divisor
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+    return 0
+
+
+def log_misfit(source: str) -> None:
+    """Say that a network's maps are resampled."""
+    logger.warning(
+        "%s: its maps have fewer or more rows than their strides say, as in a network without"
+        " padding; they are resampled to image size / stride",
+        source,
+    )
+
+
+@torch.no_grad()
+def _maps(network: nn.Module, image: Tensor) -> list[Tensor]:
+    """All that it returns in evaluation mode, without gradients."""
+    training = network.training
+    try:
+        return list(network.eval()(image))
+    finally:
+        network.train(training)
 
 
 def _run(network: nn.Module, image: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:

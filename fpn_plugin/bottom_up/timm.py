@@ -60,12 +60,13 @@ class TimmBackbone(AdaptedBackbone):
         all_indices = [index % len(info.info) for index in info.out_indices]
         positions = name_maps(source, info.reduction())
         names = select_maps(source, list(positions), out_features)
-        probed = probe(whole, source, in_channels, options.get("img_size"))
+        wanted = [positions[name] for name in names]
+        probed = probe(whole, source, in_channels, options.get("img_size"), wanted)
         frozen = frozen_names(source, whole, probed, positions, freeze_at)
-        frozen |= unused_names(whole, [probed.maps[positions[name]] for name in names])
+        frozen |= unused_names(whole, [probed.maps[position] for position in wanted])
 
         # ... and another one is built with the wanted maps alone
-        indices = [all_indices[positions[name]] for name in names]
+        indices = [all_indices[position] for position in wanted]
         network = whole
         if pretrained:
             network = _pretrained(model, in_channels, options, indices)
@@ -76,7 +77,8 @@ class TimmBackbone(AdaptedBackbone):
             name: MapInfo(info.channels(index), info.reduction(index), channels_last)
             for name, index in zip(names, indices)
         }
-        super().__init__(network, maps, probed.divisor if probed.divisor > 1 else 0)
+        divisor = probed.divisor if probed.divisor > 1 else 0
+        super().__init__(network, maps, divisor, resample=not probed.is_exact)
         convert_norms(network, norm, source)
         freeze(p for name, p in network.named_parameters() if name in frozen)
         freeze_norm_statistics(network)
@@ -85,7 +87,7 @@ class TimmBackbone(AdaptedBackbone):
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """As in the base class; timm's networks return a list."""
-        return self._named(self.model(x))
+        return self._named(self.model(x), x)
 
 
 def _create(

@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
 from fpn_plugin.bottom_up.image_channels import set_image_channels
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.probe import find_divisor, log_misfit
 from fpn_plugin.registry import unknown_name
 
 # Two images whose heights differ by 256 and widths by 128 pixels: the dimensions in which a step's
@@ -99,7 +100,13 @@ class TorchvisionBackbone(AdaptedBackbone):
             network, {ends[name].name: name for name in names}, suppress_diff_warning=True
         )
         maps = {name: info for name in names if (info := ends[name].map)}
-        super().__init__(extractor, maps)
+        divisor = find_divisor(
+            lambda height, width: _map_sizes(extractor, maps, height, width),
+            [info.stride for info in maps.values()],
+        )
+        if not divisor:
+            log_misfit(source)
+        super().__init__(extractor, maps, divisor if divisor > 1 else 0, resample=not divisor)
         convert_norms(self.model, norm, source)
         freeze_norm_statistics(self.model)
 
@@ -165,6 +172,17 @@ def _run_on_meta(network: nn.Module, channels: int, height: int, width: int) -> 
     image = torch.empty(1, channels, height, width, device="meta")
     with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints an error that it also raises
         return torch.func.functional_call(network, meta, (image,))
+
+
+def _map_sizes(
+    network: nn.Module, maps: Mapping[str, MapInfo], height: int, width: int
+) -> list[torch.Size]:
+    """The heights and widths of the maps of an image of that size."""
+    results = _run_on_meta(network, height, width)
+    return [
+        results[name].shape[1:3] if info.channels_last else results[name].shape[2:]
+        for name, info in maps.items()
+    ]
 
 
 def _parameters(network: nn.Module, node: torch.fx.Node) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ The defaults reproduce Detectron2: a zoo config whose `MODEL.BACKBONE.NAME` is
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from typing import Any, Iterator, NamedTuple
 
@@ -294,6 +295,13 @@ def _add(cfg: CfgNode, name: str, default: Any) -> None:
         cfg[leaf] = CfgNode(default, new_allowed=True)
     else:
         cfg[leaf] = list(default) if isinstance(default, list) else default
+
+
+@functools.lru_cache(maxsize=1)
+def plugin_keys() -> tuple[str, ...]:
+    """The names of all keys that a config has after :func:`add_fpn_config`, with dots."""
+    pyramid = (f"{settings.SECTION}.{key}" for key in settings.pyramid_keys())
+    return (*pyramid, *(key.name for key in _KEYS))
 
 
 def documented_keys() -> Iterator[Key]:

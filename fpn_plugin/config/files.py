@@ -8,14 +8,14 @@ from __future__ import annotations
 import ast
 import os
 from functools import partial
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Collection, Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from fpn_plugin.config.defaults import ARGS, GONE
 from fpn_plugin.config.heads import spell_auto
-from fpn_plugin.registry import UnknownNameError, unknown_name
+from fpn_plugin.registry import UnknownNameError, close_name, unknown_name
 from fpn_plugin.yaml_files import read_yaml
 
 BASE = "_BASE_"
@@ -103,7 +103,10 @@ def enter(cfg: CfgNode, merge: Callable[[], Any], where: str) -> None:
         merge()
     except (AssertionError, KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
         # all that yacs, and the parser of Python's literals that it reads texts with, raise
-        raise ValueError(f"{where}: {error or type(error).__name__}") from error
+        hint = ""
+        if str(error).startswith("Type mismatch (<class 'list'> vs. <class 'str'>)"):
+            hint = "; as a list of names it is written ['p2', 'p3'], in quotes on a command line"
+        raise ValueError(f"{where}: {error or type(error).__name__}{hint}") from error
     for key, value in leaves(cfg).items():
         if value is None and before.get(key) is not None:
             expected = type(before[key]).__name__
@@ -137,7 +140,15 @@ def unknown_key(key: str, cfg: CfgNode, where: str = "") -> UnknownNameError:
         section = section.rpartition(".")[0]
     prefix = section + "." if section else ""
     beside = [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]
-    return unknown_name(f"{where}: config key" if where else "config key", key, beside)
+    place = f"{where}: config key" if where else "config key"
+    return unknown_name(place, key, beside, _meant_key(key, known))
+
+
+def _meant_key(key: str, known: Collection[str]) -> str:
+    """The key that a wrong one is taken for; "" if it is none but for those beside it."""
+    leaf = key.rpartition(".")[2].lower()
+    same = [name for name in sorted(known) if name.rpartition(".")[2].lower() == leaf]
+    return close_name(key, same, 0.0)
 
 
 def keys(node: CfgNode, prefix: str = "") -> set[str]:

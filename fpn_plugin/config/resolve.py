@@ -8,13 +8,18 @@ import os
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
-from fpn_plugin.config.validate import validate_config
+from fpn_plugin.config.validate import (
+    plugin_config,
+    require_compiled_operators,
+    validate_config,
+)
 from fpn_plugin.config.warm_start import resolve_warm_start
 
 logger = logging.getLogger(__name__)
@@ -24,7 +29,9 @@ _FELL_BACK = "_fpn_plugin_fell_back_to_cpu"
 DATA_FLAGS = ("train_json", "train_images", "val_json", "val_images")
 
 
-def resolve_config(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) -> CfgNode:
+def resolve_config(
+    cfg: CfgNode | DictConfig, checkpoint: str = "", evaluates: bool = False
+) -> CfgNode | DictConfig:
     """Check a config, and replace what it leaves to the plugin: `auto` in the heads' keys, pixel
     statistics, what a warm start starts from, and a GPU that is not there.
 
@@ -42,12 +49,16 @@ def resolve_config(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) 
     Raises:
         ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
     """
-    if cfg.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
-        validate_config(cfg)
-    resolve_heads(cfg)
-    resolve_warm_start(cfg, checkpoint, evaluates)
-    resolve_pixels(cfg, checkpoint)
-    choose_device(cfg)
+    node = plugin_config(cfg)
+    if node.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
+        validate_config(node)
+    require_compiled_operators(node)
+    resolve_heads(node)
+    resolve_warm_start(node, checkpoint, evaluates)
+    resolve_pixels(node, checkpoint)
+    choose_device(node)
+    if node is not cfg:
+        cfg.merge_with(OmegaConf.create(node.dump()))
     return cfg
 
 

@@ -1,16 +1,35 @@
-"""Checks of `MODEL.FPN`, and its keys in the errors of a pyramid."""
+"""Checks of a config: that it has this plugin's keys, those of `MODEL.FPN`, and what Detectron2
+lacks; and the keys in the errors of a pyramid."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator
 
 from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
 
+from fpn_plugin.config.defaults import ARGS, plugin_keys
 from fpn_plugin.config.settings import SECTION, pyramid_keys, read_settings
-from fpn_plugin.registry import ArgumentError, UnknownNameError
+from fpn_plugin.registry import ArgumentError, UnknownNameError, close_name
 
+DEFORMABLE = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
+# Detectron2's own builders, beside BOTTOM_UP.NAME
+_RESNETS = (
+    "build_resnet_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+)
+# What computes with rotated boxes
+_ROTATED = {
+    "PROPOSAL_GENERATOR": ("NAME", "RRPN"),
+    "ROI_HEADS": ("NAME", "RROIHeads"),
+    "ROI_BOX_HEAD": ("POOLER_TYPE", "ROIAlignRotated"),
+}
+# Those in which every key is this plugin's, or Detectron2's
+_OWN_SECTIONS = ("MODEL.FPN", "MODEL.BOTTOM_UP", "MODEL.FCOS", "DATASETS.OWN")
 _OTHER_ARGUMENTS = {"warm_from": "WARM_START_FROM"}
 
 
@@ -34,11 +53,105 @@ def keys_in_errors() -> Iterator[None]:
         raise type(error)(text) from error
 
 
+def plugin_config(cfg: CfgNode | DictConfig) -> CfgNode:
+    """The config itself as yacs's class, with every key of this plugin.
+
+    Args:
+        cfg: an OmegaConf config is copied; Detectron2 takes one as well.
+
+    Raises:
+        ValueError: naming a key that is missing and what to call, or a key beside this plugin's
+            that is spelt nearly as one of them: setting an attribute makes one.
+    """
+    node = cfg if isinstance(cfg, CfgNode) else _as_node(cfg)
+    missing = [key for key in plugin_keys() if not _has(node, key)]
+    if missing:
+        more = f" and {len(missing) - 1} more of fpn_plugin's keys" if len(missing) > 1 else ""
+        raise ValueError(
+            f"the config lacks {missing[0]}{more}: call fpn_plugin.add_fpn_config(cfg) right after"
+            " detectron2.config.get_cfg(), before files and options are merged"
+        )
+    for section in _OWN_SECTIONS:
+        _refuse_misspelt(node, section)
+    return node
+
+
+def _as_node(cfg: DictConfig) -> CfgNode:
+    node = CfgNode(OmegaConf.to_container(cfg, resolve=True))
+    if _has(node, ARGS):
+        node.MODEL.BOTTOM_UP.ARGS.set_new_allowed(True)
+    return node
+
+
+def _has(node: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _refuse_misspelt(cfg: CfgNode, section: str) -> None:
+    node: Any = cfg
+    for part in section.split("."):
+        node = node[part]
+    known = [key[len(section) + 1 :] for key in plugin_keys() if key.startswith(f"{section}.")]
+    for key in node:
+        if key not in known and (close := close_name(key, known, 0.8)):
+            raise ValueError(
+                f"{section}.{key}: {node[key]!r} is set, but there is no such key; did you mean"
+                f" {section}.{close}?"
+            )
+
+
 def validate_config(cfg: CfgNode) -> None:
     """Check the keys of `MODEL.FPN` that can be checked without building anything.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the key, the value and the choices.
     """
+    cfg = plugin_config(cfg)
     with keys_in_errors():
         read_settings(cfg).check()
+
+
+def deformable_stages(cfg: CfgNode) -> bool:
+    """Whether `MODEL.RESNETS` asks for deformable convolutions.
+
+    Raises:
+        ValueError: naming the key, if it is not a boolean for each stage, or the ResNet has no
+            bottlenecks.
+    """
+    stages, depth = cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE, cfg.MODEL.RESNETS.DEPTH
+    is_list = isinstance(stages, (list, tuple)) and len(stages) == 4
+    if not is_list or not all(isinstance(stage, bool) for stage in stages):
+        raise ValueError(
+            f"{DEFORMABLE}: {stages!r} is not four booleans, of res2, res3, res4 and res5"
+        )
+    if any(stages) and depth < 50:
+        raise ValueError(
+            f"{DEFORMABLE}: {list(stages)}, but a ResNet of MODEL.RESNETS.DEPTH {depth} has no"
+            " bottlenecks, whose 3x3 convolutions these are: take a depth from 50 on"
+        )
+    return any(stages)
+
+
+def require_compiled_operators(cfg: CfgNode) -> None:
+    """Refuse what only Detectron2's compiled operators compute, where they are not there.
+
+    Raises:
+        ValueError: naming the key, its value and what to take instead.
+    """
+    if importlib.util.find_spec("detectron2._C"):
+        return
+    missing = "needs Detectron2's compiled operators, which this installation lacks"
+    name = cfg.MODEL.BACKBONE.NAME
+    if name in _RESNETS and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        raise ValueError(
+            f"{DEFORMABLE}: {list(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)} under"
+            f" MODEL.BACKBONE.NAME: {name} {missing}: take build_pyramid_backbone (without a"
+            " pyramid build_bottom_up_backbone), which computes the same by torchvision's"
+        )
+    for section, (key, value) in _ROTATED.items():
+        if cfg.MODEL[section][key] == value:
+            raise ValueError(f"MODEL.{section}.{key}: {value} {missing}: build it from its source")

@@ -55,6 +55,7 @@ from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 from fpn_plugin.modeling.precision import choose_dtype
 from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.yaml_files import check_repeated_keys
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the config lacks one of its parts.
+        ValueError: if the config lacks one of its parts, or a YAML file has a key twice.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--config-file {path!r} does not exist")
+    if path.endswith((".yaml", ".yml")):
+        check_repeated_keys(path)
     cfg = LazyConfig.load(path)
     _replace_mappers(cfg)
     cfg = LazyConfig.apply_overrides(cfg, list(overrides or ()))

@@ -23,6 +23,7 @@ from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
 from fpn_plugin.config.resolve import as_recorded
+from fpn_plugin.config.validate import plugin_config
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
@@ -87,6 +88,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer.__init__ would wrap the model and build a step trainer that need CUDA
         super(DefaultTrainer, self).__init__()
+        cfg = plugin_config(cfg)
         self._is_begun = has_begun(cfg)
         if not self._is_begun:
             cfg = prepare_config(cfg)

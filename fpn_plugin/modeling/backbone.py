@@ -26,7 +26,7 @@ from fpn_plugin.config.settings import (
     make_settings,
     read_settings,
 )
-from fpn_plugin.config.validate import keys_in_errors
+from fpn_plugin.config.validate import keys_in_errors, plugin_config
 from fpn_plugin.config.warm_start import FROM, warm_settings
 from fpn_plugin.modeling.bottom_up import build_bottom_up
 from fpn_plugin.pyramid.pyramid import GraphExecutor
@@ -112,6 +112,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """The constructor's arguments, from `MODEL.FPN` and `MODEL.BOTTOM_UP`."""
+        cfg = plugin_config(cfg)
         settings, old = read_settings(cfg), warm_settings(cfg)
         settings.check()  # before the network is built, which may take long
         bottom_up = _build_network(cfg, input_shape, old.in_features if old else ())
@@ -259,6 +260,7 @@ def build_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackb
         ValueError: (KeyError for an unknown name) naming the key, the value and what is valid; also
             if something that :func:`fpn_plugin.resolve_config` would replace is in the config.
     """
+    cfg = plugin_config(cfg)
     require_resolved_heads(cfg)
     require_pixels(cfg)
     with keys_in_errors():

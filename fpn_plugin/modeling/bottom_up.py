@@ -20,6 +20,8 @@ from fpn_plugin.checkpoint.load import KEY, holds_network, load_weights
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.config.heads import head_features, require_resolved_heads, validate_heads
 from fpn_plugin.config.pixels import require_pixels
+from fpn_plugin.config.validate import deformable_stages, plugin_config
+from fpn_plugin.modeling.deformable import build_deformable_resnet
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,8 @@ def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             f"MODEL.BOTTOM_UP.ARGS: {dict(args)}: {name} is Detectron2's own and takes none; its"
             f" keys are MODEL.RESNETS' ({', '.join(sorted(cfg.MODEL.RESNETS))})"
         )
+    if name == "build_resnet_backbone" and deformable_stages(cfg):
+        builder = build_deformable_resnet
     bottom_up = builder(cfg, input_shape)
     if norm:
         convert_norms(bottom_up, norm, name)
@@ -139,6 +143,7 @@ def build_bottom_up_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     Raises:
         ValueError: also if a head wants maps that the network does not give.
     """
+    cfg = plugin_config(cfg)
     require_resolved_heads(cfg)
     require_pixels(cfg)
     read = {name for features in head_features(cfg).values() for name in features}

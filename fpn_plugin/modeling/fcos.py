@@ -10,6 +10,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
 from torch import Tensor
 
+from fpn_plugin.config.validate import plugin_config
+
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
@@ -33,9 +35,14 @@ class FCOS(fcos.FCOS):
         Raises:
             ValueError: if `MODEL.FCOS.NORM` is unknown or does not divide the channels.
         """
-        settings = cfg.MODEL.FCOS
+        settings = plugin_config(cfg).MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
+        if missing := [name for name in settings.IN_FEATURES if name not in shapes]:
+            raise ValueError(
+                f"MODEL.FCOS.IN_FEATURES: {missing} are not among the backbone's maps:"
+                f" {', '.join(shapes)}"
+            )
         inputs = [shapes[name] for name in settings.IN_FEATURES]
         _check_norm(settings.NORM, inputs[0].channels)
         head = fcos.FCOSHead(

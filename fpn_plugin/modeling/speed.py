@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone
+from fpn_plugin.config.validate import plugin_config
 from fpn_plugin.modeling.fold import cast_weights, fold_norms, fold_traced
 from fpn_plugin.modeling.pooling import gather_poolers
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
@@ -63,6 +64,7 @@ def speed_of(cfg: CfgNode) -> Speed:
         KeyError: for an unknown value of `MODEL.COMPILE` or `SOLVER.AMP.PRECISION`.
         ValueError: for fp16 on the CPU.
     """
+    cfg = plugin_config(cfg)
     return Speed(
         device_type(cfg),
         amp_dtype(cfg),

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fpn_plugin.evaluation.size_bins import check_edges
 from fpn_plugin.registry import unknown_name
+from fpn_plugin.yaml_files import read_yaml
 
 REPORT = "report"
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -142,13 +142,10 @@ def parse_seeds(option: str, text: str) -> tuple[int, ...]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The file as plain values; OmegaConf refuses keys that a mapping has twice."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise StudyError(f"{path}: it is no mapping of {', '.join(_WANTED)}")
+        content = read_yaml(str(path))
+    except ValueError as error:
+        raise StudyError(str(error)) from error
     return {str(key): value for key, value in content.items()}
 
 

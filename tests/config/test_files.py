@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from fpn_plugin import add_fpn_config
 from fpn_plugin.config import load_config
 from fpn_plugin.config.files import merge_config_file, merge_overrides
+from fpn_plugin.engine import lazy
 from fpn_plugin.engine.setup import argument_parser
 from fpn_plugin.yaml_files import evaluate, read_yaml
 
@@ -99,6 +100,15 @@ BAD = {
     "base itself": ("_BASE_: x.yaml", "x.yaml: is its own _BASE_"),
     "base missing": ("_BASE_: y.yaml", "x.yaml: _BASE_ 'y.yaml': there is no file"),
     "base no path": ("_BASE_: 3", "_BASE_ 3 is no path"),
+    "section twice": (
+        "MODEL: {MASK_ON: true}\nSEED: 1\nMODEL: {MASK_ON: false}",
+        "x.yaml: has a key twice, line 3: MODEL is there already, in line 1",
+    ),
+    "key twice": ("SOLVER:\n  GAMMA: 1\n  'GAMMA': 1", "line 3: SOLVER.GAMMA is there .* line 2"),
+    "key twice in a list": (
+        "MODEL: {FPN: {GRAPH: [{}, {level: 3, level: 4}]}}",
+        r"line 1: MODEL.FPN.GRAPH\[1\].level is there already",
+    ),
 }
 
 
@@ -128,6 +138,21 @@ def test_a_base_is_found_beside_the_file_below_home_and_among_several(
     (tmp_path / "e.yaml").write_text("_BASE_: a.yaml\nSEED: {a: 3}\n")
     with pytest.raises(ValueError, match="e.yaml: SEED is a section here, but a value in _BASE_"):
         merged(tmp_path / "e.yaml")
+
+
+def test_a_key_twice_is_refused_in_a_base_and_in_python_configs_dumps(tmp_path: Path) -> None:
+    base, above = tmp_path / "base.yaml", tmp_path / "x.yaml"
+    base.write_text("SEED: 1\nSEED: 2\n")
+    above.write_text("_BASE_: base.yaml\n")
+    for read in (merged, lambda path: lazy.load_config(str(path.with_name("base.yaml")))):
+        with pytest.raises(ValueError, match="base.yaml: has a key twice, line 2: SEED"):
+            read(above)
+
+
+def test_what_an_anchor_stands_for_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("SOLVER: {<<: {GAMMA: 0.5, BASE_LR: 1.0}, GAMMA: 0.25}\n")
+    cfg = merged(tmp_path / "x.yaml")
+    assert (cfg.SOLVER.GAMMA, cfg.SOLVER.BASE_LR) == (0.25, 1.0)
 
 
 def test_an_empty_file_changes_nothing_and_tuples_are_plain(tmp_path: Path) -> None:

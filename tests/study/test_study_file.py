@@ -84,9 +84,12 @@ def test_a_mistake_is_named(
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("runs: {a: {}, a: {}}", "study.yaml: (.|\n)*line 1(.|\n)*duplicate key a"),
-        ("- 1", "no mapping of output, seeds"),
-        ("runs: [", "study.yaml: while parsing"),
+        (
+            "runs: {a: {}, a: {}}",
+            "study.yaml: has a key twice, line 1: runs.a is there already, in line 1",
+        ),
+        ("- 1", "study.yaml: holds a list, not keys with values"),
+        ("runs: [", "study.yaml: is no plain YAML, line 1"),
     ],
 )
 def test_a_broken_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
