@@ -85,7 +85,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def initialize(function: Callable[[Any], Any], target: nn.Module | Tensor) -> None:
-    """Call `function(target)`, which sets initial weights, now or, in `initialize_together`, later."""
+    """Call `function(target)`, which sets initial weights: now, or at the end of
+    `initialize_together`."""
     waiting = _WAITING.get()
     if waiting is None:
         function(target)
@@ -95,7 +96,7 @@ def initialize(function: Callable[[Any], Any], target: nn.Module | Tensor) -> No
 
 @contextmanager
 def initialize_together() -> Iterator[None]:
-    """Initialise all blocks that are built inside at the end, in the order in which they were built.
+    """Initialise all blocks that are built inside at its end, in the order of their building.
 
     Detectron2's FPN makes both convolutions of a level before it fills them. As making one draws
     random numbers too, only the same order gives the same weights under the same seed.
