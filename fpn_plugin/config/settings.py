@@ -74,8 +74,9 @@ class PyramidSettings:
     inner_levels: int = _setting(
         -1,
         "how many coarser levels the topologies that fuse them"
-        f" ({', '.join(f'`{name}`' for name in sorted(INNER_LEVELS))}) make from the top bottom-up"
-        " map; `-1`: what it takes to have five",
+        f" ({', '.join(f'`{name}`' for name in sorted(INNER_LEVELS))}) make from the top map that"
+        " they read, in a stack the first of them; `-1`: what it takes to have five (`bfp`, and"
+        " those that are not the first of a stack: none)",
     )
     extra_levels: str = _setting(
         "none",
@@ -94,7 +95,12 @@ class PyramidSettings:
     downsample: OperatorLike = _setting(
         "maxpool", "how a finer map is brought to a coarser level", DOWNSAMPLE
     )
-    lateral: OperatorLike = _setting("conv1x1", "the block on each bottom-up map", BLOCKS)
+    lateral: OperatorLike = _setting(
+        "conv1x1",
+        "the block on each bottom-up map; arguments of its own, here as in every key that names an"
+        ' operator, stand in brackets: `conv1x1(norm="")`',
+        BLOCKS,
+    )
     block: OperatorLike = _setting("conv3x3", "the block of each output", BLOCKS)
     norm: str = _setting(
         "", "of all convolutions in the pyramid: `GN`, `BN`, `SyncBN`, `FrozenBN`, `LN`"
@@ -253,7 +259,7 @@ def extra_levels_for(cfg: CfgNode) -> str:
     if fpn.EXTRA_LEVELS != "auto":
         return fpn.EXTRA_LEVELS
     first = stages(fpn.TOPOLOGY)[0]
-    if fpn.GRAPH or first in INNER_LEVELS:
+    if fpn.GRAPH or INNER_LEVELS.get(first) or fpn.INNER_LEVELS > 0:
         return "none"
     extra = _EXTRA_LEVELS.get(cfg.MODEL.META_ARCHITECTURE, "maxpool")
     # the simple pyramid's own levels go beyond the one map that it reads

@@ -10,7 +10,9 @@ to a single linear one.
 
 from __future__ import annotations
 
-from typing import Any, Callable, TypeVar
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Callable, Iterator, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,8 @@ _PRE = ORDERS[1]
 _TAPS = 9  # of a 3×3 kernel
 _NAMES = ("BN", "SyncBN", "FrozenBN", "GN", "LN")  # of norms
 _NORMS = (_NormBase, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm, LayerNorm)
+# the calls of `initialize` that wait for the end of `initialize_together`
+_WAITING: ContextVar[list[Callable[[], Any]] | None] = ContextVar("_WAITING", default=None)
 
 for _name, _activation in {
     "": nn.Identity,
@@ -148,6 +152,32 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def initialize(function: Callable[[Any], Any], target: nn.Module | Tensor) -> None:
+    """Call `function(target)`, which sets initial weights: now, or at the end of
+    `initialize_together`."""
+    waiting = _WAITING.get()
+    if waiting is None:
+        function(target)
+    else:
+        waiting.append(lambda: function(target))
+
+
+@contextmanager
+def initialize_together() -> Iterator[None]:
+    """Initialise all blocks that are built inside at its end, in the order of their building.
+
+    Detectron2's FPN makes both convolutions of a level before it fills them. As making one draws
+    random numbers too, only the same order gives the same weights under the same seed.
+    """
+    token = _WAITING.set([])
+    try:
+        yield
+        for call in _WAITING.get() or []:
+            call()
+    finally:
+        _WAITING.reset(token)
+
+
 class _PreActivationConv(Conv2d):
     """activation -> convolution -> norm, with the parameter names of Detectron2's `Conv2d`."""
 
@@ -202,7 +232,7 @@ def conv_block(
         )
     else:
         conv = _PreActivationConv(in_channels, out_channels, kernel, pre_activation=act, **keywords)
-    weight_init.c2_xavier_fill(conv)
+    initialize(weight_init.c2_xavier_fill, conv)
     return conv
 
 
@@ -258,7 +288,7 @@ class SeparableConv(nn.Module):
         self.depthwise = Conv2d(
             in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
         )
-        weight_init.c2_xavier_fill(self.depthwise)
+        initialize(weight_init.c2_xavier_fill, self.depthwise)
         rest = ("", "conv-norm-act") if first else (activation, order)
         self.pointwise = conv_block(in_channels, out_channels, 1, 1, norm, *rest, bias)
 
@@ -514,10 +544,10 @@ class NonLocal(nn.Module):
         self.phi = Conv2d(in_channels, inner, 1)
         self.g = Conv2d(in_channels, inner, 1)
         for conv in (self.theta, self.phi, self.g):
-            weight_init.c2_xavier_fill(conv)
+            initialize(weight_init.c2_xavier_fill, conv)
         self.out = conv_block(inner, in_channels, 1, norm=norm)
         scale = getattr(self.out.norm, "weight", None)  # None without a norm, or without affine
-        nn.init.zeros_(self.out.weight if scale is None else scale)
+        initialize(nn.init.zeros_, self.out.weight if scale is None else scale)
 
     def forward(self, x: Tensor) -> Tensor:
         theta = self.theta(x).flatten(2).transpose(1, 2)  # (N, HW, C')

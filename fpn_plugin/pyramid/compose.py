@@ -44,8 +44,8 @@ def build_graph(
         repeats: how often it runs. Run r > 1 puts `r{r}_` before its node names, stage s > 1 of a
             stack `s{s}_`.
         extra_levels: one of `EXTRA_LEVELS`.
-        inner_levels: how many coarser levels the first stage makes and fuses; -1: what it takes
-            to have five, in those that fuse them.
+        inner_levels: how many coarser levels are made and fused by the first stage that fuses
+            such; -1: what it takes to have five, if that is the first stage.
 
     Raises:
         ValueError: (KeyError for an unknown topology) naming the argument.
@@ -53,32 +53,37 @@ def build_graph(
     names = stages(topology)
     if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
         raise bad_argument("repeats", f"{repeats!r} is not a whole number from 1 to {MAX_REPEATS}")
-    style = replace(style, inner_levels=_inner_levels(names[0], len(inputs), inner_levels))
+    maker, count = _inner_levels(names, len(inputs), inner_levels)
     graph: Graph | None = None
     for run in range(1, repeats + 1):
         for stage, name in enumerate(names, 1):
             prefix = (f"r{run}_" if run > 1 else "") + (f"s{stage}_" if stage > 1 else "")
+            inner = count if (run, stage) == (1, maker) else 0
+            own_style = replace(style, inner_levels=inner, first=graph is None)
             if graph is None:
-                graph = TOPOLOGIES.get(name)(inputs, style)
+                graph = TOPOLOGIES.get(name)(inputs, own_style)
                 continue
             levels = {f"p{graph.level(output)}": graph.level(output) for output in graph.outputs}
-            later = replace(style, inner_levels=0, first=False)
-            graph = chain(graph, TOPOLOGIES.get(name)(levels, later), prefix)
+            graph = chain(graph, TOPOLOGIES.get(name)(levels, own_style), prefix)
     assert graph is not None  # there is a run and a stage
     return add_extra_levels(graph, extra_levels)
 
 
-def _inner_levels(name: str, count: int, asked: int) -> int:
+def _inner_levels(names: list[str], inputs: int, asked: int) -> tuple[int, int]:
+    """The stage, counted from 1, that makes inner levels, and how many."""
     argument = "inner_levels"
     if type(asked) is not int or not -1 <= asked <= MAX_LEVEL:
         raise bad_argument(argument, f"{asked!r} is not a whole number from -1 to {MAX_LEVEL}")
-    if asked > 0 and name not in INNER_LEVELS:
+    if asked < 0:
+        return 1, max(0, INNER_LEVELS.get(names[0], 0) - inputs)
+    makers = [stage for stage, name in enumerate(names, 1) if name in INNER_LEVELS]
+    if asked and not makers:
         raise bad_argument(
             argument,
-            f"{asked}, but {name!r} makes no levels of its own; those that do are"
+            f"{asked}, but {'+'.join(names)!r} makes no levels of its own; those that do are"
             f" {', '.join(sorted(INNER_LEVELS))}. For levels after it use `extra_levels`",
         )
-    return asked if asked >= 0 else max(0, INNER_LEVELS.get(name, 0) - count)
+    return (makers or [1])[0], asked
 
 
 def add_extra_levels(graph: Graph, extra_levels: str) -> Graph:

@@ -190,19 +190,12 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _sum_blocks(grad: Tensor, size: Sequence[int]) -> Tensor:
-    """The sum of each block of a fine map: `(N, C, H, W)` -> `(N, C, *size)`."""
-    factor = grad.shape[2] // size[0]
+    """The sum of each block of a fine map: `(N, C, H, W)` -> `(N, C, *size)`, with the bits of
+    interpolation's own gradient."""
     if memory_layout(grad) == torch.channels_last:
-        return F.avg_pool2d(grad, factor, divisor_override=1)
-    # adding slices would round to half precision in between, and halves powers of two alone
-    if grad.dtype != torch.float32 or factor & (factor - 1):
-        (n, c), shape = grad.shape[:2], list(grad.shape[2:])
-        return torch.ops.aten.upsample_nearest2d_backward(grad, shape, [n, c, *size])
-    while factor > 1:  # halve the rows, then the columns: faster than pooling in this layout
-        grad = grad[:, :, ::2] + grad[:, :, 1::2]
-        grad = grad[:, :, :, ::2] + grad[:, :, :, 1::2]
-        factor //= 2
-    return grad
+        return F.avg_pool2d(grad, grad.shape[2] // size[0], divisor_override=1)
+    shape = [*grad.shape[:2], *size]
+    return torch.ops.aten.upsample_nearest2d_backward(grad, list(grad.shape[2:]), shape)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ such nodes.
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from typing import Any, Collection, Iterable, Mapping, Sequence, Union
@@ -54,7 +55,8 @@ OperatorLike = Union[str, Operator, Mapping[str, Any]]
 
 
 def as_operator(value: OperatorLike | None, where: str) -> Operator | None:
-    """An operator from a name, a `{name: ..., argument: ...}` mapping as in YAML, or an operator.
+    """An operator from a name, a text `name(argument=value, ...)`, a `{name: ..., argument: ...}`
+    mapping as in YAML, or an operator.
 
     Raises:
         ValueError: naming `where`, if `value` is none of these.
@@ -62,11 +64,30 @@ def as_operator(value: OperatorLike | None, where: str) -> Operator | None:
     if value is None or isinstance(value, Operator):
         return value
     if isinstance(value, str):
-        return Operator(value)
+        return _parse_call(value, where) if "(" in value else Operator(value)
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return Operator(value["name"], tuple((k, v) for k, v in value.items() if k != "name"))
-    raise bad_argument(
-        where, f"{value!r} is not an operator: write a name, or {{name: ..., argument: ...}}"
+    raise _no_operator(where, value)
+
+
+def _parse_call(text: str, where: str) -> Operator:
+    """An operator from the text of a call with literal arguments by name."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            args = {each.arg or "**": ast.literal_eval(each.value) for each in call.keywords}
+            if "**" not in args:
+                return Operator(call.func.id, tuple(args.items()))
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        pass
+    raise _no_operator(where, text)
+
+
+def _no_operator(where: str, value: object) -> ValueError:
+    return bad_argument(
+        where,
+        f"{value!r} is not an operator: write a name, name(argument=value, ...) with texts in"
+        " quotes, or {name: ..., argument: ...}",
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from fpn_plugin.pyramid.blocks import initialize_together
 from fpn_plugin.pyramid.build import REGISTRIES, build_module
 from fpn_plugin.pyramid.fused import is_traced
 from fpn_plugin.pyramid.graph import Graph
@@ -21,6 +24,9 @@ from fpn_plugin.pyramid.resolve import (
     ResolvedNode,
     resolve,
 )
+
+# the nodes whose parameters Detectron2's FPN has too
+_DETECTRON2S = re.compile(r"top_block\..*|fpn_(lateral|merge|output)(?P<level>\d+)")
 
 
 class GraphExecutor(nn.Module):
@@ -60,10 +66,8 @@ class GraphExecutor(nn.Module):
         self._compiled: Callable[[Dict[str, Tensor]], Dict[str, Tensor]] | None = None
         self.steps: tuple[ResolvedNode, ...] = resolve(graph, in_channels, defaults, per_node)
         self.output_channels = {name: defaults.channels for name in graph.output_names()}
-        for step in sorted(self.steps, key=lambda step: step.node.level):
-            node_defaults = (per_node or {}).get(step.node.name, defaults)
-            for spec in step.parts():
-                self._register(spec.path, build_module(spec, node_defaults))
+        for path, module in self._build_modules(per_node or {}):
+            self._register(path, module)
         resamplers = [
             (step, edge.resample) for step in self.steps for edge in step.edges if edge.resample
         ]
@@ -77,6 +81,24 @@ class GraphExecutor(nn.Module):
         }
         # the resamplers whose work the node's fusion does itself, by path
         self._deferred = {path for step in self.steps for path in self._defer_resamplers(step)}
+
+    def _build_modules(self, per_node: Mapping[str, Defaults]) -> list[tuple[str, nn.Module]]:
+        """The modules by path, from high to low resolution.
+
+        Detectron2's FPN has the same weights as its counterpart under the same seed: random numbers
+        are drawn in its order, first for the top block, then level by level.
+        """
+        ordered = sorted(self.steps, key=lambda step: step.node.level)
+        modules: dict[str, list[tuple[str, nn.Module]]] = {}
+        top_first = sorted(ordered, key=lambda step: not step.node.name.startswith("top_block."))
+        for together, steps in groupby(top_first, key=_made_together):
+            with initialize_together() if together else nullcontext():
+                for step in steps:
+                    settings = per_node.get(step.node.name, self.defaults)
+                    modules[step.node.name] = [
+                        (spec.path, build_module(spec, settings)) for spec in step.parts()
+                    ]
+        return [each for step in ordered for each in modules[step.node.name]]
 
     def _register(self, path: str, module: nn.Module) -> None:
         *containers, name = path.split(".")
@@ -261,6 +283,13 @@ def _frozen_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, settings):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _made_together(step: ResolvedNode) -> str:
+    """What of Detectron2's FPN, whose weights are initialised together, a node belongs to: the top
+    block or a level; "" for other nodes."""
+    name = _DETECTRON2S.fullmatch(step.node.name)
+    return (name["level"] or "top_block") if name else ""
 
 
 class _Unroller(fx.Tracer):

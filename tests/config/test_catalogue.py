@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -16,6 +17,7 @@ from helpers import zoo_config
 from torch import Tensor, nn
 
 from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
+from fpn_plugin.pyramid.resample import Subsample
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -46,6 +48,35 @@ TWINS = {
     "mask_rcnn_R_50_FPN_1x": "COCO-InstanceSegmentation",
     "retinanet_R_50_BiFPN_D0_1x": "COCO-Detection",
 }
+
+# the keys of MODEL.FPN in which each topology's configs follow its authors, beside TOPOLOGY and
+# their width; all others have their defaults
+BATCH_NORM = {"NORM": "SyncBN"}
+EFFICIENTDET = {**BATCH_NORM, "NORM_EPS": 0.001, "NORM_MOMENTUM": 0.01, "BLOCK": "separable"}
+EFFICIENTDET |= {"FUSE_TYPE": "fast_normalized", "REPEATS": 3}
+PLAIN = {"LATERAL": 'conv1x1(norm="")', "BLOCK": 'conv3x3(norm="")'}
+AUTHORS: dict[str, dict[str, object]] = {
+    "BiFPN": {"TOPOLOGY": "bifpn", **EFFICIENTDET},
+    "BiFPN_D0": {"TOPOLOGY": "bifpn", **EFFICIENTDET, "OUT_CHANNELS": 64},
+    "BiFPN_D1": {"TOPOLOGY": "bifpn", **EFFICIENTDET, "OUT_CHANNELS": 88, "REPEATS": 4},
+    "BiFPN_D2": {"TOPOLOGY": "bifpn", **EFFICIENTDET, "OUT_CHANNELS": 112, "REPEATS": 5},
+    "QuFPN": {"TOPOLOGY": "qufpn", **EFFICIENTDET},
+    "NAS_FPN": {"TOPOLOGY": "nas_fpn", "REPEATS": 7, **BATCH_NORM}
+    | {"NORM_EPS": 0.0001, "NORM_MOMENTUM": 0.003},
+    "FPG": {"TOPOLOGY": "fpg", **BATCH_NORM, **PLAIN, "DOWNSAMPLE": "subsample"},
+    "BFP": {"TOPOLOGY": "fpn+bfp", "INNER_LEVELS": 1, "DOWNSAMPLE": "subsample"},
+    "Simple": {"TOPOLOGY": "simple", "NORM": "LN"},
+    "PAFPN": {"TOPOLOGY": "pafpn"},
+    "PAFPN_mmdet": {"TOPOLOGY": "pafpn_mmdet"},
+    "HRFPN": {"TOPOLOGY": "hrfpn"},
+    "ASFF": {"TOPOLOGY": "fpn+asff"},
+    "FaPN": {"TOPOLOGY": "fapn"},
+    "ChannelMapper": {"TOPOLOGY": "channel_mapper"},
+    "FPN": {},
+}
+FPG = CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPG_1x.yaml"
+PYRAMIDS = [path for path in YAML if path.parent.name[:5] == "COCO-" and "_R_50_" in path.stem]
+PYRAMIDS = [path for path in PYRAMIDS if path.stem not in SINGLE_LEVEL | {"panoptic_fpn_R_50_1x"}]
 
 
 def name(path: Path) -> str:
@@ -116,6 +147,27 @@ def test_detectron2s_configs_differ_in_the_backbone_alone(path: str) -> None:
     assert mine.keys() == theirs.keys()
     differing = {key for key in theirs if mine[key] != theirs[key]}
     assert differing == (set() if Path(path).stem in SINGLE_LEVEL else {"MODEL.BACKBONE.NAME"})
+
+
+@pytest.mark.parametrize("path", PYRAMIDS, ids=name)
+def test_pyramids_follow_their_authors(path: Path) -> None:
+    kind = re.fullmatch(r".*_R_50_(.*)_1x", path.stem)
+    assert kind is not None
+    default = get_cfg()
+    add_fpn_config(default)
+    values = {key: value for key, value in load(path).MODEL.FPN.items() if key != "IN_FEATURES"}
+    changed = {key: value for key, value in values.items() if value != default.MODEL.FPN[key]}
+    assert changed == AUTHORS[kind[1]]
+
+
+def test_fpg_is_its_authors() -> None:
+    pyramid = model_without_numbers(FPG).backbone
+    plain = {f"fpg_lateral{level}" for level in range(2, 6)}
+    plain |= {f"fpg_output{level}" for level in range(2, 7)}
+    for path, module in pyramid.named_modules():
+        if isinstance(module, Conv2d) and not path.startswith("bottom_up."):
+            assert (module.norm is None) is (module.bias is not None) is (path in plain), path
+    assert isinstance(pyramid.get_submodule("fpg_in6_edge0.resample"), Subsample)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=name)

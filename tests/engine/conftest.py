@@ -10,6 +10,7 @@ from typing import Callable, Iterator
 import pytest
 import torch.multiprocessing as mp
 from detectron2.config import CfgNode
+from detectron2.data import build as data_build
 from tiny import register, tiny_config, write_dataset
 
 from fpn_plugin.engine import setup as engine_setup
@@ -42,6 +43,16 @@ def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     child = Child(str(dataset), str(folder), OVERRIDES)
     assert child.end() == 0, child.error
     return folder
+
+
+@pytest.fixture
+def one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any Detectron2 gives the images in the same order.
+
+    Its republication's sampler draws a seed, upstream's takes that of the config.
+    """
+    sampler = data_build.TrainingSampler
+    monkeypatch.setattr(data_build, "TrainingSampler", lambda size, **_: sampler(size))
 
 
 @pytest.fixture

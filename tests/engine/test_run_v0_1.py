@@ -44,7 +44,7 @@ def expected_maps() -> dict[str, Any]:
     return {name: [close(mean) for mean in means] for name, means in EXPECTED["maps"].items()}
 
 
-def test_it_is_resumed(dataset: Path, tmp_path: Path, log: Any) -> None:
+def test_it_is_resumed(dataset: Path, tmp_path: Path, log: Any, one_order: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(RUN, run)
     args = ["--config-file", str(run / "config.yaml"), "--resume", "OUTPUT_DIR", str(run)]

@@ -92,7 +92,7 @@ def train(output: Path, stop: bool = False) -> None:
 
 
 def test_a_run_counts_what_it_trained_on_also_when_resumed(
-    bad_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bad_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, one_order: None
 ) -> None:
     train(tmp_path / "whole")
     report = json.loads((tmp_path / "whole" / "skipped.json").read_text())

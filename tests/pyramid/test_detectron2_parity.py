@@ -158,6 +158,40 @@ def test_whole_model(name: str, tmp_path: Path) -> None:
     assert_equal(theirs.state_dict(), mine.state_dict())
 
 
+@pytest.mark.parametrize("norm", ["", "GN"])
+@pytest.mark.parametrize("name", ["mask", "retinanet"])
+def test_the_same_seed_gives_the_same_weights(name: str, norm: str) -> None:
+    cfg = zoo_config(ARCHITECTURES[name], "MODEL.FPN.NORM", norm)
+    torch.manual_seed(3)
+    theirs = build_backbone(cfg).state_dict()
+    after = torch.rand(1)  # what follows draws the same numbers too
+    torch.manual_seed(3)
+    mine = build_backbone(ours(cfg)).state_dict()
+    assert torch.equal(torch.rand(1), after)
+    assert_equal(theirs, mine)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_run_from_scratch_is_detectron2s(name: str) -> None:
+    cfg = zoo_config(ARCHITECTURES[name], *LOW_SCORES, *SMALL_HEADS, *depth_keys(18))
+    runs = []
+    # once more before, as TorchScript, which RetinaNet's loss is in, optimises after its first calls
+    for config in (cfg, cfg, ours(cfg)) if name == "retinanet" else (cfg, ours(cfg)):
+        torch.manual_seed(3)
+        model = build_model(config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        run = {f"start.{key}": value.clone() for key, value in model.state_dict().items()}
+        for iteration in range(2):
+            step = losses(model, inputs(cfg))
+            optimizer.zero_grad()
+            sum(step.values()).backward()
+            optimizer.step()
+            run |= {f"{iteration}.{key}": value.detach() for key, value in step.items()}
+        runs.append({**run, **model.state_dict()})
+    assert_equal(*runs[-2:])
+    assert not torch.equal(runs[0]["0.loss_cls"], runs[0]["1.loss_cls"])
+
+
 @torch.no_grad()
 def test_backbone_scripts_traces_and_exports() -> None:
     cfg = zoo_config(MASK, *depth_keys(18))

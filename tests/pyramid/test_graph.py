@@ -103,7 +103,7 @@ def test_every_topology_checks(name: str, extra: str, repeats: int) -> None:
     inputs = {"res2": 2, "res3": 3, "res5": 5}  # a gap between levels is fine
     graph = build_graph(name, inputs, Style(), repeats, extra)
     graph.check(OPERATORS)
-    own = [6, 7] if name in INNER_LEVELS else []
+    own = [6, 7] if INNER_LEVELS.get(name) else []
     top = max([5, *own])
     added = {"none": [], "maxpool": [top + 1]}.get(extra, [top + 1, top + 2])
     assert list(graph.output_names()) == [f"p{level}" for level in (2, 3, 5, *own, *added)]
@@ -129,8 +129,12 @@ def test_size_divisibility_is_that_of_the_highest_level_that_is_upsampled() -> N
 def test_operators_from_yaml() -> None:
     assert as_operator("conv", "x") == Operator("conv")
     assert as_operator({"name": "conv", "activation": "relu"}, "x") == op("conv", activation="relu")
+    assert as_operator('conv(activation="relu", groups=2)', "x") == op(
+        "conv", activation="relu", groups=2
+    )
     assert str(op("conv", activation="relu")) == "conv(activation=relu)"
-    for bad in (3, ["conv"], {"activation": "relu"}):
+    texts = ("conv(relu)", "conv(", "a.conv()", "conv(**{})", "conv(activation=relu)")
+    for bad in (3, ["conv"], {"activation": "relu"}, *texts):
         with pytest.raises(ValueError, match="KEY: .* is not an operator"):
             as_operator(bad, "KEY")  # type: ignore[arg-type]
 

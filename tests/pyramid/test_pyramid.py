@@ -27,7 +27,7 @@ EXTRA = {"none": [], "maxpool": ["p6"], "conv_c5": ["p6", "p7"], "conv_p5": ["p6
 @pytest.mark.parametrize("topology", [*TOPOLOGIES.names(), *STACKS])
 @pytest.mark.parametrize("extra", EXTRA)
 def test_shapes_order_and_values(topology: str, extra: str) -> None:
-    own = ["p6"] if topology in INNER_LEVELS else []
+    own = ["p6"] if INNER_LEVELS.get(topology) else []
     if extra == "conv_c5" and (own or topology == "simple"):
         with pytest.raises(ValueError, match="extra_levels: 'conv_c5' reads 'res"):
             small_pyramid(topology, extra)

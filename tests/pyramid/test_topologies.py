@@ -282,6 +282,15 @@ def test_bfp(identity: bool) -> None:
 
 
 @torch.no_grad()
+def test_bfp_with_p6_as_its_authors_have_it() -> None:
+    module, inputs = small("fpn+bfp", inner=1, downsample=op("subsample")), maps_of(SMALL)
+    layers = Layers(module)
+    maps = plain_fpn(layers, inputs)
+    maps[6] = maps[5][:, :, ::2, ::2]
+    check(module, inputs, balanced(layers, maps, "s2_bfp"), layers)
+
+
+@torch.no_grad()
 def test_asff() -> None:
     """Per place, `sum alpha_i x_i`, alpha a softmax of 1x1(concat(1x1 -> 16 of each)); then 3x3."""
     module, inputs = small("fpn+asff"), maps_of(SMALL)
@@ -466,6 +475,7 @@ ERRORS = {
     "one map": (("simple", (4, 5), -1), r"topology: 'simple'.*in_features"),
     "unknown": (("fpn+nope", (3, 4, 5), -1), r"topology 'fpn\+nope'.*'nope'.*bifpn"),
     "none of its own": (("fpn", (3, 4, 5), 2), r"inner_levels: 2.*'fpn'.*bifpn"),
+    "none in the stack": (("fpn+asff", (3, 4, 5), 2), r"inner_levels: 2.*'fpn\+asff'.*bifpn"),
     "not a number": (("bifpn", (3, 4, 5), -2), r"inner_levels: -2"),
     "one level": (("bifpn", (5,), 0), r"topology: 'bifpn' needs at least 2 levels"),
     "two levels": (("qufpn", (4, 5), 0), r"topology: 'qufpn' needs at least 3 levels"),
@@ -479,6 +489,19 @@ def test_errors_name_the_argument(case: str) -> None:
     (topology, levels, inner), message = ERRORS[case]
     with pytest.raises((ValueError, KeyError), match=message):
         build_graph(topology, {f"res{level}": level for level in levels}, inner_levels=inner)
+
+
+def test_the_first_stage_that_can_makes_inner_levels() -> None:
+    levels = {"res3": 3, "res4": 4, "res5": 5}
+    for topology, name in {
+        "bifpn+bfp": "bifpn_in6",
+        "fpn+bifpn+bfp": "s2_bifpn_in6",
+        "fpn+bfp": "s2_bfp_in6",
+    }.items():
+        graph = build_graph(topology, levels, repeats=2, inner_levels=1)
+        assert [each.name for each in graph.nodes if "_in6" in each.name] == [name]
+        assert list(graph.output_names()) == ["p3", "p4", "p5", "p6"]
+    assert list(build_graph("fpn+bifpn", levels).output_names()) == ["p3", "p4", "p5"]
 
 
 @pytest.mark.parametrize("repeats", [0, -1, True, 1.5])

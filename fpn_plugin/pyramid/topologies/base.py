@@ -41,7 +41,7 @@ class Style:
 
 Topology = Callable[[Levels, Style], Graph]
 TOPOLOGIES: Registry[Topology] = Registry("topology")
-# how many levels a topology that makes levels of its own brings its inputs to
+# how many levels a topology that makes levels of its own brings its inputs to, if it comes first
 INNER_LEVELS: dict[str, int] = {}
 
 

@@ -9,6 +9,7 @@ from fpn_plugin.pyramid.topologies.base import (
     Graph,
     Levels,
     Style,
+    add_inner_levels,
     by_level,
     graph_of,
     need_levels,
@@ -17,6 +18,7 @@ from fpn_plugin.pyramid.topologies.base import (
 )
 
 INNER_LEVELS["hrfpn"] = 5
+INNER_LEVELS["bfp"] = 0  # its authors' P6 is made only where it is asked for
 
 
 @TOPOLOGIES.register("hrfpn")
@@ -47,13 +49,15 @@ def bfp(inputs: Levels, style: Style) -> Graph:
     """Libra R-CNN's balanced pyramid, Pang et al. 2019, arXiv:1904.02701, after another pyramid.
 
     All levels at P4 (where there is none, at the middle one), averaged, refined by one non-local
-    block, and added back to each level. The paper's is `fpn+bfp`.
+    block, and added back to each level. The paper's is `fpn+bfp`; its authors' code makes P6 before
+    (`inner_levels=1`, `downsample="subsample"`), so that it takes part.
     """
-    need_levels("bfp", inputs, 2)
+    need_levels("bfp", inputs, 2, style.inner_levels)
     maps = by_level(inputs)
+    nodes = add_inner_levels("bfp", maps, style.inner_levels)
     middle = 4 if 4 in maps else list(maps)[len(maps) // 2]
     edges = [_moved(name, level, middle) for level, name in maps.items()]
-    nodes = [node("bfp_refine", middle, edges, "avg", op("non_local"))]
+    nodes.append(node("bfp_refine", middle, edges, "avg", op("non_local")))
     outputs = {level: f"bfp_output{level}" for level in maps}
     nodes += [
         node(outputs[level], level, [maps[level], _moved("bfp_refine", middle, level)], "sum")
