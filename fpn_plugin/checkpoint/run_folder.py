@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import yaml
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
+from fpn_plugin.checkpoint.record import plain_config, read_record
 from fpn_plugin.yaml_files import read_yaml
 
 CONFIG = "config.yaml"
@@ -83,15 +83,21 @@ def metric_lines(folder: str) -> list[dict[str, Any]]:
 
 
 def config_changes(
-    folder: str, cfg: CfgNode, ignore: Sequence[str], sections: Sequence[str] = ()
+    folder: str,
+    cfg: CfgNode,
+    ignore: Sequence[str],
+    sections: Sequence[str] = (),
+    checkpoint: str = "",
 ) -> list[str]:
     """The differences of a config from that of the run in a folder, as texts "KEY old -> new".
 
     Args:
+        checkpoint: a file whose record goes before the folder's config.yaml, if it has one.
         ignore: keys that are not compared.
         sections: the first parts of the keys that are compared; empty for all.
     """
-    before, now = flatten(recorded_config(folder)), flatten(yaml.safe_load(cfg.dump()))
+    recorded = read_record(checkpoint).get("config") or recorded_config(folder)
+    before, now = flatten(recorded), flatten(plain_config(cfg))
     keys = [key for key in now if key not in ignore]
     keys = [key for key in keys if not sections or key.split(".")[0] in sections]
     # a key that the record lacks is newer than the run
