@@ -48,6 +48,8 @@ _INDECISIVE = (
 _MEANINGS = {"DATASETS.CLASSES.NAMES": "classes", "DATASETS.KEYPOINTS.NAMES": "keypoints"}
 # of an optimizer's state: tensors that have the shape of their parameter
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# of a trainer's state: what it can do without
+_OPTIONAL_STATES = {"hooks", "grad_scaler"}
 _RATES = ("lr", "initial_lr")
 
 
@@ -108,6 +110,7 @@ def require_resumable(path: str, checkpointer: Checkpointer, optimizer: Optimize
     misfits = [
         *_changed_meanings(before, now),
         *_model_misfits(checkpointer.model, checkpoint.get("model", checkpoint)),
+        *_state_misfits(checkpoint, checkpointer),
         *_optimizer_misfits(checkpoint, recorded, checkpointer, optimizer),
     ]
     if misfits:
@@ -142,6 +145,20 @@ def _model_misfits(model: torch.nn.Module, state: Mapping[str, Any]) -> list[str
         *(f"{name} is not in the checkpoint" for name in misfits.missing),
         *(f"{name} is not in the model" for name in misfits.left_over),
     ]
+
+
+def _state_misfits(checkpoint: Mapping[str, Any], checkpointer: Checkpointer) -> list[str]:
+    """What a trainer needs to go on and a file of weights, or another trainer's, does not have."""
+    texts = []
+    for name, owner in checkpointer.checkpointables.items():
+        state = checkpoint.get(name)
+        lacking = owner.state_dict().keys() - _OPTIONAL_STATES - (state or {}).keys()
+        if state is None:
+            texts.append(f"it has no state of a {name}, which counts iterations")
+        elif lacking:
+            names = ", ".join(sorted(lacking))
+            texts.append(f"the state of its {name} has no {names}: it was another kind of trainer")
+    return texts
 
 
 def _optimizer_misfits(
