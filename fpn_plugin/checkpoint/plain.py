@@ -38,20 +38,18 @@ def read_plain(file: Path, where: str, mmap: bool = False) -> Any:
         return _read_safetensors(file, where)
     if is_pickle(file):
         return read_pickle(file, where)
-    return _read_torch(file, where, mmap and _is_zip(file))
+    return _read_torch(file, where, mmap and is_torch_file(file))
+
+
+def is_torch_file(file: Path) -> bool:
+    """Whether `torch.save` wrote it, in the format that it has had since torch 1.6."""
+    with file.open("rb") as stream:
+        return stream.read(len(_ZIP)) == _ZIP
 
 
 def is_pickle(file: Path) -> bool:
     """Whether it is read as a pickle: named `.pkl`, and not written by `torch.save`."""
-    if file.suffix != ".pkl":
-        return False
-    return not _is_zip(file)
-
-
-def _is_zip(file: Path) -> bool:
-    """Whether `torch.save` wrote it in its present format."""
-    with file.open("rb") as stream:
-        return stream.read(len(_ZIP)) == _ZIP
+    return file.suffix == ".pkl" and not is_torch_file(file)
 
 
 def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:

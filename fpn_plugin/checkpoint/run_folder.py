@@ -12,12 +12,21 @@ import yaml
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
+from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.yaml_files import read_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 # a result of Detectron2's evaluators among the metrics; a dataset's name may come before it
 RESULT_KEY = re.compile(r"(?:^|/)(?:bbox|segm|keypoints|sem_seg|panoptic_seg|box_proposals)/")
+# what a run fills in from its training data
+LEARNED_KEYS = (
+    "DATASETS.CLASSES.NAMES",
+    "DATASETS.CLASSES.IDS",
+    "DATASETS.KEYPOINTS.NAMES",
+    "DATASETS.KEYPOINTS.FLIP_MAP",
+    "DATASETS.KEYPOINTS.SKELETON",
+)
 # where a run runs, and what it checks, draws and saves on the way: nothing that changes its numbers
 OUTER_KEYS = (
     "OUTPUT_DIR",
@@ -28,6 +37,7 @@ OUTER_KEYS = (
     "DATALOADER.PREFETCH_FACTOR",
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
+    *LEARNED_KEYS,
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.SIZE_BINS",
     "TEST.VIS_PERIOD",
@@ -57,6 +67,19 @@ def recorded_config(folder: str) -> dict[str, Any]:
     """
     path = Path(folder, CONFIG)
     return read_yaml(str(path)) if path.is_file() else {}
+
+
+def config_of_checkpoint(path: str) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, from its record or else from the config.yaml
+    beside it; {} if there is neither, and for a path with a scheme.
+
+    Raises:
+        ValueError: naming the config.yaml, if it is no plain YAML.
+    """
+    if not path or "://" in path:
+        return {}
+    folder = str(Path(path.partition("?")[0]).parent)
+    return read_record(path).get("config") or recorded_config(folder)
 
 
 def metric_lines(folder: str) -> list[dict[str, Any]]:

@@ -218,6 +218,21 @@ _KEYS = [
     Key("DATASETS.OWN.VAL_JSON", "", "the annotations to evaluate on"),
     Key("DATASETS.OWN.VAL_IMAGES", "", "the folder of the images to evaluate on"),
     Key(
+        "DATASETS.CLASSES.NAMES",
+        [],
+        "the names of the model's classes in the order of its outputs. A run fills them in from its"
+        " training data, and its config.yaml and checkpoints keep them; the data of an evaluation"
+        " is compared with them",
+    ),
+    Key("DATASETS.CLASSES.IDS", [], "their category ids in the training data"),
+    Key(
+        "DATASETS.KEYPOINTS.NAMES",
+        [],
+        "the names of the model's keypoints in the order of its outputs, likewise filled in",
+    ),
+    Key("DATASETS.KEYPOINTS.FLIP_MAP", [], "pairs of them that a horizontal flip swaps"),
+    Key("DATASETS.KEYPOINTS.SKELETON", [], "pairs of them that are joined by a line"),
+    Key(
         "DATASETS.OUTSIDE_FILES",
         False,
         "whether a dataset's JSON may name files outside of its image folder (absolute, or with"

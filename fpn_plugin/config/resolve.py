@@ -19,13 +19,14 @@ from fpn_plugin.config.warm_start import resolve_warm_start
 
 logger = logging.getLogger(__name__)
 
+_FELL_BACK = "_fpn_plugin_fell_back_to_cpu"
 # Flags for one's own data, each for a key of DATASETS.OWN
 DATA_FLAGS = ("train_json", "train_images", "val_json", "val_images")
 
 
 def resolve_config(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) -> CfgNode:
     """Check a config, and replace what it leaves to the plugin: `auto` in the heads' keys, pixel
-    statistics, what a warm start starts from.
+    statistics, what a warm start starts from, and a GPU that is not there.
 
     Call it when the config is complete and not frozen, before the model and the data are built;
     the tools do. A config without such values stays as it is; a second call changes nothing.
@@ -46,6 +47,7 @@ def resolve_config(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) 
     resolve_heads(cfg)
     resolve_warm_start(cfg, checkpoint, evaluates)
     resolve_pixels(cfg, checkpoint)
+    choose_device(cfg)
     return cfg
 
 
@@ -78,7 +80,27 @@ def load_config(args: argparse.Namespace) -> CfgNode:
 
 
 def choose_device(cfg: CfgNode) -> None:
-    """Set `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place."""
+    """Set `MODEL.DEVICE` from its default, cuda, to cpu where there is no GPU, in place.
+
+    The config remembers that nobody has asked for the CPU: see :func:`as_recorded`.
+    """
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+        vars(cfg)[_FELL_BACK] = True  # beside the keys: its copies have it, its dump does not
         logger.info("MODEL.DEVICE is 'cuda' but no GPU is available: using 'cpu'")
+
+
+def as_recorded(cfg: CfgNode) -> CfgNode:
+    """The config that a run writes down: without what holds for this machine alone.
+
+    Returns:
+        a copy, or the config that was given where it is the same.
+    """
+    if not vars(cfg).get(_FELL_BACK) or cfg.MODEL.DEVICE != "cpu":
+        return cfg
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cuda"
+    if frozen:
+        cfg.freeze()
+    return cfg

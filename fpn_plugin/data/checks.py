@@ -6,7 +6,6 @@ import difflib
 import logging
 import os
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from detectron2.utils.file_io import PathManager
 from fpn_plugin.checkpoint.plain import read_pickle
 
 from .annotation_checks import check_annotations, check_categories, check_images
+from .classes import Classes, compare_classes, dataset_classes, has_classes, model_classes
 from .coco_json import DatasetError, Findings, read_json
 from .image_checks import check_image_files, name_fault
+from .record_checks import check_records
 
-__all__ = ["IMAGE_CHECKS", "Report", "check_config_datasets", "check_dataset"]
+__all__ = ["IMAGE_CHECKS", "Report", "check_config_datasets", "check_dataset", "training_classes"]
 
 IMAGE_CHECKS = ("auto", "full", "headers", "annotations", "off")
 _FULL_LIMIT, _HEADERS_LIMIT = 5_000, 20_000
@@ -35,7 +36,7 @@ _CLASS_KEYS = {
     "RetinaNet": "RETINANET",
     "FCOS": "FCOS",
 }
-_CLASS_AGNOSTIC = ("ProposalNetwork", "SemanticSegmentor")
+_SEMANTIC = ("PanopticFPN", "SemanticSegmentor")
 # What pycocotools and the lvis package read from every annotation, by `evaluator_type`.
 _EVALUATION_KEYS = {
     "coco": ("area", "iscrowd"),
@@ -52,12 +53,13 @@ class Report:
 
     Attributes:
         name: of the dataset.
-        json_file: its annotations; empty if it is not in COCO's format.
+        json_file: its annotations; empty if it is not in COCO's format, but loaded by a function.
         level: one of ``IMAGE_CHECKS``, never "auto"; "off" if nothing was checked.
         num_images: images in the JSON.
         num_annotations: annotations in the JSON.
         classes: names of the categories, in the order of their ids.
         warnings: how often each warning was found.
+        class_ids: of the categories, in the same order as their names.
     """
 
     name: str
@@ -67,6 +69,15 @@ class Report:
     num_annotations: int = 0
     classes: tuple[str, ...] = ()
     warnings: dict[str, int] = field(default_factory=dict)
+    class_ids: tuple[int, ...] = ()
+
+    @property
+    def known_classes(self) -> Classes | None:
+        """None if the dataset was not checked, or does not name them."""
+        if self.level == "off" or not self.classes:
+            return None
+        source = self.json_file or f"MetadataCatalog.get({self.name!r}).thing_classes"
+        return Classes(self.classes, self.class_ids, self.name, source)
 
 
 def check_dataset(
@@ -78,7 +89,9 @@ def check_dataset(
     outside: bool = False,
     polygons: bool = False,
 ) -> Report:
-    """Check a registered dataset in COCO's format; others are skipped with a line in the log.
+    """Check a registered dataset in COCO's format; of others, only what stands in their records.
+
+    A dataset of another format without class names is skipped with a line in the log.
 
     Args:
         name: as in ``DatasetCatalog``.
@@ -103,10 +116,11 @@ def check_dataset(
     _require_registered(name)
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
-    if images == "off" or not json_file:
-        reason = "DATASETS.CHECK is 'off'" if images == "off" else "it is not in COCO's format"
-        logger.info("Dataset %s is not checked: %s", name, reason)
+    if images == "off":
+        logger.info("Dataset %s is not checked: DATASETS.CHECK is 'off'", name)
         return Report(name, str(json_file or ""), "off")
+    if not json_file:
+        return _check_function(name, masks)
     content = _read(name, metadata)
     findings = Findings(str(json_file))
     evaluator = str(metadata.get("evaluator_type"))
@@ -132,15 +146,46 @@ def check_dataset(
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
     findings.raise_errors()
-    classes = tuple(categories[key] for key in sorted(categories))
+    ids = tuple(sorted(categories))
+    classes = _class_names(content, categories, evaluator)
     counts = (len(records), num_annotations)
-    report = Report(name, findings.source, level, *counts, classes, dict(findings.counts))
+    report = Report(name, findings.source, level, *counts, classes, dict(findings.counts), ids)
     logger.info(
         "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
         *(name, report.num_images, report.num_annotations, len(report.classes)),
         _CHECKED[level],
     )
     return report
+
+
+def _class_names(
+    content: dict[str, Any], categories: dict[int, str], evaluator: str
+) -> tuple[str, ...]:
+    """The names of the classes as Detectron2's loaders give them: LVIS's are the first synonyms."""
+    names = dict(categories)
+    for category in content["categories"] if evaluator == "lvis" else ():
+        if synonyms := category.get("synonyms"):
+            names[category["id"]] = str(synonyms[0])
+    return tuple(names[key] for key in sorted(names))
+
+
+def _check_function(name: str, masks: bool) -> Report:
+    """Check what a dataset's own function gives: Detectron2's dataset dicts."""
+    records = DatasetCatalog.get(name)
+    classes = dataset_classes(name)
+    if classes is None or not isinstance(records, list):
+        logger.info("Dataset %s is not checked: it is not in COCO's format", name)
+        return Report(name, "", "off")
+    findings = Findings(f"dataset {name}")
+    num_annotations = check_records(records, classes, masks, findings)
+    findings.raise_errors()
+    logger.info(
+        "Dataset %s is sound: %d images, %d annotations, %d classes; checked the records that its"
+        " function gives (no image opened)",
+        *(name, len(records), num_annotations, len(classes.names)),
+    )
+    counts = (len(records), num_annotations)
+    return Report(name, "", "annotations", *counts, classes.names, {}, classes.ids)
 
 
 def _image_check(images: str, num_images: int) -> str:
@@ -204,7 +249,8 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
 
     Also compares the datasets' classes with each other, since a different order gives a wrong AP,
     and their number with the model's, since too many end in a CUDA assertion and too few go
-    unnoticed.
+    unnoticed. Without training data they are compared with those that the config knows of the
+    model, ``DATASETS.CLASSES``.
 
     Raises:
         KeyError: a dataset is not registered.
@@ -229,11 +275,46 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
         images = "annotations" if skip and not tested else level
         reports.append(check_dataset(name, images, True, masks, tested, outside, polygons))
     reports += [check_dataset(name, level, False, masks, outside=outside) for name in testing]
-    if cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC:
-        _compare_classes([report for report in reports if report.level != "off"])
+    if has_classes(cfg):
+        known = [model_classes(cfg)] if not training else []
+        known += [report.known_classes for report in reports]
+        compare_classes([classes for classes in known if classes])
     for report in reports:
         _check_class_count(cfg, report)
+        _check_stuff_count(cfg, report)
     return reports
+
+
+def training_classes(cfg: CfgNode, reports: list[Report]) -> Classes | None:
+    """The classes of the training data, or None where it does not tell, or the model has none.
+
+    Args:
+        reports: of :func:`check_config_datasets`.
+    """
+    if not has_classes(cfg):
+        return None
+    for report in reports:
+        if report.name not in cfg.DATASETS.TRAIN:
+            continue
+        if classes := report.known_classes or dataset_classes(report.name):
+            return classes
+        if report.json_file and (classes := _read_classes(report)):
+            return classes
+    return None
+
+
+def _read_classes(report: Report) -> Classes | None:
+    """The classes of a dataset whose check is off, without a complaint about its other faults."""
+    findings = Findings(report.json_file)
+    try:
+        content = _read(report.name, MetadataCatalog.get(report.name))
+        categories = check_categories(content, findings)
+    except (DatasetError, OSError):
+        return None
+    if findings.num_errors or not categories:
+        return None
+    ids = tuple(sorted(categories))
+    return Classes(tuple(categories[key] for key in ids), ids, report.name, report.json_file)
 
 
 def _check_proposal_files(cfg: CfgNode) -> None:
@@ -249,35 +330,29 @@ def _check_proposal_files(cfg: CfgNode) -> None:
             read_pickle(file, f"{key}: {path}")
 
 
-def _compare_classes(reports: list[Report]) -> None:
-    """Compare the classes in the order of their ids: a model knows them by their index only."""
-    for other in reports[1:]:
-        first = reports[0]
-        if other.classes == first.classes:
-            continue
-        pairs = enumerate(zip_longest(first.classes, other.classes))
-        index, names = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        here, there = ("no class" if name is None else repr(name) for name in names)
+def _check_class_count(cfg: CfgNode, report: Report) -> None:
+    section = _CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    classes = report.known_classes
+    if section is None or classes is None:
+        return
+    expected, count = cfg.MODEL[section].NUM_CLASSES, len(classes.names)
+    if expected != count:
+        names = ", ".join(classes.names[:10]) + (", …" if count > 10 else "")
         raise ValueError(
-            "the datasets in DATASETS.TRAIN and DATASETS.TEST must have the same categories in the "
-            f"order of their ids, but class {index} is {here} in {first.name} and {there} in "
-            f"{other.name}:\n  {_class_list(first)}\n  {_class_list(other)}"
+            f"MODEL.{section}.NUM_CLASSES is {expected}, but dataset {report.name} "
+            f"({classes.source}) has {count} categories: {names}"
         )
 
 
-def _class_list(report: Report, shown: int = 20) -> str:
-    names = ", ".join(report.classes[:shown]) + (", …" if len(report.classes) > shown else "")
-    return f"{report.json_file} has {len(report.classes)}: {names}"
-
-
-def _check_class_count(cfg: CfgNode, report: Report) -> None:
-    section = _CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
-    if section is None or report.level == "off":
+def _check_stuff_count(cfg: CfgNode, report: Report) -> None:
+    """Compare the number of a dataset's semantic classes with the model's."""
+    names = MetadataCatalog.get(report.name).get("stuff_classes")
+    if cfg.MODEL.META_ARCHITECTURE not in _SEMANTIC or not names or cfg.DATASETS.CHECK == "off":
         return
-    expected, count = cfg.MODEL[section].NUM_CLASSES, len(report.classes)
-    if expected != count:
-        names = ", ".join(report.classes[:10]) + (", …" if count > 10 else "")
+    expected = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if expected != len(names):
+        shown = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
         raise ValueError(
-            f"MODEL.{section}.NUM_CLASSES is {expected}, but dataset {report.name} "
-            f"({report.json_file}) has {count} categories: {names}"
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {expected}, but dataset {report.name} "
+            f"(MetadataCatalog.get({report.name!r}).stuff_classes) has {len(names)}: {shown}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+from typing import Any, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,6 +14,7 @@ from detectron2.data.datasets import load_coco_json
 from fpn_plugin.paths import dataset_root
 
 from .annotation_checks import check_categories
+from .classes import Classes, has_classes, set_classes
 from .coco_json import Findings, read_json
 from .image_checks import OUTSIDE_KEY, check_loaded
 
@@ -25,6 +26,9 @@ _PREPARED = {
     "scenes": ["ellipse", "rectangle", "triangle", "star", "cross", "arrow"],
 }
 _CLASS_SECTIONS = ("ROI_HEADS", "RETINANET", "FCOS")
+# The parts of DATASETS.OWN, each with the key that it fills and the dataset's name
+_SPLITS = {"TRAIN": ("TRAIN", "own_train"), "VAL": ("TEST", "own_val")}
+_PARTS = ("JSON", "IMAGES")
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +97,22 @@ def _load(name: str, json_file: str, image_root: str, outside_files: bool) -> li
     return records
 
 
-def register_own(cfg: CfgNode, keep_json: bool = False) -> CfgNode:
+def register_own(
+    cfg: CfgNode, keep_json: bool = False, needed: Sequence[str] = ("TRAIN", "VAL")
+) -> CfgNode:
     """Register the data that ``DATASETS.OWN`` names and make the config use it.
 
     With ``TRAIN_JSON`` or ``VAL_JSON`` set, ``DATASETS.TRAIN`` becomes ``("own_train",)`` and
-    ``DATASETS.TEST`` becomes ``("own_val",)``; a split that is not given becomes empty. The model's
-    number of classes becomes that of the data, whatever it was.
+    ``DATASETS.TEST`` becomes ``("own_val",)``; a split that is not given becomes empty. If the
+    training data is needed, the model's classes and their number become those of that data,
+    whatever they were. Otherwise the config says them, and the data only where it does not.
 
     Args:
         cfg: the config, changed in place.
         keep_json: whether the datasets are checked next in this process, so that the JSON with the
             classes stays in memory and is not read again for it.
+        needed: the splits that are used. Another one is registered if its files are there, and
+            becomes empty if they are not: a trained model does not need its data.
 
     Returns:
         The config that was given; unchanged if ``DATASETS.OWN`` is empty.
@@ -112,24 +121,35 @@ def register_own(cfg: CfgNode, keep_json: bool = False) -> CfgNode:
         ValueError: a JSON is given without its image folder or the other way round, or does not
             exist; or the JSON's categories have faults.
     """
-    train, val = _split_paths(cfg, "TRAIN"), _split_paths(cfg, "VAL")
-    if not (train or val):
+    if not any(cfg.DATASETS.OWN[f"{split}_{part}"] for split in _SPLITS for part in _PARTS):
         return cfg
-    for name, paths in (("own_train", train), ("own_val", val)):
-        if paths:
+    files = {split: _split_paths(cfg, split, split in needed) for split in _SPLITS}
+    for split, (key, name) in _SPLITS.items():
+        if paths := files[split]:
             register_coco_format(name, *paths, cfg.DATASETS.OUTSIDE_FILES)
-    for key, name, paths in (("TRAIN", "own_train", train), ("TEST", "own_val", val)):
-        if not paths and cfg.DATASETS[key]:
+        elif cfg.DATASETS[key] and split in needed:
             logger.warning("DATASETS.%s becomes empty: DATASETS.OWN names nothing for it", key)
         cfg.DATASETS[key] = (name,) if paths else ()
-    _fit_num_classes(cfg, (train or val or ("", ""))[0], keep_json and cfg.DATASETS.CHECK != "off")
+    train, val = files["TRAIN"], files["VAL"]
+    trains = "TRAIN" in needed and train is not None
+    if cfg.DATASETS.CLASSES.NAMES and not trains:
+        _fit_num_classes(cfg, len(cfg.DATASETS.CLASSES.NAMES), "DATASETS.CLASSES.NAMES")
+    elif paths := train or val:
+        json_file, keep = paths[0], keep_json and cfg.DATASETS.CHECK != "off"
+        stat = os.stat(json_file)
+        names, ids = _read_classes(json_file, stat.st_size, stat.st_mtime_ns, keep)
+        if trains and has_classes(cfg):
+            set_classes(cfg, Classes(names, ids, "own_train", json_file))
+        _fit_num_classes(cfg, len(names), json_file)
     return cfg
 
 
-def _split_paths(cfg: CfgNode, split: str) -> tuple[str, str] | None:
+def _split_paths(cfg: CfgNode, split: str, needed: bool) -> tuple[str, str] | None:
     keys = (f"{split}_JSON", f"{split}_IMAGES")
     paths = (cfg.DATASETS.OWN[keys[0]], cfg.DATASETS.OWN[keys[1]])
     if not any(paths):
+        return None
+    if not needed and not (os.path.isfile(paths[0]) and os.path.isdir(paths[1])):
         return None
     for i, (key, other) in enumerate((keys, keys[::-1])):
         if not paths[i]:
@@ -137,28 +157,40 @@ def _split_paths(cfg: CfgNode, split: str) -> tuple[str, str] | None:
                 f"DATASETS.OWN.{key} is empty, but DATASETS.OWN.{other} is {paths[1 - i]!r}: "
                 "give both or neither"
             )
-    if not os.path.isfile(paths[0]):
-        raise ValueError(f"DATASETS.OWN.{keys[0]} is {paths[0]!r}, which is not a file")
-    if not os.path.isdir(paths[1]):
-        raise ValueError(f"DATASETS.OWN.{keys[1]} is {paths[1]!r}, which is not a folder")
+    flag, folder = split.lower(), os.getcwd()
+    for path, key, part, is_there in (
+        (paths[0], keys[0], "json", os.path.isfile),
+        (paths[1], keys[1], "images", os.path.isdir),
+    ):
+        if not is_there(path):
+            kind = "file" if part == "json" else "folder"
+            raise ValueError(
+                f"DATASETS.OWN.{key} is {path!r}, which is not a {kind} (from {folder}): say where"
+                f" the data is by --{flag}-{part} or this key"
+            )
     return paths
 
 
-def _fit_num_classes(cfg: CfgNode, json_file: str, keep_json: bool) -> None:
-    stat = os.stat(json_file)
-    count = _count_classes(json_file, stat.st_size, stat.st_mtime_ns, keep_json)
+def _fit_num_classes(cfg: CfgNode, count: int, source: str) -> None:
     for section in filter(cfg.MODEL.__contains__, _CLASS_SECTIONS):  # FCOS is a key of ours
         node = cfg.MODEL[section]
         if node.NUM_CLASSES != count:
-            values = (section, node.NUM_CLASSES, count, json_file)
+            values = (section, node.NUM_CLASSES, count, source)
             logger.info("MODEL.%s.NUM_CLASSES: %d -> %d, as in %s", *values)
             node.NUM_CLASSES = count
 
 
 @functools.lru_cache(maxsize=4)
-def _count_classes(json_file: str, size: int, mtime: int, keep_json: bool) -> int:
-    """Cached, since a process asks twice and a large file takes seconds to read."""
+def _read_classes(
+    json_file: str, size: int, mtime: int, keep_json: bool
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Cached, since a process asks twice and a large file takes seconds to read.
+
+    Returns:
+        the names and ids of the categories, in the order of the ids.
+    """
     findings = Findings(json_file)
-    count = len(check_categories(read_json(json_file, keep_json), findings))
+    categories = check_categories(read_json(json_file, keep_json), findings)
     findings.raise_errors()
-    return count
+    ids = tuple(sorted(categories))
+    return tuple(categories[key] for key in ids), ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -98,18 +99,20 @@ def build_writers(folder: str, max_iter: int) -> list[EventWriter]:
     return [TolerantWriter(writer) for writer in writers]
 
 
-def trim_metrics(folder: str, start: int) -> None:
+def trim_metrics(folder: str, start: int, end: int) -> None:
     """Remove from metrics.json what the resumed run will write again, and an incomplete last line.
 
     For the main process only. The file may be open for appending.
 
     Args:
         start: the first iteration to come.
+        end: the one after the last; nothing comes again if it is not after `start`.
     """
     path = Path(folder, METRICS)
     if not path.is_file():
         return
-    kept = [line for line in metric_lines(folder) if line.get("iteration", -1) < start]
+    lines = metric_lines(folder)
+    kept = [line for line in lines if line.get("iteration", -1) < start or start >= end]
     content = "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept).encode()
     before = path.read_bytes()
     common = len(os.path.commonprefix([before, content]))
@@ -144,21 +147,50 @@ class FlushMetrics(HookBase):
 class EvalHook(hooks.EvalHook):
     """Detectron2's, but a run that fails in its last iteration is not evaluated.
 
-    Detectron2 evaluates even then, and waits for all processes, some of which may be gone.
+    Detectron2 evaluates even then, and waits for all processes, some of which may be gone. Nor is a
+    finished run that is resumed, if its results are there.
+
+    Args:
+        period: `TEST.EVAL_PERIOD`.
+        evaluate: gives the results.
+        folder: the run's; "" evaluates a finished run again.
     """
+
+    def __init__(self, period: int, evaluate: Callable[[], Any], folder: str = "") -> None:
+        super().__init__(period, evaluate)
+        self._folder = folder
 
     def after_train(self) -> None:
         """Called by the trainer after the last iteration, or after an error."""
-        if self.trainer.iter >= self.trainer.max_iter:
-            super().after_train()
+        start, end = self.trainer.start_iter, self.trainer.max_iter
+        if self.trainer.iter < end:
+            return
+        is_old = start >= end and bool(self._folder)
+        if is_old and comm.all_gather(_has_results(self._folder, start - 1))[0]:
+            logger.info(
+                "The results are in %s; --eval-only --resume evaluates again",
+                os.path.join(self._folder, METRICS),
+            )
+            return
+        super().after_train()
 
 
-def replace_eval_hooks(given: list[HookBase | None]) -> list[HookBase | None]:
-    """Hooks with Detectron2's EvalHook replaced by :class:`EvalHook`."""
+def replace_eval_hooks(given: list[HookBase | None], folder: str) -> list[HookBase | None]:
+    """Hooks with Detectron2's EvalHook replaced by :class:`EvalHook` for a run's folder."""
     return [
-        EvalHook(hook._period, hook._func) if hook and type(hook) is hooks.EvalHook else hook
+        (
+            EvalHook(hook._period, hook._func, folder)
+            if hook and type(hook) is hooks.EvalHook
+            else hook
+        )
         for hook in given
     ]
+
+
+def _has_results(folder: str, first: int, last: float = math.inf) -> bool:
+    """Whether a run's metrics.json has results of an evaluation in iterations from `first` on."""
+    lines = [x for x in metric_lines(folder) if first <= x.get("iteration", -1) <= last]
+    return any(RESULT_KEY.search(name) for line in lines for name in line)
 
 
 class MissedEvaluation(hooks.EvalHook):
@@ -180,7 +212,7 @@ class MissedEvaluation(hooks.EvalHook):
         """Called by the trainer at the start."""
         start = self.trainer.start_iter
         due = self._period > 0 and 0 < start < self.trainer.max_iter and start % self._period == 0
-        if due and not comm.all_gather(self._has_results(start - 1))[0]:
+        if due and not comm.all_gather(_has_results(self._folder, start - 1, start - 1))[0]:
             logger.info("The evaluation after iteration %d was not finished: again", start - 1)
             self.trainer.storage.iter = start - 1
             self._do_eval()
@@ -188,11 +220,6 @@ class MissedEvaluation(hooks.EvalHook):
 
     def after_step(self) -> None:
         """Nothing: evaluations that are due are :class:`EvalHook`'s."""
-
-    def _has_results(self, iteration: int) -> bool:
-        lines = metric_lines(self._folder)
-        names = [name for line in lines if line.get("iteration") == iteration for name in line]
-        return any(map(RESULT_KEY.search, names))
 
 
 class LossNormalizerHook(HookBase):

@@ -10,6 +10,7 @@ unlike :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 from typing import Any, Sequence
@@ -26,6 +27,8 @@ from torch import nn
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
 from fpn_plugin.checkpoint.load import load_weights
+from fpn_plugin.checkpoint.record import make_record, plain_config
+from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -36,7 +39,13 @@ from fpn_plugin.engine.hooks import (
     build_writers,
     trim_metrics,
 )
-from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, remove_old_run
+from fpn_plugin.engine.resume import resume_run, warn_of_finished
+from fpn_plugin.engine.run_folder import (
+    claim_eval_dir,
+    claim_output_dir,
+    kept_config,
+    remove_old_run,
+)
 from fpn_plugin.engine.setup import prepare_process, require_file
 from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
@@ -113,7 +122,9 @@ def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Set up a process of the run before it trains or evaluates: its folder, log and seed."""
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
     prepare_process(cfg.train.output_dir, cfg.train.device)
-    default_setup(cfg, args)
+    folder = cfg.train.output_dir
+    with kept_config(folder, args.resume and bool(find_checkpoint(folder))):
+        default_setup(cfg, args)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -138,8 +149,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         OutOfMemoryError: with what to lower.
     """
     model = build_model(cfg)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = _build_optimizer(cfg, model)
     loader = instantiate(cfg.dataloader.train)
     # DDP refuses device_ids on the CPU; with None it chooses the device itself
     device_ids = [comm.get_local_rank()] if _device_type(cfg) == "cuda" else None
@@ -147,23 +157,32 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     trainer = make_step_trainer(
         parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    folder, key = cfg.train.output_dir, "train.init_checkpoint"
+    checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
+    checkpointer.record = make_record(plain_config(cfg), model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     resumes = resume and checkpointer.has_checkpoint()
-    if holds_two_pyramids(model) and not resumes:
+    start, end, folder = 0, cfg.train.max_iter, cfg.train.output_dir
+    if resumes:
+        resume_run(checkpointer, optimizer)
+        start = trainer.iter + 1
+        if start >= end:
+            warn_of_finished(checkpointer, start, "train.max_iter", end, "train.output_dir")
+    elif holds_two_pyramids(model):
         load_adapted(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
     else:
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if resumes else 0
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
     if overwrite and comm.is_main_process():  # only now, as nothing can refuse to start any more
-        remove_old_run(cfg.train.output_dir)
+        remove_old_run(folder)
     elif resume and comm.is_main_process():
-        trim_metrics(cfg.train.output_dir, start)
-    folder, key = cfg.train.output_dir, "dataloader.train.num_workers"
+        trim_metrics(folder, start, end)
+        if start < end:  # else the run's stays
+            LazyConfig.save(cfg, os.path.join(folder, CONFIG))
+    key = "dataloader.train.num_workers"
     hints = lambda: _training_hints(cfg, last_sizes(trainer.model))  # noqa: E731
     with actionable_errors("training", folder, hints, key):
-        trainer.train(start, cfg.train.max_iter)
-    return _last_results(trainer)
+        trainer.train(start, end)
+    return _last_results(trainer, folder)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
@@ -200,16 +219,28 @@ def _hooks(
         writers = build_writers(settings.output_dir, settings.max_iter)
         chosen.append(FlushMetrics(writers, settings.checkpointer.period))
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
-    chosen.append(EvalHook(settings.eval_period, lambda: evaluate(cfg, model)))
+    evaluate_model = lambda: evaluate(cfg, model)  # noqa: E731
+    chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
     return chosen
 
 
-def _last_results(trainer: SimpleTrainer) -> dict[str, Any]:
-    """The results of the evaluation at the end, from the trainer's storage."""
-    latest = trainer.storage.latest()
-    return {key: value for key, (value, _) in latest.items() if "/AP" in key}
+def _build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the model; the config stays one that can be written down."""
+    settings = copy.deepcopy(cfg.optimizer)
+    settings.params.model = model
+    optimizer: torch.optim.Optimizer = instantiate(settings)
+    return optimizer
+
+
+def _last_results(trainer: SimpleTrainer, folder: str) -> dict[str, Any]:
+    """The results of the evaluation at the end; those of a run that was finished are in its
+    metrics.json."""
+    latest = {key: value for key, (value, _) in trainer.storage.latest().items()}
+    lines = [] if latest else metric_lines(folder)
+    values = latest or {key: x for line in lines for key, x in line.items()}
+    return {key: value for key, value in values.items() if "/AP" in key}
 
 
 def _device_type(cfg: DictConfig) -> str:

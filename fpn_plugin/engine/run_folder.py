@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Mapping
+from typing import Iterator, Mapping, Sequence
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
-from fpn_plugin.checkpoint.checkpointer import find_checkpoint
-from fpn_plugin.checkpoint.run_folder import METRICS, config_changes, run_results
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.run_folder import (
+    CONFIG,
+    LEARNED_KEYS,
+    METRICS,
+    config_changes,
+    run_results,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +35,7 @@ _UNCOMPARED = (
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
+    *LEARNED_KEYS,
 )
 
 
@@ -59,11 +68,28 @@ def claim_output_dir(
                     f"{name} {path!r} would be removed by --overwrite: choose another {key}"
                 )
     elif results:
-        names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
-        raise FileExistsError(
-            f"{key} {folder!r} holds another run's results ({names}). Give --resume to go on with"
-            f" that run, --overwrite to replace it, or another {key}"
+        refuse_results(
+            folder,
+            results,
+            f"Give --resume to go on with that run, --overwrite to replace it, or another {key}",
+            key,
         )
+
+
+def refuse_results(
+    folder: str, results: Sequence[Path], advice: str, key: str = "OUTPUT_DIR"
+) -> None:
+    """Refuse a folder for what it holds.
+
+    Args:
+        results: of :func:`run_results`.
+        key: the config key of the folder.
+
+    Raises:
+        FileExistsError: always.
+    """
+    names = ", ".join(file.name for file in results[:5]) + (", …" if len(results) > 5 else "")
+    raise FileExistsError(f"{key} {folder!r} holds another run's results ({names}). {advice}")
 
 
 def warn_of_changes(cfg: CfgNode) -> None:
@@ -79,6 +105,24 @@ def warn_of_changes(cfg: CfgNode) -> None:
         return
     if changes := config_changes(cfg.OUTPUT_DIR, cfg, _UNCOMPARED, _COMPARED):
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changes))
+
+
+@contextlib.contextmanager
+def kept_config(folder: str, keep: bool) -> Iterator[None]:
+    """Leave a folder's config.yaml as it is, or missing, though what is called in here writes it.
+
+    Args:
+        keep: False lets it be written.
+    """
+    path = Path(folder, CONFIG)
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if not keep or not comm.is_main_process():
+        return
+    if before is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomically(path, lambda file: file.write(before))
 
 
 def claim_eval_dir(folder: str) -> str:

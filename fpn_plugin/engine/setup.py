@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -12,19 +13,29 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.checkpoint.checkpointer import find_checkpoint
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
-from fpn_plugin.checkpoint.run_folder import recorded_config
+from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
-from fpn_plugin.config.resolve import DATA_FLAGS, choose_device, load_config
-from fpn_plugin.data.checks import check_config_datasets
+from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
+from fpn_plugin.data.checks import check_config_datasets, training_classes
+from fpn_plugin.data.classes import adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
-from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, warn_of_changes
+from fpn_plugin.engine.run_folder import (
+    claim_eval_dir,
+    claim_output_dir,
+    kept_config,
+    warn_of_changes,
+)
 from fpn_plugin.evaluation.build import check_evaluators
 
 logger = logging.getLogger(__name__)
+
+_BEGUN = "_fpn_plugin_begun"
+# Keys of MODEL.BOTTOM_UP that a checkpoint of the whole model replaces, and their values then
+_FIRST_WEIGHTS = {"WEIGHTS": "", "PIXELS": "config"}
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -61,12 +72,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.allow_partial and not args.eval_only:
         raise ValueError("--allow-partial is for --eval-only: training may start from any part")
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
-    cfg = register_own(load_config(args), keep_json=alone)
-    choose_device(cfg)
-    _require_data(cfg, args.eval_only)
+    cfg = load_config(args)
     if args.eval_only:
-        _prepare_eval(cfg, args.resume, args.machine_rank)
+        _find_eval_weights(cfg, args.resume)
+        adopt_classes(cfg, cfg.MODEL.WEIGHTS)
+        register_own(cfg, alone, needed=("VAL",))
+        _require_data(cfg, eval_only=True)
+        if args.machine_rank == 0:
+            cfg.OUTPUT_DIR = claim_eval_dir(cfg.OUTPUT_DIR)
+        logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
     else:
+        register_own(cfg, alone)
+        _require_data(cfg, eval_only=False)
         # checked before the folder is created; --resume with --overwrite is refused below
         if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
             require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
@@ -105,22 +122,87 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(chosen)[0]
     write_pixels(cfg, pixels)
     cfg.SEED = _run_seed(cfg, args.resume)
-    register_own(cfg, keep_json=comm.is_main_process())  # again, for a process that was launched
-    if args.eval_only:
-        cfg.DATASETS.TRAIN = ()  # neither read nor checked
     prepare_process(cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     log_pixels(lines)  # again, for the log file
-    cfg.freeze()
     # before default_setup, which replaces the config.yaml of the last run
-    if comm.is_main_process():
-        check_config_datasets(cfg)
-    comm.synchronize()
-    check_evaluators(cfg)
-    default_setup(cfg, args)
+    check_data(cfg, args.eval_only)
+    cfg.freeze()
+    # that of a run to be resumed stays until it goes on, as the trainer may refuse
+    with kept_config(cfg.OUTPUT_DIR, args.resume and bool(find_checkpoint(cfg.OUTPUT_DIR))):
+        default_setup(as_recorded(cfg), args)
     logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
     if not args.eval_only and not args.resume:
         _warn_of_frozen_noise(cfg)
-    return _without_first_weights(cfg, args)
+    cfg = _without_first_weights(cfg, args)
+    vars(cfg)[_BEGUN] = cfg.dump()
+    return cfg
+
+
+def has_begun(cfg: CfgNode) -> bool:
+    """Whether a config is as :func:`begin` has returned it: its data is checked, and its folder is
+    this run's."""
+    return vars(cfg).get(_BEGUN) == cfg.dump()
+
+
+def prepare_config(cfg: CfgNode) -> CfgNode:
+    """A config for a trainer without a command line, as in a notebook: on a device that is there,
+    with checked data and its classes.
+
+    Raises:
+        ValueError, ImportError: as :func:`check_data` does.
+    """
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    choose_device(cfg)
+    check_data(cfg)
+    _require_data(cfg, eval_only=False)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def write_config(cfg: CfgNode, first_weights: bool = False) -> None:
+    """Write the config.yaml of a run, as Detectron2's `default_setup` does.
+
+    Args:
+        first_weights: whether those keys that a checkpoint replaces, and that :func:`begin` has
+            emptied, stay as they are in the file.
+    """
+    cfg = as_recorded(cfg).clone()
+    cfg.defrost()
+    if first_weights:
+        recorded = recorded_config(cfg.OUTPUT_DIR).get("MODEL", {}).get("BOTTOM_UP", {})
+        for key in _FIRST_WEIGHTS:
+            cfg.MODEL.BOTTOM_UP[key] = recorded.get(key, cfg.MODEL.BOTTOM_UP[key])
+    content = cfg.dump().encode()
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(cfg.OUTPUT_DIR, CONFIG), lambda file: file.write(content))
+
+
+def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Check all that a run reads and that its evaluators need, before it starts.
+
+    `DATASETS.OWN` is registered, and the classes of the training data, which the main process has
+    read, become those of the config, in place.
+
+    Args:
+        eval_only: whether `DATASETS.TRAIN` is neither read nor checked, and becomes empty.
+
+    Raises:
+        ValueError: if the data is bad, as :func:`check_config_datasets` says.
+        ImportError: if a package for the evaluation is missing, as :func:`check_evaluators` says.
+    """
+    needed = ("VAL",) if eval_only else ("TRAIN", "VAL")
+    register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
+    if eval_only:
+        cfg.DATASETS.TRAIN = ()
+    classes = None
+    if comm.is_main_process():
+        classes = training_classes(cfg, check_config_datasets(cfg))
+    classes = comm.all_gather(classes)[0]
+    if not eval_only:
+        set_classes(cfg, classes)
+    check_evaluators(cfg)
 
 
 def prepare_process(folder: str, device: str) -> None:
@@ -149,7 +231,8 @@ def _warn_of_frozen_noise(cfg: CfgNode) -> None:
         )
 
 
-def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
+def _find_eval_weights(cfg: CfgNode, resume: bool) -> None:
+    """Set `MODEL.WEIGHTS` to what `--eval-only` evaluates, in place."""
     folder = cfg.OUTPUT_DIR
     if resume:
         cfg.MODEL.WEIGHTS = find_checkpoint(folder)
@@ -163,9 +246,6 @@ def _prepare_eval(cfg: CfgNode, resume: bool, machine_rank: int) -> None:
             "for the last one in OUTPUT_DIR"
         )
     require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
-    if machine_rank == 0:
-        cfg.OUTPUT_DIR = claim_eval_dir(folder)
-    logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
 
 
 def _require_data(cfg: CfgNode, eval_only: bool) -> None:
@@ -203,7 +283,7 @@ def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         logger.info("MODEL.BOTTOM_UP.WEIGHTS %s is not read: %s has them", weights, checkpoint)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
+    cfg.MODEL.BOTTOM_UP.update(_FIRST_WEIGHTS)
     cfg.freeze()
     return cfg
 

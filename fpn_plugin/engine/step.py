@@ -93,6 +93,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
+class ScaledTrainer(AMPTrainer):
+    """Detectron2's AMPTrainer, which can go on from a run whose gradients were not scaled."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; the scale starts anew if that has none."""
+        scale = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
+        super().load_state_dict({**state_dict, "grad_scaler": scale})
+
+
 def build_step_trainer(
     cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer
 ) -> SimpleTrainer:
@@ -128,6 +137,8 @@ def make_step_trainer(
     else:
         # bfloat16 has the range of float32: there is nothing to scale
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-        trainer = AMPTrainer(recorder, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
+        trainer = ScaledTrainer(
+            recorder, data_loader, optimizer, grad_scaler=scaler, precision=dtype
+        )
     trainer.register_hooks([LossGuard(recorder)])
     return trainer

@@ -12,12 +12,17 @@ from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.record import make_record, plain_config
+from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.config.resolve import as_recorded
+from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
@@ -26,6 +31,7 @@ from fpn_plugin.engine.faults.actionable import (
 )
 from fpn_plugin.engine.faults.divergence import last_sizes
 from fpn_plugin.engine.faults.skipping import CountedLoader, SkipCounter, TestMapper
+from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.hooks import (
     FlushMetrics,
     LossNormalizerHook,
@@ -34,7 +40,10 @@ from fpn_plugin.engine.hooks import (
     replace_eval_hooks,
     trim_metrics,
 )
+from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.rng import SeedHook
+from fpn_plugin.engine.run_folder import refuse_results
+from fpn_plugin.engine.setup import has_begun, prepare_config, write_config
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
 from fpn_plugin.evaluation.build import build_evaluator
@@ -51,11 +60,19 @@ class Trainer(DefaultTrainer):
     CPU, and on a GPU as far as its kernels are deterministic. The statistics of `TEST.PRECISE_BN`
     are an exception, as that hook starts over with its own data.
 
+    With the config of a command line that has begun (:func:`fpn_plugin.engine.setup.begin`) it
+    goes on from there. With any other config, as in a notebook, it does the same by itself: it
+    checks the data and what the evaluators need, and when it loads weights or starts to train it
+    claims `OUTPUT_DIR` and writes config.yaml.
+
     Args:
         cfg: Detectron2's keys and this plugin's. A negative `SEED` is replaced by a random one.
 
     Attributes:
-        cfg: the config with the run's seed in it.
+        cfg: the config with the run's seed in it, and the classes of its training data.
+
+    Raises:
+        ValueError: if the data is bad, or does not fit the model.
     """
 
     iter: int
@@ -63,11 +80,17 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer.__init__ would wrap the model and build a step trainer that need CUDA
         super(DefaultTrainer, self).__init__()
+        self._is_begun = has_begun(cfg)
+        if not self._is_begun:
+            cfg = prepare_config(cfg)
+            # before the writers of this run begin theirs
+            self._old_results = comm.all_gather(run_results(cfg.OUTPUT_DIR))[0]
         self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
 
         model = self.build_model(cfg)
+        tag_model(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
         skips = cfg.DATALOADER.ON_ERROR == "skip"
         self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
@@ -78,6 +101,7 @@ class Trainer(DefaultTrainer):
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.record = make_record(plain_config(as_recorded(cfg)), model, optimizer)
         self._seed_hook = SeedHook(cfg.SEED)
         state_hooks = (self._seed_hook, LossNormalizerHook(model), self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
@@ -93,13 +117,19 @@ class Trainer(DefaultTrainer):
         With `MODEL.FPN.WARM_START` the weights are converted for the model's pyramid.
 
         Raises:
+            FileExistsError: if `OUTPUT_DIR` holds another run's results and `resume` is False, or
+                if another run is at work there.
+            ResumeError: if the checkpoint was made with another model, optimizer or other classes.
             ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
             RuntimeError: if the processes do not all see the same checkpoint.
         """
-        if self.cfg.MODEL.FPN.WARM_START and not (resume and self.checkpointer.has_checkpoint()):
+        self._claim_folder(resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self._resume()
+        elif self.cfg.MODEL.FPN.WARM_START:
             start_warm(self.checkpointer.model, self.cfg)
         else:
-            super().resume_or_load(resume)
+            super().resume_or_load(resume=False)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise RuntimeError(
@@ -109,8 +139,9 @@ class Trainer(DefaultTrainer):
         if self._seed_hook.seed != self.cfg.SEED:
             self._adopt_seed(self._seed_hook.seed)
         start_at(self.data_loader, self.start_iter)
+        self._write_config()
         if resume and comm.is_main_process():
-            trim_metrics(self.cfg.OUTPUT_DIR, self.start_iter)
+            trim_metrics(self.cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
 
     def train(self) -> Any:
         """Train to the end.
@@ -124,14 +155,49 @@ class Trainer(DefaultTrainer):
             WorkerError: if a process that loads data died.
             OutOfMemoryError: with what to lower.
         """
+        if not self._is_begun:
+            self._claim_folder(resume=False)
+            self._write_config()
         folder, model = self.cfg.OUTPUT_DIR, self._trainer.model
         hints = lambda: training_hints(self.cfg, last_sizes(model))  # noqa: E731
         with actionable_errors("training", folder, hints):
             return super().train()
 
+    def _claim_folder(self, resume: bool) -> None:
+        """Lock `OUTPUT_DIR` for this run, unless a command line has done so, or refuse it."""
+        if self._is_begun:
+            return
+        folder = self.cfg.OUTPUT_DIR
+        if comm.is_main_process():
+            hold(folder, "OUTPUT_DIR")
+        if self._old_results and not resume:
+            advice = (
+                "Call resume_or_load(resume=True) to go on with that run, or choose another"
+                " OUTPUT_DIR"
+            )
+            refuse_results(folder, self._old_results, advice)
+
+    def _write_config(self) -> None:
+        """Write config.yaml, unless it is there by :func:`fpn_plugin.engine.setup.begin`, which
+        leaves that of a run to be resumed; that of a finished one stays."""
+        resumed = self.start_iter > 0
+        finished = resumed and self.start_iter >= self.max_iter
+        if comm.is_main_process() and (resumed or not self._is_begun) and not finished:
+            write_config(self.cfg, first_weights=resumed and self._is_begun)
+        self._is_begun = True
+
+    def _resume(self) -> None:
+        resume_run(self.checkpointer, self._trainer.optimizer)
+        self.start_iter = self.iter + 1
+        if isinstance(self.scheduler, LRMultiplier):  # it has loaded the rates of the checkpoint
+            groups = self._trainer.optimizer.param_groups
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        if self.start_iter >= self.max_iter:
+            warn_of_finished(self.checkpointer, self.start_iter, "SOLVER.MAX_ITER", self.max_iter)
+
     def after_train(self) -> None:
         """Called at the end. A run resumed after its last iteration reports that iteration too."""
-        self.iter = min(self.iter, self.max_iter)
+        self.iter = min(self.iter, max(self.start_iter, self.max_iter))
         super().after_train()
 
     def run_step(self) -> None:
@@ -146,6 +212,7 @@ class Trainer(DefaultTrainer):
     def _adopt_seed(self, seed: int) -> None:
         logger.warning("SEED is %d, as in the run that goes on, not %d", seed, self.cfg.SEED)
         self.cfg = _with_seed(self.cfg, seed)
+        self.checkpointer.record["config"] = plain_config(as_recorded(self.cfg))
         self._trainer.reset_data_loader(self._counted_loader)
 
     def _counted_loader(self) -> Any:
@@ -155,7 +222,9 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those that keep metrics.json complete, and that of
         `TEST.VIS_PERIOD`."""
-        hooks = replace_eval_hooks(super().build_hooks())
+        # without a folder a finished run is evaluated again
+        folder = "" if self.cfg.TEST.EXPECTED_RESULTS else self.cfg.OUTPUT_DIR
+        hooks = replace_eval_hooks(super().build_hooks(), folder)
         if comm.is_main_process():
             place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
             hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))
@@ -192,9 +261,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's loader, with errors that name the image."""
+        """Detectron2's loader, with errors that name the image.
+
+        Raises:
+            ValueError: if the dataset has other classes than the config's model (DATASETS.CLASSES).
+        """
         mapper = TestMapper(DatasetMapper(cfg, is_train=False), dataset_name)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        check_test_classes(cfg, dataset_name)
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -212,7 +287,9 @@ class Trainer(DefaultTrainer):
 
         Raises:
             SaveError, WorkerError, OutOfMemoryError: as in training.
+            ValueError: if a dataset has other classes than the model.
         """
+        cfg = with_classes_of(model, cfg)
         with actionable_errors("evaluating", cfg.OUTPUT_DIR, lambda: evaluation_hints(cfg)):
             return super().test(cfg, prepare_for_inference(model, cfg), evaluators)
 

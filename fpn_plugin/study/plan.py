@@ -9,7 +9,6 @@ from typing import Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.run_folder import OUTER_KEYS, RESULT_KEY, metric_lines
-from fpn_plugin.config.resolve import choose_device
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.run_folder import config_changes, run_results
 from fpn_plugin.engine.setup import argument_parser, load_config
@@ -127,7 +126,6 @@ def _load_cfg(config: NamedConfig) -> CfgNode:
     except (KeyError, ValueError, FileNotFoundError) as error:
         text = error.args[0] if isinstance(error, KeyError) else error
         raise StudyError(f"{where}: {text}") from error
-    choose_device(cfg)
     for key in ("TRAIN", "TEST"):
         if not cfg.DATASETS[key]:
             raise StudyError(f"{where}: DATASETS.{key} is empty: a study trains and evaluates")

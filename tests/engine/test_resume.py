@@ -59,7 +59,8 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 def final_state(folder: Path) -> dict[str, Any]:
     state = torch.load(folder / "model_final.pth")
-    assert set(state) == {"model", "trainer", "iteration"}
+    assert set(state) == {"model", "trainer", "iteration", "fpn_plugin"}
+    state["fpn_plugin"]["config"].pop("OUTPUT_DIR")
     assert {"SeedHook", "LRScheduler"} <= set(state["trainer"]["hooks"])
     assert state["trainer"]["_trainer"]["optimizer"]["state"]
     return state
