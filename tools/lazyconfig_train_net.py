@@ -18,7 +18,8 @@ from detectron2.engine import default_argument_parser  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the datasets)
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, StrictCheckpointer  # noqa: E402
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer  # noqa: E402
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP  # noqa: E402
 from fpn_plugin.engine import lazy  # noqa: E402
 from fpn_plugin.engine.launch import add_rank_timeout, launch_ranks  # noqa: E402
 

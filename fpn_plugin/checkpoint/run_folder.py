@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
+from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.yaml_files import read_yaml
 
 CONFIG = "config.yaml"
@@ -66,6 +67,19 @@ def recorded_config(folder: str) -> dict[str, Any]:
     """
     path = Path(folder, CONFIG)
     return read_yaml(str(path)) if path.is_file() else {}
+
+
+def config_of_checkpoint(path: str) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, from its record or else from the config.yaml
+    beside it; {} if there is neither, and for a path with a scheme.
+
+    Raises:
+        ValueError: naming the config.yaml, if it is no plain YAML.
+    """
+    if not path or "://" in path:
+        return {}
+    folder = str(Path(path.partition("?")[0]).parent)
+    return read_record(path).get("config") or recorded_config(folder)
 
 
 def metric_lines(folder: str) -> list[dict[str, Any]]:

@@ -100,7 +100,9 @@ def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any)
         how = f"ended with exit code {error.exit_code}"
     else:
         how = f"failed: {_message(error.msg)}"
-    return f"{who} {how}. The others were stopped; --resume goes on from the last checkpoint"
+    refused = "ResumeError: " in how
+    advice = "" if refused else "; --resume goes on from the last checkpoint"
+    return f"{who} {how}. The others were stopped{advice}"
 
 
 def _message(trace: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any, Iterator, Mapping, Sequence
 import torch
 from torch.optim import Optimizer
 
-from fpn_plugin.checkpoint.checkpointer import Checkpointer, compare_tensors
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.fit import find_misfits
 from fpn_plugin.checkpoint.plain import read_plain
 from fpn_plugin.checkpoint.record import optimizer_name, record_of
 from fpn_plugin.checkpoint.run_folder import flatten, recorded_config
@@ -133,7 +134,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _model_misfits(model: torch.nn.Module, state: Mapping[str, Any]) -> list[str]:
-    misfits = compare_tensors(model, state)
+    misfits = find_misfits(model, state)
     return [
         *(
             f"{name} is {tuple(old)} in the checkpoint and {tuple(new)} in the model"
@@ -229,7 +230,7 @@ def _ways_on(path: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> st
             " new one is blended in"
         )
     return (
-        f"{difference} Go on with the values of before, or start a new run from its weights, without"
+        f"{difference} Go on with the old values, or start a new run from its weights, without"
         f" --resume: another {output}, and {weights} {path}{warm}"
     )
 

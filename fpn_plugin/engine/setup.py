@@ -13,7 +13,8 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
@@ -288,7 +289,7 @@ def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     the bottom-up network's weights, and the source of the pixel statistics."""
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     checkpoint = cfg.MODEL.WEIGHTS if args.eval_only else checkpoint
-    if not checkpoint:
+    if not checkpoint or args.allow_partial:
         return cfg
     weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
     if weights:

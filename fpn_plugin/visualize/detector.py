@@ -73,7 +73,9 @@ def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -
     cfg = cfg.clone()
     cfg.defrost()
     # the checkpoint has the bottom-up weights, and the config has the pixel statistics already
-    cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
+    if not allow_partial:
+        cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    cfg.MODEL.BOTTOM_UP.PIXELS = "config"
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
     StrictCheckpointer(model, prefix, allow_partial).load(cfg.MODEL.WEIGHTS)
