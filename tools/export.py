@@ -23,7 +23,7 @@ import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP  # noqa: E402
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP  # noqa: E402
 from fpn_plugin.export.export import Settings, export  # noqa: E402
 from fpn_plugin.export.formats import FORMATS  # noqa: E402
 from fpn_plugin.export.model import WHAT  # noqa: E402

@@ -18,7 +18,8 @@ from detectron2.engine import default_argument_parser  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the datasets)
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, StrictCheckpointer  # noqa: E402
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer  # noqa: E402
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP  # noqa: E402
 from fpn_plugin.engine import lazy  # noqa: E402
 from fpn_plugin.engine.launch import add_rank_timeout, launch_ranks  # noqa: E402
 
@@ -48,4 +49,4 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> Any:
 if __name__ == "__main__":
     arguments = parse_args()
     config = lazy.setup(arguments)
-    launch_ranks(main, arguments, (config, arguments), config.train.device)
+    launch_ranks(main, arguments, (config, arguments), lazy.device_of(config))

@@ -26,7 +26,7 @@ import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP  # noqa: E402
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP  # noqa: E402
 from fpn_plugin.report.progress import Bar  # noqa: E402
 from fpn_plugin.visualize.run import Settings, visualize  # noqa: E402
 

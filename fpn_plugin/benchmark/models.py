@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.benchmark.configs import BenchmarkConfig
 from fpn_plugin.benchmark.inputs import Inputs
-from fpn_plugin.checkpoint.checkpointer import Misfits, require_fit
+from fpn_plugin.checkpoint.fit import find_misfits, require_fit
 from fpn_plugin.checkpoint.load import read_state_dict
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.modeling.speed import compile_part, prepare_for_inference, prepare_for_training
@@ -92,7 +92,9 @@ def build_models(
         loaded = _load_matching(model, pool)
         used += len(loaded & given)
         if weights:
-            _require_fit(f"{WEIGHTS} {weights!r} ({config.name})", model, checkpoint, allow_partial)
+            title = f"{WEIGHTS} {weights!r} ({config.name})"
+            misfits = find_misfits(model, checkpoint)
+            require_fit(title, model, misfits, allow_partial=allow_partial)
         _set_statistics(model, loaded, inputs)
         for name, value in model.state_dict().items():
             pool.setdefault(name, value)
@@ -101,21 +103,6 @@ def build_models(
     if weights and not used:
         raise ValueError(f"{WEIGHTS}: nothing in {weights} matches any of the models")
     return models
-
-
-def _require_fit(
-    title: str, model: nn.Module, given: Mapping[str, Tensor], allow_partial: bool
-) -> None:
-    """Refuse a checkpoint that is not of this model: see :func:`require_fit`."""
-    state = model.state_dict()
-    shapes = [
-        (name, tuple(given[name].shape), tuple(x.shape))
-        for name, x in state.items()
-        if name in given and given[name].shape != x.shape
-    ]
-    missing = [name for name in state if name not in given]
-    left_over = [name for name in given if name not in state]
-    require_fit(title, model, Misfits(missing, left_over, shapes), allow_partial=allow_partial)
 
 
 def _load_matching(model: nn.Module, pool: Mapping[str, Tensor]) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from fpn_plugin.benchmark.measure import COUNTS, Settings
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.benchmark.workloads import WORKLOADS
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.registry import unknown_name
 
 WHAT = (COUNTS, *WORKLOADS.names())

@@ -10,6 +10,7 @@ import torch
 from detectron2.modeling.backbone import MViT, RegNet, SwinTransformer, ViT, regnet
 from torch import Tensor, nn
 
+from fpn_plugin.bottom_up.image_channels import set_image_channels
 from fpn_plugin.registry import unknown_name
 
 ARGS = "MODEL.BOTTOM_UP.ARGS"
@@ -85,17 +86,20 @@ class RegNetFamily(Family):
     }
 
     def arguments(self, given: Mapping[str, Any], channels: int) -> dict[str, Any]:
-        if channels != 3:
-            raise ValueError(
-                f"MODEL.BOTTOM_UP.NAME: build_regnet_backbone takes images of 3 channels, not"
-                f" {channels} (MODEL.PIXEL_MEAN has one value per channel)"
-            )
-        arguments = {**self.defaults, **given}
+        arguments = super().arguments(given, channels)
         for key, choices in self.CLASSES.items():
             if arguments[key] not in choices:
                 raise unknown_name(f"{ARGS}.{key}", arguments[key], choices)
             arguments[key] = getattr(regnet, arguments[key])
         return arguments
+
+    def construct(self, arguments: Mapping[str, Any]) -> Any:
+        """The class itself knows three channels alone."""
+        channels = arguments["in_chans"]
+        model = super().construct({k: x for k, x in arguments.items() if k != "in_chans"})
+        if channels != 3:
+            set_image_channels(model, channels, "build_regnet_backbone")
+        return model
 
     def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
         model._out_features = list(wanted)

@@ -16,6 +16,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
+from fpn_plugin.bottom_up.image_channels import set_image_channels
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.registry import unknown_name
 
@@ -63,7 +64,7 @@ class TorchvisionBackbone(AdaptedBackbone):
             to the first stage if there is no `res1`; 2: everything up to `res2`; and so on, as
             Detectron2 counts.
         norm: converts its norms, see :func:`fpn_plugin.bottom_up.norms.convert_norms`.
-        in_channels: of the image; torchvision's networks take 3.
+        in_channels: of the image; torchvision's own are for 3.
         args: more arguments for the network, by torchvision's names.
         pretrained: whether to start from torchvision's best weights.
 
@@ -82,13 +83,15 @@ class TorchvisionBackbone(AdaptedBackbone):
         pretrained: bool = False,
     ) -> None:
         source = f"torchvision/{model}"
-        if in_channels != 3:
-            raise ValueError(
-                f"MODEL.BOTTOM_UP.NAME: {source} takes images of 3 channels, not {in_channels}"
-                " (MODEL.PIXEL_MEAN has one value per channel); timm's networks take others"
-            )
         network = _create(model, dict(args or {}), pretrained)
-        steps = _trace(network, source)
+        if in_channels != 3:
+            if model in _DEFAULTS:  # they compute other pixel values from red, green and blue
+                raise ValueError(
+                    f"MODEL.BOTTOM_UP.NAME: {source} takes images of 3 channels, not {in_channels}"
+                    " (MODEL.PIXEL_MEAN has one value per channel); others take any"
+                )
+            set_image_channels(network, in_channels, source)
+        steps = _trace(network, source, in_channels)
         ends = _stage_ends(steps, source)
         names = select_maps(source, list(ends), out_features)
         freeze(_parameters_to_freeze(steps, ends, freeze_at))
@@ -124,7 +127,7 @@ def _create(model: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _trace(network: nn.Module, source: str) -> list[_Step]:
+def _trace(network: nn.Module, source: str, channels: int) -> list[_Step]:
     """All steps of the network, in the order of their execution."""
     try:
         train_names, names = get_graph_node_names(network, suppress_diff_warning=True)
@@ -134,7 +137,7 @@ def _trace(network: nn.Module, source: str) -> list[_Step]:
             eval_return_nodes=names,
             suppress_diff_warning=True,
         ).eval()
-        small, large = (_run_on_meta(extractor, *size) for size in _IMAGE_SIZES)
+        small, large = (_run_on_meta(extractor, channels, *size) for size in _IMAGE_SIZES)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         plain_vit = (
@@ -155,11 +158,11 @@ def _trace(network: nn.Module, source: str) -> list[_Step]:
     return steps
 
 
-def _run_on_meta(network: nn.Module, height: int, width: int) -> dict[str, Any]:
+def _run_on_meta(network: nn.Module, channels: int, height: int, width: int) -> dict[str, Any]:
     """The result of each step for an image of that size: shapes without data."""
     state = {**network.state_dict(), **dict(network.named_buffers())}
     meta = {name: tensor.to("meta") for name, tensor in state.items()}
-    image = torch.empty(1, 3, height, width, device="meta")
+    image = torch.empty(1, channels, height, width, device="meta")
     with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints an error that it also raises
         return torch.func.functional_call(network, meta, (image,))
 

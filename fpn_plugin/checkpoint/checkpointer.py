@@ -13,21 +13,25 @@ import re
 import shutil
 import zipfile
 from pathlib import Path, PureWindowsPath
-from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import IO, Any, Callable, Mapping
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.logger import log_first_n
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from fpn_plugin.checkpoint.files import read_checkpoint
 from fpn_plugin.checkpoint.finite import require_finite
+from fpn_plugin.checkpoint.fit import PARALLEL, Misfits, find_misfits, report_start, require_fit
+from fpn_plugin.checkpoint.key_matching import match_detector, network_keys
+from fpn_plugin.checkpoint.load import adapt_image_channels, kept_statistics
 from fpn_plugin.checkpoint.record import RECORD
 
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
-PARTIAL_HELP = "evaluate although the checkpoint lacks weights of the model, or has others"
 _CHECKPOINT = re.compile(r"model_(\d{7}|final|best)\.pth")
 # no room left: on the device, in the quota, under the limit of a file's size
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -201,11 +205,19 @@ def _remove_leftovers(folder: str) -> None:
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic saves, which resumes only from whole checkpoints.
 
-    No code of the files that it loads is run. The arguments are Detectron2's; `save_dir` is a local
-    folder.
+    No code of the files that it loads is run. Of a detector of torchvision or MMDetection it loads
+    the network and the pyramid; the first convolution is adapted to images of other than three
+    channels. What a file does not hold stays as it is. The arguments are Detectron2's; `save_dir`
+    is a local folder.
 
     Attributes:
         record: of the run, put into each checkpoint: see `fpn_plugin.checkpoint.record`.
+
+    Args:
+        key: the config key that names the files to start from, for messages.
+
+    Raises:
+        ValueError: from `load`, if nothing of the file fits the model.
     """
 
     def __init__(
@@ -214,9 +226,11 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         save_to_disk: bool | None = None,
+        key: str = "MODEL.WEIGHTS",
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self._key, self._title = key, ""
         self.record: dict[str, Any] = {}
         if self.save_dir and self.save_to_disk:
             _remove_leftovers(self.save_dir)
@@ -257,6 +271,42 @@ class Checkpointer(DetectionCheckpointer):
     def _torch_load(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As Detectron2's; `path` may be "" for nothing."""
+        self._title = f"{self._key} {path!r}"
+        return super().load(path, checkpointables)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        """Returns nothing, as what does not fit is told here."""
+        state = self._matched(checkpoint)
+        self._tell(state, find_misfits(self.model, state))
+        with kept_statistics(self.model, state):
+            super()._load_model({"model": state})
+
+    def _tell(self, state: Mapping[str, Tensor], misfits: Misfits) -> None:
+        """Log what fits, or raise."""
+        report_start(self._title, self.model, state, misfits)
+
+    def _matched(self, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The state dict of a checkpoint, taken out of it, by the names of the model."""
+        state, wanted = checkpoint.pop("model"), self.model.state_dict()
+        self._convert_ndarray_to_tensor(state)
+        if checkpoint.get("matching_heuristics"):
+            is_caffe2s = checkpoint.get("__author__") == "Caffe2"
+            state = align_and_update_state_dicts(_with_rgb_stem(wanted), state, is_caffe2s)
+        if all(name.startswith(PARALLEL) for name in state):
+            consume_prefix_in_state_dict_if_present(state, PARALLEL)
+        if pairs := match_detector(wanted, state):
+            text = "%s: it has other names for the network and the pyramid; %d tensors are taken"
+            logger.info(text, self._title, len(pairs))
+            state = {name: state[source] for name, source in pairs.items()}
+        return self._adapted(state, wanted)
+
+    def _adapted(self, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With changes to tensors of other shapes; in place, as the state has a version."""
+        state.update(adapt_image_channels(state, wanted, self._title))
+        return state
+
     def has_checkpoint(self) -> bool:
         """Whether there is one to resume from; raises as :func:`find_checkpoint` does."""
         return bool(self.get_checkpoint_file())
@@ -291,138 +341,30 @@ class StrictCheckpointer(Checkpointer):
         allow_partial: bool = False,
         key: str = "--weights (MODEL.WEIGHTS)",
     ) -> None:
-        super().__init__(model)
-        self._prefix, self._allow_partial, self._key, self._path = prefix, allow_partial, key, ""
+        super().__init__(model, key=key)
+        self._prefix, self._allow_partial = prefix, allow_partial
         self._is_renamed = False
 
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        self._path = path
-        return super().load(path, checkpointables)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self._is_renamed = bool(checkpoint.get("matching_heuristics"))
-        return super()._load_model(checkpoint)
+        super()._load_model(checkpoint)
 
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        left_over = [] if self._is_renamed else incompatible.unexpected_keys
-        misfits = Misfits(incompatible.missing_keys, left_over, incompatible.incorrect_shapes)
-        title = f"{self._key} {self._path!r}"
-        require_fit(title, self.model, misfits, self._prefix, self._allow_partial)
+    def _adapted(self, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super()._adapted(state, wanted) if self._allow_partial else state
 
-
-class Misfits(NamedTuple):
-    """The names in which a checkpoint and a model differ.
-
-    Attributes:
-        missing: those that the model alone has.
-        left_over: those that the checkpoint alone has.
-        shapes: those of another shape, with that in the checkpoint and that in the model.
-    """
-
-    missing: Sequence[str]
-    left_over: Sequence[str]
-    shapes: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+    def _tell(self, state: Mapping[str, Tensor], misfits: Misfits) -> None:
+        misfits = misfits._replace(left_over=[]) if self._is_renamed else misfits
+        require_fit(self._title, self.model, misfits, self._prefix, self._allow_partial)
 
 
-def compare_tensors(model: nn.Module, state: Mapping[str, Any]) -> Misfits:
-    """How the tensors in a checkpoint differ from a model's, but for those that need not be there.
-
-    Args:
-        state: the checkpoint's, by the model's names, or by those of the model in DDP.
-    """
-    prefix = "module." if state and all(name.startswith("module.") for name in state) else ""
-    given = {name[len(prefix) :]: x for name, x in state.items()}
-    wanted = model.state_dict()
-    return Misfits(
-        [name for name in wanted if name not in given and _counts(name, "")],
-        [name for name in given if name not in wanted and _counts(name, "")],
-        [
-            (name, tuple(given[name].shape), tuple(x.shape))
-            for name, x in wanted.items()
-            if name in given and given[name].shape != x.shape
-        ],
-    )
-
-
-def require_fit(
-    title: str, model: nn.Module, misfits: Misfits, prefix: str = "", allow_partial: bool = False
-) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those of a model.
-
-    Args:
-        title: the key or option and the file that it names, for messages.
-        prefix: of the names that must match; "" for all.
-        allow_partial: warn instead.
-
-    Raises:
-        ValueError: naming the first tensors that do not match and the keys that they depend on.
-    """
-    reasons = {
-        name: f"is {tuple(ours)} in the checkpoint and {tuple(wanted)} in the config's model"
-        for name, ours, wanted in misfits.shapes
-    }
-    for name in _without_shared(model, misfits.missing):
-        reasons.setdefault(name, "is not in the checkpoint")  # fvcore counts other shapes here too
-    lacking = [name for name in reasons if _counts(name, prefix)]
-    reasons |= dict.fromkeys(misfits.left_over, "is not in the config's model")
-    names = [name for name in reasons if _counts(name, prefix)]
-    if not names:
-        return
-    texts = "; ".join(f"{name} {reasons[name]}" for name in names[:3])
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    total = sum(_counts(name, prefix) for name in model.state_dict())
-    text = (
-        f"{title} does not fit the config: {texts}{more} (of the model's {total} tensors it lacks"
-        f" {len(lacking)}, and it has {len(names) - len(lacking)} that the model has not)"
-    )
-    if allow_partial:
-        logger.warning("%s. What it lacks keeps its initial, mostly random values", text)
-        return
-    raise ValueError(
-        f"{text}. Take the config.yaml of the run that wrote it; these depend on"
-        f" {', '.join(_keys_behind(names))}. To go on with a model that is random in part, give"
-        " --allow-partial"
-    )
-
-
-# Tensors that need not be in a checkpoint, and may be, as the model has its own
-_FOLLOWS_FROM_CONFIG = re.compile(
-    r"num_batches_tracked$|(^|\.)pixel_(mean|std)$|anchor_generator\.cell_anchors"
-)
-# Which keys decide what tensors a part of a detector has; the first that matches counts
-_KEYS_BEHIND = (
-    (r"backbone\.bottom_up\.", ("MODEL.BOTTOM_UP", "MODEL.RESNETS")),
-    (r"backbone\.(stem|res\d)\.", ("MODEL.BACKBONE.NAME", "MODEL.RESNETS")),
-    (r"backbone\.", ("MODEL.FPN", "MODEL.BACKBONE.NAME")),
-    (r"proposal_generator\.", ("MODEL.PROPOSAL_GENERATOR", "MODEL.RPN", "MODEL.ANCHOR_GENERATOR")),
-    (r"roi_heads\.mask_head\.", ("MODEL.MASK_ON", "MODEL.ROI_MASK_HEAD", "NUM_CLASSES")),
-    (r"roi_heads\.keypoint_head\.", ("MODEL.KEYPOINT_ON", "MODEL.ROI_KEYPOINT_HEAD")),
-    (r"roi_heads\.box_predictor\.", ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD")),
-    (r"roi_heads\.", ("MODEL.ROI_HEADS", "MODEL.ROI_BOX_HEAD")),
-    (r"head\.", ("MODEL.RETINANET", "MODEL.FCOS", "MODEL.ANCHOR_GENERATOR")),
-    (r"", ("MODEL.META_ARCHITECTURE",)),
-)
-
-
-def _counts(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) and not _FOLLOWS_FROM_CONFIG.search(name)
-
-
-def _keys_behind(names: Iterable[str]) -> list[str]:
-    """The config keys on which it depends whether a model has these tensors, and in which shape."""
-    keys: dict[str, None] = {}
-    for name in names:
-        keys.update(dict.fromkeys(next(ks for part, ks in _KEYS_BEHIND if re.match(part, name))))
-    return list(keys)
-
-
-def _without_shared(model: nn.Module, missing: Sequence[str]) -> list[str]:
-    """The missing names but those of tensors that the model has under another name too, which is
-    not missing."""
-    absent = set(missing)
-    state = model.state_dict(keep_vars=True)
-    loaded = {id(x) for name, x in state.items() if name not in absent}
-    return [name for name in missing if name not in state or id(state[name]) not in loaded]
+def _with_rgb_stem(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a model with a first convolution for three channels, as files of weights have
+    it, for Detectron2's matching of names and shapes."""
+    stem = next((name for name in network_keys(wanted) if wanted[name].ndim == 4), "")
+    if not stem:
+        return dict(wanted)
+    x = wanted[stem]
+    return {**wanted, stem: x[:, :1].expand(-1, 3, *x.shape[2:])}
 
 
 def _tensor_bytes(state: Any) -> int:

@@ -72,7 +72,7 @@ def read_checkpoint(filename: str) -> dict[str, Any]:
     elif file.suffix == ".pyth":
         content = _from_pycls(content, where)
     elif "model" not in content:
-        content = {"model": content}
+        content = {"model": _unwrap(content)}
     _check_state_dict(content["model"], where)
     return content
 
@@ -99,12 +99,32 @@ def read_weights(path: str, key: str = KEY) -> WeightFile:
         checkpoint = _from_model_zoo(content, where)
         tensors = _tensors(checkpoint)
         if checkpoint["__author__"] == "Caffe2":
+            # the layout alone says it, where a name of Caffe2's is there too
+            author = author or ("Caffe2" if any(name.endswith("_w") for name in tensors) else "")
             tensors = convert_c2_detectron_names(tensors)[0]
     else:
         tensors = _tensors(content)
     if not tensors:
         raise _no_state_dict(where)
     return WeightFile(tensors, str(author))
+
+
+def read_shapes(path: str, key: str = KEY) -> dict[str, torch.Size]:
+    """The shapes of a checkpoint's tensors by name, without reading these where the file allows it.
+
+    Returns:
+        {} if it cannot be read, which is an error where it is loaded.
+    """
+    try:
+        content = read_plain(_fetch(path, key), f"{key}: {path}", mmap=True) if path else {}
+    except (ImportError, OSError, ValueError):
+        return {}
+    state = _unwrap(content)
+    tensors = state if isinstance(state, Mapping) else {}
+    shapes = {str(name): torch.Size(x.shape) for name, x in tensors.items() if hasattr(x, "shape")}
+    if all(name.startswith("module.") for name in shapes):
+        return {name.removeprefix("module."): shape for name, shape in shapes.items()}
+    return shapes
 
 
 def read_state_dict(path: str, key: str = KEY) -> dict[str, Tensor]:
@@ -172,13 +192,19 @@ def _check_state_dict(state: Any, where: str) -> None:
             )
 
 
-def _tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict that may be wrapped, also several times."""
+def _unwrap(content: Any) -> Any:
+    """What is in the innermost wrapper around a state dict."""
     while isinstance(content, Mapping):
         wrapper = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
         if wrapper is None:
             break
         content = content[wrapper]
+    return content
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict that may be wrapped, also several times."""
+    content = _unwrap(content)
     tensors = {}
     for name, value in content.items() if isinstance(content, Mapping) else ():
         if _is_numeric_array(value):

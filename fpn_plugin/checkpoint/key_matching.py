@@ -25,6 +25,15 @@ _SPELLINGS = (
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
 )
 
+# Other libraries' pyramids, whose maps are numbered from the finest: torchvision's (`0`: a
+# convolution, `1`: its norm; old files have neither) and MMDetection's
+_OTHER_FPN = re.compile(
+    r"(backbone\.fpn\.|neck\.)(inner_blocks|lateral_convs|layer_blocks|fpn_convs)\.(\d+)\.(.+)"
+)
+_OTHER_TOP = re.compile(r"backbone\.fpn\.extra_blocks\.(p\d+\.\w+)")
+_LATERALS = ("inner_blocks", "lateral_convs")
+_OUR_LATERAL = re.compile(r"backbone\.fpn_lateral(\d+)\.")
+
 _DIGITS = re.compile(r"\d+")
 
 
@@ -65,6 +74,58 @@ def match_keys(
     return best
 
 
+def match_detector(model_keys: Iterable[str], file_keys: Iterable[str]) -> dict[str, str]:
+    """Find the network and the pyramid of a Detectron2 detector in a file that has other names for
+    them: a model's of torchvision or MMDetection, or a checkpoint with the same network from
+    elsewhere.
+
+    The heads of torchvision's detectors are left out: they compute something else from tensors of
+    the same names, as the background is their first class.
+
+    Returns:
+        the file's key of each tensor that was found; {} if the network has the model's own names in
+        the file, or is not found.
+    """
+    model_keys, file_keys = list(model_keys), list(file_keys)
+    network = network_keys(model_keys)
+    others = [key for key in file_keys if key.startswith("backbone.")]
+    if not network or not others or set(network) & set(file_keys):
+        return {}
+    pairs = dict(match_keys(network, others).pairs)
+    if not pairs:
+        return {}
+    is_torchvisions = any(key.startswith(("backbone.body.", "backbone.fpn.")) for key in others)
+    known = set(model_keys)
+    pairs |= {} if is_torchvisions else {key: key for key in file_keys if key in known}
+    levels = [int(m[1]) for m in map(_OUR_LATERAL.match, model_keys) if m]
+    matches = [m for m in map(_OTHER_FPN.fullmatch, file_keys) if m]
+    laterals = {int(m[3]) for m in matches if m[2] in _LATERALS}
+    for m in matches if levels else ():
+        # both end at the network's last map
+        level = max(levels) - max(laterals, default=0) + int(m[3])
+        pairs[f"backbone.{_our_node(m[2], level, max(levels))}.{_our_leaf(m[4])}"] = m[0]
+    pairs |= {f"backbone.top_block.{m[1]}": m[0] for m in map(_OTHER_TOP.fullmatch, file_keys) if m}
+    return {name: source for name, source in pairs.items() if name in known}
+
+
+def network_keys(model_keys: Iterable[str]) -> list[str]:
+    """Of a detector's keys those of the network below its pyramid, or of its whole backbone."""
+    backbone = [key for key in model_keys if key.startswith("backbone.")]
+    return [key for key in backbone if key.startswith("backbone.bottom_up.")] or backbone
+
+
+def _our_node(module: str, level: int, last: int) -> str:
+    """The node that a list of another library's pyramid has for a level."""
+    if module in _LATERALS:
+        return f"fpn_lateral{level}"
+    return f"fpn_output{level}" if level <= last else f"top_block.p{level}"
+
+
+def _our_leaf(leaf: str) -> str:
+    """`weight` and `norm.weight` for what other libraries call `0.weight`, `bn.weight`, ..."""
+    return re.sub(r"^(1|bn|gn|ln|norm)\.", "norm.", re.sub(r"^(0|conv)\.", "", leaf))
+
+
 def holder_prefixes(keys: Iterable[str]) -> list[str]:
     """The prefixes of keys that may belong to modules around a network, shortest first: "",
     "module.", "backbone.bottom_up.", ..."""
@@ -72,6 +133,8 @@ def holder_prefixes(keys: Iterable[str]) -> list[str]:
     for key in keys:
         prefix = ""
         for i, word in enumerate(key.split(".")[:-1]):
+            if word == "features":  # torchvision's, whose detectors hold them under other names
+                prefixes.add(f"{prefix}features.")
             if word not in _HOLDERS and not (i and word.isdigit()):
                 break
             prefix += f"{word}."

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Collection, Iterable, Iterator, Mapping, Sequence
 
+import torch
+from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpn_plugin.bottom_up.image_channels import adapt_weight
 from fpn_plugin.checkpoint.files import KEY, read_state_dict
 from fpn_plugin.checkpoint.key_matching import KeyMatching, match_keys, surplus_blocks
 
@@ -42,29 +46,102 @@ def load_weights(module: nn.Module, path: str, key: str = KEY, prefix: str = "")
         ValueError: if it cannot be read, nothing in it matches, or a tensor has another shape than
             the network's.
     """
-    given, wanted = read_state_dict(path, key), module.state_dict()
+    return load_tensors(module, read_state_dict(path, key), path, key, prefix)
+
+
+def load_tensors(
+    module: nn.Module, given: Mapping[str, Tensor], source: str, key: str = KEY, prefix: str = ""
+) -> list[str]:
+    """Load tensors as :func:`load_weights` does those of a file.
+
+    Args:
+        source: where they are from, for messages.
+    """
+    title, wanted = f"{key}: {source}", module.state_dict()
     matching = match_keys(wanted, given, prefix)
     if not matching.pairs:
         raise ValueError(
-            f"{key}: nothing in {path} matches the network: it has {_few(list(given))}, the"
-            f" network has {_few(list(wanted))}"
+            f"{key}: nothing in {source} matches the network: it has {few(list(given))}, the"
+            f" network has {few(list(wanted))}"
         )
-    title = f"{key}: {path}"
-    _check_shapes(title, matching, given, wanted)
-    module.load_state_dict({n: given[source] for n, source in matching.pairs.items()}, strict=False)
+    found = {name: given[name_in_file] for name, name_in_file in matching.pairs.items()}
+    state = adapt_image_channels(found, wanted, title)
+    _check_shapes(title, matching, state, wanted)
+    with kept_statistics(module, state):
+        module.load_state_dict(state, strict=False)
     missing = [name for name in _without_counters(wanted) if name not in matching.pairs]
     _report(title, module, matching, given, missing)
     return missing
 
 
+def holds_network(
+    network: nn.Module, shapes: Mapping[str, torch.Size], prefixes: Sequence[str]
+) -> bool:
+    """Whether a detector's checkpoint has every tensor of its bottom-up network.
+
+    Args:
+        shapes: of the checkpoint's tensors, by name.
+        prefixes: of the network's names in it.
+    """
+    state = network.state_dict()
+    return all(
+        any(shapes.get(prefix + name) == state[name].shape for prefix in prefixes)
+        for name in _without_counters(state)
+    )
+
+
+def adapt_image_channels(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], title: str
+) -> dict[str, Tensor]:
+    """A state dict whose first convolution fits images of other than three channels: see
+    :func:`adapt_weight`.
+
+    Args:
+        state: by the names of the network; what has another shape for other reasons stays as it is.
+        wanted: the network's own.
+        title: of the file, for the log.
+    """
+    adapted = dict(state)
+    for name, x in state.items():
+        shape = wanted[name].shape if name in wanted else ()
+        if x.ndim != 4 or len(shape) != 4 or not (x.shape[1] == 3 != shape[1]):
+            continue
+        if shape[:1] + shape[2:] == x.shape[:1] + x.shape[2:]:
+            adapted[name] = adapt_weight(x, shape[1])
+            how = "summed for one" if shape[1] == 1 else f"repeated for {shape[1]}"
+            logger.info("%s: the three input channels of %s are %s", title, name, how)
+    return adapted
+
+
+@contextmanager
+def kept_statistics(module: nn.Module, state: Collection[str]) -> Iterator[None]:
+    """While a state dict is loaded: the running statistics of frozen norms of which it has nothing
+    stay as they are.
+
+    Detectron2 resets them where a state dict has no version. That is right only if it has the
+    affine of the norm alone, as Caffe2's files do: the statistics are in it.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    for name, norm in module.named_modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            prefix = f"{name}." if name else ""
+            absent = [leaf for leaf in _STATISTICS if prefix + leaf not in state]
+            is_affine = any(prefix + leaf in state for leaf in ("weight", "bias"))
+            if len(absent) < len(_STATISTICS) or not is_affine:
+                kept += [(x, x.clone()) for x in (getattr(norm, leaf) for leaf in absent)]
+    yield
+    for x, before in kept:
+        x.copy_(before)
+
+
 def _check_shapes(
-    title: str, matching: KeyMatching, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    title: str, matching: KeyMatching, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> None:
     wrong = [
-        f"{_named(name, source)} is {tuple(given[source].shape)} in the file,"
+        f"{_named(name, source)} is {tuple(state[name].shape)} in the file,"
         f" {tuple(wanted[name].shape)} in the network"
         for name, source in matching.pairs.items()
-        if given[source].shape != wanted[name].shape
+        if state[name].shape != wanted[name].shape
     ]
     if wrong:
         fit = f"{len(matching.pairs) - len(wrong)} of the network's {len(wanted)} tensors fit"
@@ -90,13 +167,13 @@ def _report(
     )
     rows += _left_over(given, matching)
     table = "".join(
-        f"\n  {status:<9} {len(names):>5}  {_few(names)}{f' ({remark})' if remark else ''}"
+        f"\n  {status:<9} {len(names):>5}  {few(names)}{f' ({remark})' if remark else ''}"
         for status, names, remark in rows
         if names
     )
     blocks = _deeper_blocks(given, matching)
     deeper = (
-        f"; it has {len(blocks)} more blocks in the stages that matched ({_few(blocks)}): is it of"
+        f"; it has {len(blocks)} more blocks in the stages that matched ({few(blocks)}): is it of"
         " a deeper network?"
         if blocks
         else ""
@@ -160,5 +237,6 @@ def _named(name: str, source: str) -> str:
     return name if name == source else f"{name} ({source})"
 
 
-def _few(names: Sequence[str], count: int = 4) -> str:
+def few(names: Sequence[str], count: int = 4) -> str:
+    """The first few names as a text."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -28,8 +28,7 @@ def read_plain(file: Path, where: str, mmap: bool = False) -> Any:
 
     Args:
         where: the key or option and the path that it names, for messages.
-        mmap: read the tensors of a file for which :func:`is_torch_file` holds only when they are
-            used.
+        mmap: leave the tensors of what `torch.save` wrote in the file until they are used.
 
     Raises:
         ImportError: if it is a safetensors file and safetensors is not installed.
@@ -37,7 +36,9 @@ def read_plain(file: Path, where: str, mmap: bool = False) -> Any:
     """
     if file.suffix == ".safetensors":
         return _read_safetensors(file, where)
-    return read_pickle(file, where) if is_pickle(file) else _read_torch(file, where, mmap)
+    if is_pickle(file):
+        return read_pickle(file, where)
+    return _read_torch(file, where, mmap and is_torch_file(file))
 
 
 def is_torch_file(file: Path) -> bool:

@@ -68,6 +68,19 @@ def recorded_config(folder: str) -> dict[str, Any]:
     return read_yaml(str(path)) if path.is_file() else {}
 
 
+def config_of_checkpoint(path: str) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, from its record or else from the config.yaml
+    beside it; {} if there is neither, and for a path with a scheme.
+
+    Raises:
+        ValueError: naming the config.yaml, if it is no plain YAML.
+    """
+    if not path or "://" in path:
+        return {}
+    folder = str(Path(path.partition("?")[0]).parent)
+    return read_record(path).get("config") or recorded_config(folder)
+
+
 def metric_lines(folder: str) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.json; a run that writes or was killed may have cut one.
 
@@ -92,9 +105,9 @@ def config_changes(
     """The differences of a config from that of the run in a folder, as texts "KEY old -> new".
 
     Args:
-        checkpoint: a file whose record goes before the folder's config.yaml, if it has one.
         ignore: keys that are not compared.
         sections: the first parts of the keys that are compared; empty for all.
+        checkpoint: a file whose record goes before the folder's config.yaml, if it has one.
     """
     recorded = read_record(checkpoint).get("config") or recorded_config(folder)
     before, now = flatten(recorded), flatten(plain_config(cfg))

@@ -9,8 +9,8 @@ from typing import NamedTuple, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
-from fpn_plugin.checkpoint.files import KEY, is_remote, read_weights
-from fpn_plugin.checkpoint.run_folder import recorded_config
+from fpn_plugin.checkpoint.files import KEY, is_remote, read_shapes, read_weights
+from fpn_plugin.checkpoint.run_folder import config_of_checkpoint
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.paths import find_file
 from fpn_plugin.registry import unknown_name
@@ -33,6 +33,11 @@ class Pixels(NamedTuple):
         return (
             f"PIXEL_MEAN {list(self.mean)}, PIXEL_STD {list(self.std)}, INPUT.FORMAT {self.order}"
         )
+
+    def as_gray(self) -> Pixels:
+        """Those of images of one channel, as timm has them."""
+        mean, std = (round(sum(values) / len(values), 3) for values in (self.mean, self.std))
+        return Pixels((mean,), (std,), "L")
 
     def is_like(self, other: Pixels) -> bool:
         """Whether both are one convention, rounding aside."""
@@ -181,6 +186,8 @@ def _is_default(stated: Pixels) -> bool:
 def _outcome(stated: Pixels, finding: Finding) -> tuple[int, str]:
     """The line for the log that says which pixels count."""
     wanted, source = finding.pixels, finding.source
+    if wanted and len(stated.mean) == 1:
+        wanted = wanted.as_gray()
     if wanted is None:
         # nobody chose them, and nothing says that they fit
         is_risk = finding.is_given and _is_default(stated)
@@ -219,7 +226,7 @@ def find_pixels(cfg: CfgNode, checkpoint: str = "") -> Finding:
     label = f"MODEL.WEIGHTS {whole}" if whole == final else f"checkpoint {whole}"
     recorded = _recorded(whole)
     if recorded and _network(recorded[1]) == _network(name):
-        return Finding(recorded[0], f"the config.yaml beside {label}")
+        return Finding(recorded[0], f"the run's config of {label}")
     warnings = []
     pixels, fits = _of_final(final, cfg)
     if recorded:
@@ -256,11 +263,9 @@ def _warned(finding: Finding, cfg: CfgNode, warnings: Sequence[str]) -> Finding:
 
 
 def _recorded(checkpoint: str) -> tuple[Pixels, str] | None:
-    """The pixels and the bottom-up network of the run whose config.yaml is beside a checkpoint."""
-    if not checkpoint or is_remote(checkpoint):
-        return None
+    """The pixels and the bottom-up network of the run that wrote a checkpoint, if it is known."""
     try:
-        config = recorded_config(str(Path(checkpoint.partition("?")[0]).parent))
+        config = config_of_checkpoint(checkpoint)
         model = config["MODEL"]
         mean, std = model["PIXEL_MEAN"], model["PIXEL_STD"]
         pixels = Pixels(tuple(map(float, mean)), tuple(map(float, std)), config["INPUT"]["FORMAT"])
@@ -281,11 +286,16 @@ def _of_final(weights: str, cfg: CfgNode) -> tuple[Pixels | None, bool]:
     # Detectron2 loads them by the names of its own networks
     network = name if "/" in name else (m[1] if (m := _KNOWN_BUILDER.fullmatch(name)) else "")
     if known := _by_address(weights):
-        return known[0], not network or network in known[1]
+        is_librarys = known[0] == _TORCHVISION and "/resne" in network
+        return known[0], not network or network in known[1] or is_librarys
     local = weights.partition("?")[0]
-    if local.endswith(".pkl") and not is_remote(local) and Path(local).is_file():
+    if is_remote(local) or not Path(local).is_file():
+        return None, True
+    if local.endswith(".pkl"):
         if pixels := _by_author(read_weights(local, "MODEL.WEIGHTS").author, cfg):
             return pixels, network in ("", "resnet")
+    elif any(name.startswith("backbone.fpn.") for name in read_shapes(local, "MODEL.WEIGHTS")):
+        return _TORCHVISION, True  # the names of its detectors
     return None, True
 
 

@@ -281,7 +281,8 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
         compare_classes([classes for classes in known if classes])
     for report in reports:
         _check_class_count(cfg, report)
-        _check_stuff_count(cfg, report)
+    if level != "off" and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
+        _check_stuff(cfg, training + testing)
     return reports
 
 
@@ -344,15 +345,18 @@ def _check_class_count(cfg: CfgNode, report: Report) -> None:
         )
 
 
-def _check_stuff_count(cfg: CfgNode, report: Report) -> None:
-    """Compare the number of a dataset's semantic classes with the model's."""
-    names = MetadataCatalog.get(report.name).get("stuff_classes")
-    if cfg.MODEL.META_ARCHITECTURE not in _SEMANTIC or not names or cfg.DATASETS.CHECK == "off":
-        return
-    expected = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if expected != len(names):
-        shown = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {expected}, but dataset {report.name} "
-            f"(MetadataCatalog.get({report.name!r}).stuff_classes) has {len(names)}: {shown}"
-        )
+def _check_stuff(cfg: CfgNode, names: list[str]) -> None:
+    """Compare the semantic classes of datasets with each other, and their number."""
+    expected, all_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, []
+    for name in names:
+        stuff = tuple(map(str, MetadataCatalog.get(name).get("stuff_classes") or ()))
+        if not stuff:
+            continue
+        source = f"MetadataCatalog.get({name!r}).stuff_classes"
+        all_classes.append(Classes(stuff, (), name, source))
+        if expected != len(stuff):
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {expected}, but for dataset {name}"
+                f" {all_classes[-1]}"
+            )
+    compare_classes(all_classes)

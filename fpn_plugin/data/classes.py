@@ -23,6 +23,7 @@ __all__ = [
     "dataset_classes",
     "has_classes",
     "model_classes",
+    "recorded_classes",
     "set_classes",
     "tag_model",
     "with_classes_of",
@@ -98,10 +99,28 @@ def set_classes(cfg: CfgNode, classes: Classes | None) -> None:
     node, before = cfg.DATASETS.CLASSES, model_classes(cfg)
     names, ids = (list(classes.names), list(classes.ids)) if classes else ([], [])
     if before and list(before.names) != names:
-        now = str(classes) if classes else "DATASETS.TRAIN, which does not name them"
-        logger.warning("%s: not those of the config any more (%s); now: %s", KEY, before, now)
+        now = str(classes) if classes else "DATASETS.TRAIN does not name them"
+        logger.warning(
+            "%s: the config's classes (%s) give way to those of the training data: %s",
+            *(KEY, before, now),
+        )
     if (list(node.NAMES), list(node.IDS)) != (names, ids):
         node.NAMES, node.IDS = names, ids
+
+
+def recorded_classes(config: Any, source: str) -> Classes | None:
+    """The classes that a run has recorded, or None if it has not.
+
+    Args:
+        config: the run's, as nested dicts.
+        source: where it is recorded, for messages.
+    """
+    for key in ("DATASETS", "CLASSES"):
+        config = config.get(key) if isinstance(config, dict) else None
+    names, ids = (config.get("NAMES"), config.get("IDS")) if isinstance(config, dict) else ([], [])
+    if not isinstance(names, list) or not names:
+        return None
+    return Classes(tuple(map(str, names)), tuple(ids or ()), _MODEL, source)
 
 
 def adopt_classes(cfg: CfgNode, checkpoint: str) -> None:
@@ -109,18 +128,13 @@ def adopt_classes(cfg: CfgNode, checkpoint: str) -> None:
 
     Without such a record the config stays as it is: its own classes count, if it has any.
     """
-    recorded: Any = read_record(checkpoint)
-    for key in ("config", "DATASETS", "CLASSES"):
-        recorded = recorded.get(key) if isinstance(recorded, dict) else None
-    names, ids = (recorded or {}).get("NAMES"), (recorded or {}).get("IDS")
-    if not names or names == list(cfg.DATASETS.CLASSES.NAMES):
+    config = read_record(checkpoint).get("config")
+    recorded, known = recorded_classes(config, f"MODEL.WEIGHTS {checkpoint}"), model_classes(cfg)
+    if not recorded or (known and known.names == recorded.names):
         return
-    if known := model_classes(cfg):
-        logger.warning(
-            "%s: MODEL.WEIGHTS %s was trained on other classes than the config's (%s): %s",
-            *(KEY, checkpoint, known, ", ".join(names[:_SHOWN])),
-        )
-    cfg.DATASETS.CLASSES.NAMES, cfg.DATASETS.CLASSES.IDS = names, ids or []
+    if known:
+        logger.warning("%s: not the model's: %s, but %s, which counts", KEY, known, recorded)
+    cfg.DATASETS.CLASSES.NAMES, cfg.DATASETS.CLASSES.IDS = list(recorded.names), list(recorded.ids)
 
 
 def compare_classes(classes: Sequence[Classes]) -> None:

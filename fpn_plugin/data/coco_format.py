@@ -18,7 +18,7 @@ from .classes import Classes, has_classes, set_classes
 from .coco_json import Findings, read_json
 from .image_checks import OUTSIDE_KEY, check_loaded
 
-__all__ = ["register_all", "register_coco_format", "register_own"]
+__all__ = ["needed_splits", "register_all", "register_coco_format", "register_own"]
 
 # The classes of the prepared datasets, as datasets/prepare_<name>.py writes them.
 _PREPARED = {
@@ -82,7 +82,7 @@ def register_coco_format(
     if present != (json_file, image_root):
         raise ValueError(
             f"dataset {name!r} is registered already, with {present[0]} and {present[1]}; "
-            f"now it would be {json_file} and {image_root}"
+            f"now it would be {json_file} and {image_root}: take another name, or another process"
         )
     if taken.get("outside_files", False) != outside_files:
         raise ValueError(
@@ -98,21 +98,22 @@ def _load(name: str, json_file: str, image_root: str, outside_files: bool) -> li
 
 
 def register_own(
-    cfg: CfgNode, keep_json: bool = False, needed: Sequence[str] = ("TRAIN", "VAL")
+    cfg: CfgNode, keep_json: bool = False, needed: Sequence[str] | None = None
 ) -> CfgNode:
     """Register the data that ``DATASETS.OWN`` names and make the config use it.
 
     With ``TRAIN_JSON`` or ``VAL_JSON`` set, ``DATASETS.TRAIN`` becomes ``("own_train",)`` and
-    ``DATASETS.TEST`` becomes ``("own_val",)``; a split that is not given becomes empty. If the
-    training data is needed, the model's classes and their number become those of that data,
-    whatever they were. Otherwise the config says them, and the data only where it does not.
+    ``DATASETS.TEST`` becomes ``("own_val",)``; a split that is not given becomes empty. For a
+    training the model's classes and their number become those of the data, whatever they were. For
+    a trained model the config says them, and the data only where it does not.
 
     Args:
         cfg: the config, changed in place.
         keep_json: whether the datasets are checked next in this process, so that the JSON with the
             classes stays in memory and is not read again for it.
-        needed: the splits that are used. Another one is registered if its files are there, and
-            becomes empty if they are not: a trained model does not need its data.
+        needed: of a trained model, the splits that are used (TRAIN, VAL). Another one is
+            registered if its files are there, and becomes empty if they are not. None for a
+            training, which needs all that is given.
 
     Returns:
         The config that was given; unchanged if ``DATASETS.OWN`` is empty.
@@ -123,6 +124,7 @@ def register_own(
     """
     if not any(cfg.DATASETS.OWN[f"{split}_{part}"] for split in _SPLITS for part in _PARTS):
         return cfg
+    trains, needed = needed is None, tuple(_SPLITS) if needed is None else needed
     files = {split: _split_paths(cfg, split, split in needed) for split in _SPLITS}
     for split, (key, name) in _SPLITS.items():
         if paths := files[split]:
@@ -131,7 +133,7 @@ def register_own(
             logger.warning("DATASETS.%s becomes empty: DATASETS.OWN names nothing for it", key)
         cfg.DATASETS[key] = (name,) if paths else ()
     train, val = files["TRAIN"], files["VAL"]
-    trains = "TRAIN" in needed and train is not None
+    trains = trains and train is not None
     if cfg.DATASETS.CLASSES.NAMES and not trains:
         _fit_num_classes(cfg, len(cfg.DATASETS.CLASSES.NAMES), "DATASETS.CLASSES.NAMES")
     elif paths := train or val:
@@ -142,6 +144,11 @@ def register_own(
             set_classes(cfg, Classes(names, ids, "own_train", json_file))
         _fit_num_classes(cfg, len(names), json_file)
     return cfg
+
+
+def needed_splits(dataset: str) -> list[str]:
+    """The splits of ``DATASETS.OWN`` that make up a dataset: none but for those."""
+    return [split for split, (_, name) in _SPLITS.items() if name == dataset]
 
 
 def _split_paths(cfg: CfgNode, split: str, needed: bool) -> tuple[str, str] | None:

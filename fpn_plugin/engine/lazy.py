@@ -98,7 +98,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A Python config with its overrides, on the CPU where there is no GPU.
+    """A Python config with its overrides.
 
     Args:
         overrides: `path.key=value` each.
@@ -112,16 +112,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides or ()))
     if missing := [part for part in _PARTS if part not in cfg]:
         raise ValueError(f"{path}: the config lacks {', '.join(missing)}")
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
-        cfg.train.device = "cpu"
+    if device_of(cfg) != cfg.train.device:
         logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
     return cfg
+
+
+def device_of(cfg: DictConfig) -> str:
+    """`train.device`; the CPU in place of its default, cuda, where there is no GPU."""
+    is_missing = cfg.train.device == "cuda" and not torch.cuda.is_available()
+    return "cpu" if is_missing else str(cfg.train.device)
 
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Set up a process of the run before it trains or evaluates: its folder, log and seed."""
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
-    prepare_process(cfg.train.output_dir, cfg.train.device)
+    prepare_process(cfg.train.output_dir, device_of(cfg))
     folder = cfg.train.output_dir
     with kept_config(folder, args.resume and bool(find_checkpoint(folder))):
         default_setup(cfg, args)
@@ -129,7 +134,7 @@ def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def build_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, prepared by the entries of `train` that make it faster."""
-    return prepare_for_training(instantiate(cfg.model).to(cfg.train.device), _speed(cfg))
+    return prepare_for_training(instantiate(cfg.model).to(device_of(cfg)), _speed(cfg))
 
 
 def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -157,7 +162,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     trainer = make_step_trainer(
         parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    folder, key = cfg.train.output_dir, "train.init_checkpoint"
+    checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
     checkpointer.record = make_record(plain_config(cfg), model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     resumes = resume and checkpointer.has_checkpoint()
@@ -243,7 +249,7 @@ def _last_results(trainer: SimpleTrainer, folder: str) -> dict[str, Any]:
 
 
 def _device_type(cfg: DictConfig) -> str:
-    return torch.device(cfg.train.device).type
+    return torch.device(device_of(cfg)).type
 
 
 def _dtype(cfg: DictConfig) -> torch.dtype | None:

@@ -16,10 +16,11 @@ from typing import Any, Iterator, Mapping, Sequence
 import torch
 from torch.optim import Optimizer
 
-from fpn_plugin.checkpoint.checkpointer import Checkpointer, compare_tensors
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.fit import find_misfits
 from fpn_plugin.checkpoint.plain import read_plain
 from fpn_plugin.checkpoint.record import optimizer_name, record_of
-from fpn_plugin.checkpoint.run_folder import flatten, recorded_config
+from fpn_plugin.checkpoint.run_folder import config_of_checkpoint, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def require_resumable(path: str, checkpointer: Checkpointer, optimizer: Optimize
     """
     checkpoint = read_plain(Path(path), path, mmap=True)
     recorded = record_of(checkpoint)
-    before = flatten(recorded.get("config") or recorded_config(str(Path(path).parent)))
+    before = flatten(config_of_checkpoint(path))
     now = flatten(checkpointer.record.get("config", {}))
     misfits = [
         *_changed_meanings(before, now),
@@ -136,7 +137,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _model_misfits(model: torch.nn.Module, state: Mapping[str, Any]) -> list[str]:
-    misfits = compare_tensors(model, state)
+    misfits = find_misfits(model, state)
     return [
         *(
             f"{name} is {tuple(old)} in the checkpoint and {tuple(new)} in the model"

@@ -13,7 +13,8 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.checkpoint.checkpointer import PARTIAL_HELP, find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
@@ -72,6 +73,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise ValueError("--allow-partial is for --eval-only: training may start from any part")
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
+    if args.resume and not args.overwrite:
+        _refuse_moved(cfg.OUTPUT_DIR, args.config_file)
     if args.eval_only:
         _find_eval_weights(cfg, args.resume)
         adopt_classes(cfg, cfg.MODEL.WEIGHTS)
@@ -191,7 +194,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
         ValueError: if the data is bad, as :func:`check_config_datasets` says.
         ImportError: if a package for the evaluation is missing, as :func:`check_evaluators` says.
     """
-    needed = ("VAL",) if eval_only else ("TRAIN", "VAL")
+    needed = ("VAL",) if eval_only else None
     register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
     if eval_only:
         cfg.DATASETS.TRAIN = ()
@@ -228,6 +231,17 @@ def _warn_of_frozen_noise(cfg: CfgNode) -> None:
             " scratch take 0 and a norm that learns, such as GN",
             *(model.BACKBONE.FREEZE_AT, model.BOTTOM_UP.NORM),
         )
+
+
+def _refuse_moved(folder: str, config_file: str) -> None:
+    """Refuse to start over where `--resume` names the config of a run that was moved."""
+    beside = str(Path(config_file).parent)
+    if Path(config_file).name != CONFIG or find_checkpoint(folder) or not find_checkpoint(beside):
+        return
+    raise ValueError(
+        f"--resume: there is no checkpoint in OUTPUT_DIR {folder!r}, but there is one beside"
+        f" --config-file {config_file!r}: give OUTPUT_DIR {beside!r} too"
+    )
 
 
 def _find_eval_weights(cfg: CfgNode, resume: bool) -> None:
@@ -275,7 +289,7 @@ def _without_first_weights(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     the bottom-up network's weights, and the source of the pixel statistics."""
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     checkpoint = cfg.MODEL.WEIGHTS if args.eval_only else checkpoint
-    if not checkpoint:
+    if not checkpoint or args.allow_partial:
         return cfg
     weights = cfg.MODEL.BOTTOM_UP.WEIGHTS
     if weights:

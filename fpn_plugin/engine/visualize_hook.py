@@ -137,7 +137,7 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
     if not records:
         logger.warning("TEST.VIS_PERIOD: no pictures, as DATASETS.TEST is empty")
     mapper = DatasetMapper(cfg, is_train=False)
-    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, class_names(names))
+    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, class_names(names, cfg))
 
 
 def gradient_norms(pyramid: GraphExecutor) -> dict[str, Tensor]:

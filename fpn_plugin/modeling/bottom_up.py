@@ -3,8 +3,10 @@ others."""
 
 from __future__ import annotations
 
+import logging
 from typing import Callable
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -13,11 +15,14 @@ from fpn_plugin.bottom_up.detectron2 import register_builders
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.torchvision import TorchvisionBackbone
-from fpn_plugin.checkpoint.load import KEY, load_weights
+from fpn_plugin.checkpoint.files import read_shapes
+from fpn_plugin.checkpoint.load import KEY, holds_network, load_weights
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.config.heads import head_features, require_resolved_heads, validate_heads
 from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.registry import unknown_name
+
+logger = logging.getLogger(__name__)
 
 NAME = "MODEL.BOTTOM_UP.NAME"
 # Adapters for libraries whose networks are named <library>/<model>. These names are also values of
@@ -26,6 +31,7 @@ LIBRARIES: dict[str, Callable[..., Backbone]] = {
     "timm": TimmBackbone,
     "torchvision": TorchvisionBackbone,
 }
+ALONE = "build_bottom_up_backbone"  # the network without a pyramid, as MODEL.BACKBONE.NAME
 # Builders of whole backbones: they contain a bottom-up network, so they cannot be one
 HOLDERS = (
     *OWN_BUILDERS,
@@ -36,6 +42,8 @@ HOLDERS = (
 
 def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The network that `MODEL.BOTTOM_UP.NAME` names, with the weights of `MODEL.BOTTOM_UP.WEIGHTS`.
+
+    These are not read where `MODEL.WEIGHTS` is a checkpoint with all of the network's tensors.
 
     Raises:
         KeyError: if there is no network of that name.
@@ -49,14 +57,32 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             f"{KEY}: {weights!r} are the weights that {weights} publishes for its own networks, but"
             f" {NAME} is {cfg.MODEL.BOTTOM_UP.NAME!r}: give a file, or take {weights}/<model>"
         )
-    build = _adapted if slash and library in LIBRARIES else _registered
-    bottom_up = build(cfg, input_shape)
-    if weights and weights not in LIBRARIES:
+    is_adapted = bool(slash) and library in LIBRARIES
+    checkpoint = read_shapes(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS") if weights else {}
+    if weights in LIBRARIES and not checkpoint:
+        return _adapted(cfg, input_shape, pretrained=True)
+    random_state = torch.get_rng_state()
+    bottom_up = _adapted(cfg, input_shape) if is_adapted else _registered(cfg, input_shape)
+    if checkpoint and holds_network(bottom_up, checkpoint, _prefixes(cfg)):
+        logger.info("%s %s is not read: MODEL.WEIGHTS %s has them", KEY, weights, cfg.MODEL.WEIGHTS)
+    elif weights in LIBRARIES:
+        torch.set_rng_state(random_state)
+        return _adapted(cfg, input_shape, pretrained=True)
+    elif weights:
         load_weights(bottom_up, weights)
     return bottom_up
 
 
-def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+def _prefixes(cfg: CfgNode) -> list[str]:
+    """What comes before the network's names in `MODEL.WEIGHTS`, where they are loaded from it.
+
+    A warm start also takes a detector without a pyramid, whose heads have the network's last stage.
+    """
+    prefix = "backbone." if cfg.MODEL.BACKBONE.NAME == ALONE else "backbone.bottom_up."
+    return [prefix, "backbone.", "roi_heads."] if cfg.MODEL.FPN.WARM_START else [prefix]
+
+
+def _adapted(cfg: CfgNode, input_shape: ShapeSpec, pretrained: bool = False) -> Backbone:
     """A network of another library."""
     library, _, model = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
     return LIBRARIES[library](
@@ -66,7 +92,7 @@ def _adapted(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         norm=cfg.MODEL.BOTTOM_UP.NORM,
         in_channels=input_shape.channels,
         args=dict(cfg.MODEL.BOTTOM_UP.ARGS),
-        pretrained=cfg.MODEL.BOTTOM_UP.WEIGHTS == library,
+        pretrained=pretrained,
     )
 
 

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.config import load_config
-from fpn_plugin.config.resolve import choose_device
+from fpn_plugin.data.classes import adopt_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.modeling.speed import prepare_for_training
 
@@ -35,12 +35,15 @@ class Detector:
     mapper: Mapper
 
 
-def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
-    """The config of a trained model.
+def read_config(
+    path: str, weights: str, opts: Sequence[str], needed: Sequence[str] = ()
+) -> CfgNode:
+    """The config of a trained model, which knows the model's classes if its run recorded them.
 
     Args:
         weights: a checkpoint, in place of `MODEL.WEIGHTS`; "" for that.
         opts: `KEY VALUE` pairs.
+        needed: the splits of `DATASETS.OWN` that must be there: TRAIN, VAL.
 
     Raises:
         FileNotFoundError: if the config or the checkpoint does not exist.
@@ -48,14 +51,13 @@ def read_config(path: str, weights: str, opts: Sequence[str]) -> CfgNode:
     """
     pairs = [*opts, "MODEL.WEIGHTS", weights] if weights else list(opts)
     cfg = load_config(argparse.Namespace(config_file=path, opts=pairs, eval_only=True))
-    register_own(cfg)
-    choose_device(cfg)
     checkpoint = cfg.MODEL.WEIGHTS
     if not checkpoint:
         raise ValueError("no weights: name a checkpoint by --weights or MODEL.WEIGHTS")
     if "://" not in checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"--weights (MODEL.WEIGHTS) {checkpoint!r}: there is no such file")
-    return cfg
+    adopt_classes(cfg, checkpoint)
+    return register_own(cfg, needed=needed)
 
 
 def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -> Detector:
@@ -71,7 +73,9 @@ def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -
     cfg = cfg.clone()
     cfg.defrost()
     # the checkpoint has the bottom-up weights, and the config has the pixel statistics already
-    cfg.MODEL.BOTTOM_UP.WEIGHTS, cfg.MODEL.BOTTOM_UP.PIXELS = "", "config"
+    if not allow_partial:
+        cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    cfg.MODEL.BOTTOM_UP.PIXELS = "config"
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
     StrictCheckpointer(model, prefix, allow_partial).load(cfg.MODEL.WEIGHTS)

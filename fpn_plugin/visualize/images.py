@@ -11,11 +11,13 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from fpn_plugin.data.classes import check_test_classes, model_classes
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.visualize.detector import Mapper
 from fpn_plugin.visualize.levels import FIELD, record_levels
@@ -80,23 +82,38 @@ def spread(records: Sequence[dict[str, Any]], num: int) -> list[dict[str, Any]]:
     return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
 
 
-def records_of(paths: Sequence[Path], datasets: Sequence[str]) -> list[dict[str, Any]]:
+def records_of(
+    paths: Sequence[Path], datasets: Sequence[str], cfg: CfgNode | None = None
+) -> list[dict[str, Any]]:
     """A record for each file: that of a dataset which has the file, else one without annotations.
 
     Datasets whose files are not there are skipped: their images then have no ground truth.
+
+    Args:
+        cfg: of the model, whose classes those of the datasets that have the files must be.
+
+    Raises:
+        ValueError: with both lists of classes.
     """
+    wanted = {os.path.realpath(path) for path in paths}
     known: dict[str, dict[str, Any]] = {}
     for name in datasets:
         try:
             records = DatasetCatalog.get(name)
         except (FileNotFoundError, KeyError):
             continue
-        known.update({os.path.realpath(record["file_name"]): record for record in records})
+        files = {os.path.realpath(record["file_name"]): record for record in records}
+        present = {path: record for path, record in files.items() if path in wanted}
+        if present and cfg is not None:
+            check_test_classes(cfg, name)
+        known.update(present)
     return [known.get(os.path.realpath(path), {"file_name": str(path)}) for path in paths]
 
 
-def class_names(datasets: Sequence[str]) -> list[str]:
-    """The class names of the first dataset that has them."""
+def class_names(datasets: Sequence[str], cfg: CfgNode | None = None) -> list[str]:
+    """The names of the model's classes, else those of the first dataset that has them."""
+    if cfg is not None and (classes := model_classes(cfg)):
+        return list(classes.names)
     for name in datasets:
         if names := MetadataCatalog.get(name).get("thing_classes"):
             return list(names)

@@ -4,6 +4,7 @@ finds objects of which size, one page with all; or pictures of an evaluation's r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -14,8 +15,17 @@ import torch
 from detectron2.structures import Boxes, pairwise_iou
 from PIL import Image
 
+from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config import load_config
-from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.data.classes import (
+    Classes,
+    check_test_classes,
+    compare_classes,
+    dataset_classes,
+    model_classes,
+    recorded_classes,
+)
+from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -25,6 +35,7 @@ from fpn_plugin.visualize.draw import draw_graph
 from fpn_plugin.visualize.fusion_weights import fusion_weights
 from fpn_plugin.visualize.images import (
     Record,
+    all_records,
     class_names,
     dataset_records,
     find_images,
@@ -101,19 +112,21 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         return _draw_results(settings)
     if not 0 <= settings.score <= 1:
         raise ValueError(f"--score: {settings.score} is not from 0 to 1")
-    cfg = read_config(settings.config_file, settings.weights, settings.opts)
+    needed = needed_splits(settings.dataset)
+    cfg = read_config(settings.config_file, settings.weights, settings.opts, needed)
     datasets = [settings.dataset] if settings.dataset else list(cfg.DATASETS.TEST)
     if settings.dataset:
         records = dataset_records(settings.dataset, settings.num)
+        check_test_classes(cfg, settings.dataset)
     else:
-        records = records_of(find_images(settings.inputs), datasets)
+        records = records_of(find_images(settings.inputs), datasets, cfg)
     pictures = dict(zip(_names(records), records)) if settings.pictures else {}
     others = [*([GRAPH] if settings.pictures else []), SIZES, *([PAGE] if settings.html else [])]
     _check_output(settings, [*pictures, *others])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg, allow_partial=settings.allow_partial)
     selections = _draw_images(
-        detector, records, list(pictures), class_names(datasets), settings, bar
+        detector, records, list(pictures), class_names(datasets, cfg), settings, bar
     )
     names = [Path(record["file_name"]).name for record in records]
     titles = {settings.output / file: name for file, name in zip(pictures, names)}
@@ -140,10 +153,25 @@ def _draw_results(settings: Settings) -> list[Path]:
     if settings.config_file:
         # the weights need not be there any more
         opts = [*settings.opts, "MODEL.WEIGHTS", ""]
-        register_own(load_config(argparse.Namespace(config_file=settings.config_file, opts=opts)))
+        cfg = load_config(argparse.Namespace(config_file=settings.config_file, opts=opts))
+        register_own(cfg, needed=needed_splits(settings.dataset))
+        classes = model_classes(cfg)
+    else:
+        classes = _classes_beside(Path(settings.results))
+    all_records(settings.dataset)  # most datasets name their classes when they are loaded
+    compare_classes([each for each in (classes, dataset_classes(settings.dataset)) if each])
     return draw_results(
         settings.results, settings.dataset, settings.output, settings.num, settings.score
     )
+
+
+def _classes_beside(results: Path) -> Classes | None:
+    """The model's classes by the config.yaml of the run that wrote an evaluation's results."""
+    for folder in results.resolve().parents[1:3]:  # above inference/, or its folder for a dataset
+        with contextlib.suppress(ValueError):  # another program's file
+            if classes := recorded_classes(recorded_config(str(folder)), str(folder / CONFIG)):
+                return classes
+    return None
 
 
 def _names(records: Sequence[Record]) -> list[str]:

@@ -217,3 +217,12 @@ def test_a_pyramid_starts_as_another_one(
     cfg.model.backbone.warm_from.out_channels = 64
     with pytest.raises(ValueError, match="init_checkpoint .* has a pyramid of 64 channels, not 96"):
         lazy.load_adapted(lazy.build_model(cfg), "model.pth", key="train.init_checkpoint")
+
+
+def test_the_cpu_that_a_run_falls_back_to_is_not_its_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        cfg = lazy.load_config(str(CONFIG), [x for x in SMALL if "device" not in x])
+        assert (cfg.train.device, lazy.device_of(cfg)) == ("cuda", device)

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fpn_plugin.checkpoint.files import read_state_dict
+from fpn_plugin.checkpoint.load import adapt_image_channels
 from fpn_plugin.config.warm_start import FROM, KEY, WEIGHTS
 from fpn_plugin.engine.warm.widths import INEXACT, resize, shapes_at_width
 from fpn_plugin.modeling.backbone import PyramidBackbone
@@ -54,8 +55,9 @@ def load_adapted(
     Args:
         key: the config key of the file, for messages.
     """
-    start = WarmStart(model, f"{key} {path!r}", shapes)
-    model.load_state_dict(start(read_state_dict(path, key)))
+    title, wanted = f"{key} {path!r}", model.state_dict()
+    state = adapt_image_channels(read_state_dict(path, key), wanted, title)
+    model.load_state_dict(WarmStart(model, title, shapes)(state))
 
 
 def holds_two_pyramids(model: nn.Module) -> bool:
