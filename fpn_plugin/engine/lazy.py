@@ -167,7 +167,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     checkpointer.record = make_record(plain_config(cfg), model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     resumes = resume and checkpointer.has_checkpoint()
-    start, end, folder = 0, cfg.train.max_iter, cfg.train.output_dir
+    start, end = 0, cfg.train.max_iter
     if resumes:
         resume_run(checkpointer, optimizer)
         start = trainer.iter + 1
