@@ -24,7 +24,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from fpn_plugin.checkpoint.files import read_checkpoint
 from fpn_plugin.checkpoint.finite import require_finite
-from fpn_plugin.checkpoint.fit import Misfits, find_misfits, report_start, require_fit
+from fpn_plugin.checkpoint.fit import PARALLEL, Misfits, find_misfits, report_start, require_fit
 from fpn_plugin.checkpoint.key_matching import match_detector, network_keys
 from fpn_plugin.checkpoint.load import adapt_image_channels, kept_statistics
 from fpn_plugin.checkpoint.record import RECORD
@@ -32,7 +32,6 @@ from fpn_plugin.checkpoint.record import RECORD
 logger = logging.getLogger(__name__)
 
 TAG = "last_checkpoint"
-_PARALLEL = "module."  # before all names, where a DistributedDataParallel was saved
 _CHECKPOINT = re.compile(r"model_(\d{7}|final|best)\.pth")
 # no room left: on the device, in the quota, under the limit of a file's size
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -211,11 +210,11 @@ class Checkpointer(DetectionCheckpointer):
     channels. What a file does not hold stays as it is. The arguments are Detectron2's; `save_dir`
     is a local folder.
 
-    Args:
-        key: the config key that names the files to start from, for messages.
-
     Attributes:
         record: of the run, put into each checkpoint: see `fpn_plugin.checkpoint.record`.
+
+    Args:
+        key: the config key that names the files to start from, for messages.
 
     Raises:
         ValueError: from `load`, if nothing of the file fits the model.
@@ -231,8 +230,8 @@ class Checkpointer(DetectionCheckpointer):
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self.record: dict[str, Any] = {}
         self._key, self._title = key, ""
+        self.record: dict[str, Any] = {}
         if self.save_dir and self.save_to_disk:
             _remove_leftovers(self.save_dir)
 
@@ -295,8 +294,8 @@ class Checkpointer(DetectionCheckpointer):
         if checkpoint.get("matching_heuristics"):
             is_caffe2s = checkpoint.get("__author__") == "Caffe2"
             state = align_and_update_state_dicts(_with_rgb_stem(wanted), state, is_caffe2s)
-        if all(name.startswith(_PARALLEL) for name in state):
-            consume_prefix_in_state_dict_if_present(state, _PARALLEL)
+        if all(name.startswith(PARALLEL) for name in state):
+            consume_prefix_in_state_dict_if_present(state, PARALLEL)
         if pairs := match_detector(wanted, state):
             text = "%s: it has other names for the network and the pyramid; %d tensors are taken"
             logger.info(text, self._title, len(pairs))

@@ -13,6 +13,7 @@ from fpn_plugin.checkpoint.load import few
 
 logger = logging.getLogger(__name__)
 
+PARALLEL = "module."  # before all names, where a DistributedDataParallel was saved
 PARTIAL_HELP = "evaluate although the checkpoint lacks weights of the model, or has others"
 
 
@@ -36,6 +37,8 @@ def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> Misfits:
     Tensors that follow from the config do not count, nor missing ones that the model has under
     another name too.
     """
+    if all(name.startswith(PARALLEL) for name in state):
+        state = {name.removeprefix(PARALLEL): x for name, x in state.items()}
     wanted = {name: x for name, x in model.state_dict(keep_vars=True).items() if _counts(name)}
     loaded = {id(x) for name, x in wanted.items() if name in state}
     return Misfits(

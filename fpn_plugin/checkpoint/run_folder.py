@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import yaml
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
+from fpn_plugin.checkpoint.record import plain_config, read_record
 from fpn_plugin.yaml_files import read_yaml
 
 CONFIG = "config.yaml"
@@ -69,6 +69,19 @@ def recorded_config(folder: str) -> dict[str, Any]:
     return read_yaml(str(path)) if path.is_file() else {}
 
 
+def config_of_checkpoint(path: str) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, from its record or else from the config.yaml
+    beside it; {} if there is neither, and for a path with a scheme.
+
+    Raises:
+        ValueError: naming the config.yaml, if it is no plain YAML.
+    """
+    if not path or "://" in path:
+        return {}
+    folder = str(Path(path.partition("?")[0]).parent)
+    return read_record(path).get("config") or recorded_config(folder)
+
+
 def metric_lines(folder: str) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.json; a run that writes or was killed may have cut one.
 
@@ -84,15 +97,21 @@ def metric_lines(folder: str) -> list[dict[str, Any]]:
 
 
 def config_changes(
-    folder: str, cfg: CfgNode, ignore: Sequence[str], sections: Sequence[str] = ()
+    folder: str,
+    cfg: CfgNode,
+    ignore: Sequence[str],
+    sections: Sequence[str] = (),
+    checkpoint: str = "",
 ) -> list[str]:
     """The differences of a config from that of the run in a folder, as texts "KEY old -> new".
 
     Args:
         ignore: keys that are not compared.
         sections: the first parts of the keys that are compared; empty for all.
+        checkpoint: a file whose record goes before the folder's config.yaml, if it has one.
     """
-    before, now = flatten(recorded_config(folder)), flatten(yaml.safe_load(cfg.dump()))
+    recorded = read_record(checkpoint).get("config") or recorded_config(folder)
+    before, now = flatten(recorded), flatten(plain_config(cfg))
     keys = [key for key in now if key not in ignore]
     keys = [key for key in keys if not sections or key.split(".")[0] in sections]
     # a key that the record lacks is newer than the run

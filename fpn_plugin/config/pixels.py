@@ -10,7 +10,7 @@ from typing import NamedTuple, Sequence
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.checkpoint.files import KEY, is_remote, read_shapes, read_weights
-from fpn_plugin.checkpoint.run_folder import recorded_config
+from fpn_plugin.checkpoint.run_folder import config_of_checkpoint
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.paths import find_file
 from fpn_plugin.registry import unknown_name
@@ -226,7 +226,7 @@ def find_pixels(cfg: CfgNode, checkpoint: str = "") -> Finding:
     label = f"MODEL.WEIGHTS {whole}" if whole == final else f"checkpoint {whole}"
     recorded = _recorded(whole)
     if recorded and _network(recorded[1]) == _network(name):
-        return Finding(recorded[0], f"the config.yaml beside {label}")
+        return Finding(recorded[0], f"the run's config of {label}")
     warnings = []
     pixels, fits = _of_final(final, cfg)
     if recorded:
@@ -263,11 +263,9 @@ def _warned(finding: Finding, cfg: CfgNode, warnings: Sequence[str]) -> Finding:
 
 
 def _recorded(checkpoint: str) -> tuple[Pixels, str] | None:
-    """The pixels and the bottom-up network of the run whose config.yaml is beside a checkpoint."""
-    if not checkpoint or is_remote(checkpoint):
-        return None
+    """The pixels and the bottom-up network of the run that wrote a checkpoint, if it is known."""
     try:
-        config = recorded_config(str(Path(checkpoint.partition("?")[0]).parent))
+        config = config_of_checkpoint(checkpoint)
         model = config["MODEL"]
         mean, std = model["PIXEL_MEAN"], model["PIXEL_STD"]
         pixels = Pixels(tuple(map(float, mean)), tuple(map(float, std)), config["INPUT"]["FORMAT"])

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.checkpoint.files import read_state_dict
-from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
+from fpn_plugin.checkpoint.run_folder import CONFIG, config_of_checkpoint, recorded_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import drop_gone_keys
 from fpn_plugin.config.settings import (
@@ -174,14 +174,12 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
 
 
 def recorded_model(path: str) -> Mapping[str, Any]:
-    """`MODEL` of the run whose folder a checkpoint lies in; {} if there is none.
+    """`MODEL` of the run that wrote a checkpoint; {} if it is not known.
 
     Raises:
         ValueError: naming the config.yaml, if it is no plain YAML.
     """
-    if not path or "://" in path:
-        return {}
-    model = recorded_config(str(Path(path).parent)).get("MODEL")
+    model = config_of_checkpoint(path).get("MODEL")
     if not isinstance(model, dict):
         return {}
     is_detectron2s = all(isinstance(model.get(section), dict) for section in ("FPN", "BACKBONE"))

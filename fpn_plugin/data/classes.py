@@ -110,8 +110,11 @@ def set_classes(cfg: CfgNode, classes: Classes | None) -> None:
     node, before = cfg.DATASETS.CLASSES, model_classes(cfg)
     names, ids = (list(classes.names), list(classes.ids)) if classes else ([], [])
     if before and list(before.names) != names:
-        now = str(classes) if classes else "DATASETS.TRAIN, which does not name them"
-        logger.warning("%s: not those of the config any more (%s); now: %s", KEY, before, now)
+        now = str(classes) if classes else "DATASETS.TRAIN does not name them"
+        logger.warning(
+            "%s: the config's classes (%s) give way to those of the training data: %s",
+            *(KEY, before, now),
+        )
     if (list(node.NAMES), list(node.IDS)) != (names, ids):
         node.NAMES, node.IDS = names, ids
 

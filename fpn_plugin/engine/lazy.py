@@ -185,11 +185,12 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     trainer = make_step_trainer(
         parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    folder, key = cfg.train.output_dir, "train.init_checkpoint"
+    checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
     checkpointer.record = make_record(plain_config(cfg), model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     resumes = resume and checkpointer.has_checkpoint()
-    start, end, folder = 0, cfg.train.max_iter, cfg.train.output_dir
+    start, end = 0, cfg.train.max_iter
     if resumes:
         resume_run(checkpointer, optimizer)
         start = trainer.iter + 1

@@ -20,7 +20,7 @@ from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.checkpoint.fit import find_misfits
 from fpn_plugin.checkpoint.plain import read_plain
 from fpn_plugin.checkpoint.record import optimizer_name, record_of
-from fpn_plugin.checkpoint.run_folder import flatten, recorded_config
+from fpn_plugin.checkpoint.run_folder import config_of_checkpoint, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ _INDECISIVE = (
 _MEANINGS = {"DATASETS.CLASSES.NAMES": "classes", "DATASETS.KEYPOINTS.NAMES": "keypoints"}
 # of an optimizer's state: tensors that have the shape of their parameter
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# of a trainer's state: what it can do without
+_OPTIONAL_STATES = {"hooks", "grad_scaler"}
 _RATES = ("lr", "initial_lr")
 
 
@@ -104,11 +106,12 @@ def require_resumable(path: str, checkpointer: Checkpointer, optimizer: Optimize
     """
     checkpoint = read_plain(Path(path), path, mmap=True)
     recorded = record_of(checkpoint)
-    before = flatten(recorded.get("config") or recorded_config(str(Path(path).parent)))
+    before = flatten(config_of_checkpoint(path))
     now = flatten(checkpointer.record.get("config", {}))
     misfits = [
         *_changed_meanings(before, now),
         *_model_misfits(checkpointer.model, checkpoint.get("model", checkpoint)),
+        *_state_misfits(checkpoint, checkpointer),
         *_optimizer_misfits(checkpoint, recorded, checkpointer, optimizer),
     ]
     if misfits:
@@ -134,8 +137,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _model_misfits(model: torch.nn.Module, state: Mapping[str, Any]) -> list[str]:
-    in_ddp = bool(state) and all(name.startswith("module.") for name in state)
-    misfits = find_misfits(model, {name[7 * in_ddp :]: x for name, x in state.items()})
+    misfits = find_misfits(model, state)
     return [
         *(
             f"{name} is {tuple(old)} in the checkpoint and {tuple(new)} in the model"
@@ -144,6 +146,20 @@ def _model_misfits(model: torch.nn.Module, state: Mapping[str, Any]) -> list[str
         *(f"{name} is not in the checkpoint" for name in misfits.missing),
         *(f"{name} is not in the model" for name in misfits.left_over),
     ]
+
+
+def _state_misfits(checkpoint: Mapping[str, Any], checkpointer: Checkpointer) -> list[str]:
+    """What a trainer needs to go on and a file of weights, or another trainer's, does not have."""
+    texts = []
+    for name, owner in checkpointer.checkpointables.items():
+        state = checkpoint.get(name)
+        lacking = owner.state_dict().keys() - _OPTIONAL_STATES - (state or {}).keys()
+        if state is None:
+            texts.append(f"it has no state of a {name}, which counts iterations")
+        elif lacking:
+            names = ", ".join(sorted(lacking))
+            texts.append(f"the state of its {name} has no {names}: it was another kind of trainer")
+    return texts
 
 
 def _optimizer_misfits(

@@ -32,6 +32,7 @@ _UNCOMPARED = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.BOTTOM_UP.WEIGHTS",
+    "MODEL.BOTTOM_UP.PIXELS",
     "DATALOADER.NUM_WORKERS",
     "DATASETS.CHECK",
     "DATASETS.OUTSIDE_FILES",
@@ -98,12 +99,13 @@ def warn_of_changes(cfg: CfgNode) -> None:
     Raises:
         ValueError: if `OUTPUT_DIR` holds checkpoints of which none is whole.
     """
-    if not find_checkpoint(cfg.OUTPUT_DIR):
+    checkpoint = find_checkpoint(cfg.OUTPUT_DIR)
+    if not checkpoint:
         logger.warning(
             "--resume: no checkpoint in OUTPUT_DIR %s; starting at iteration 0", cfg.OUTPUT_DIR
         )
         return
-    if changes := config_changes(cfg.OUTPUT_DIR, cfg, _UNCOMPARED, _COMPARED):
+    if changes := config_changes(cfg.OUTPUT_DIR, cfg, _UNCOMPARED, _COMPARED, checkpoint):
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changes))
 
 

@@ -181,8 +181,8 @@ class Trainer(DefaultTrainer):
             hold(folder, "OUTPUT_DIR")
         if self._old_results and not resume:
             advice = (
-                "Call resume_or_load(resume=True) to go on with that run, or choose another"
-                " OUTPUT_DIR"
+                "Call resume_or_load(resume=True) to go on with that run, choose another"
+                " OUTPUT_DIR, or remove them"
             )
             refuse_results(folder, self._old_results, advice)
 

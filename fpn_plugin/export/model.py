@@ -14,6 +14,8 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
+from fpn_plugin.data.classes import model_classes
+
 WHAT = ("backbone", "detector")
 BATCH = 2  # of the example, as torch.export specializes on a size of 1
 
@@ -114,7 +116,8 @@ def export_detector(cfg: CfgNode, model: nn.Module) -> ExportModel:
     adapter(torch.rand(3, 128, 160) * 255)  # sets outputs_schema
     names = tuple(adapter.outputs_schema.keys)
     facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
-    info = {**_pixels(cfg), **facts}
+    classes = model_classes(cfg)
+    info = {**_pixels(cfg), **facts, "classes": list(classes.names) if classes else []}
     return ExportModel("detector", adapter, names, 1, 32, _find_windows(model), info)
 
 

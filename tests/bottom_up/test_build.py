@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +10,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
-from networks import RESNET18, Case
+from networks import DETECTRON2, RESNET18, Case
 from torch import nn
 
-from fpn_plugin.modeling.bottom_up import LIBRARIES
+from fpn_plugin.modeling.bottom_up import LIBRARIES, build_bottom_up
 
 RGB = ShapeSpec(channels=3)
 R18 = Case("build_resnet_backbone", keys=RESNET18)
 TIMM = Case("timm/test_resnet")
+REGNET = next(case for case in DETECTRON2 if case.name == "build_regnet_backbone")
 
 
 def norm_classes(module: nn.Module) -> set[str]:
@@ -64,6 +66,52 @@ def test_published_weights_are_asked_for(library: str, monkeypatch: pytest.Monke
         "args": {"a": 1},
         "pretrained": True,
     }
+
+
+@pytest.mark.parametrize(
+    "source, builder, prefix, first",
+    [
+        (R18, "build_pyramid_backbone", "backbone.bottom_up.", "gone.pth"),
+        (R18, "build_bottom_up_backbone", "backbone.", "gone.pth"),
+        (TIMM, "build_pyramid_backbone", "backbone.bottom_up.", "timm"),
+    ],
+)
+def test_first_weights_are_not_read_where_a_whole_checkpoint_follows(
+    source: Case, builder: str, prefix: str, first: str, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO")
+    state = {prefix + name: x for name, x in source.build().state_dict().items()}
+    file = str(tmp_path / "model.pth")
+    keys = {"BACKBONE__NAME": builder, "WEIGHTS": file, "BOTTOM_UP__WEIGHTS": first}
+    torch.save({"model": state, "optimizer": {}}, file)
+    torch.manual_seed(0)
+    network = source.build(**keys)
+    assert f"WEIGHTS {first} is not read: MODEL.WEIGHTS {file} has them" in caplog.text
+    torch.manual_seed(0)
+    expected = source.build().state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in network.state_dict().items())
+    # part of the network is not enough, nor is the network under other names
+    for partial in (dict(list(state.items())[:-2]), {f"x.{n}": x for n, x in state.items()}):
+        torch.save(partial, file)
+        with pytest.raises(FileNotFoundError, match="gone.pth"):
+            source.build(**{**keys, "BOTTOM_UP__WEIGHTS": "gone.pth"})
+
+
+@pytest.mark.parametrize("source", [R18, Case("torchvision/resnet18"), REGNET], ids=str)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_for_rgb_start_a_network_for_other_channels(
+    source: Case, channels: int, tmp_path: Path
+) -> None:
+    adapt_input_conv = pytest.importorskip("timm.models").adapt_input_conv
+    rgb = source.build()
+    torch.save(rgb.state_dict(), tmp_path / "w.pth")
+    shape = ShapeSpec(channels=channels)
+    network = build_bottom_up(source.config(BOTTOM_UP__WEIGHTS=str(tmp_path / "w.pth")), shape)
+    network(torch.randn(1, channels, 64, 64))
+    (stem, *_), (expected, *_) = network.parameters(), rgb.parameters()
+    assert torch.equal(stem, adapt_input_conv(channels, expected.detach().clone()))
+    with pytest.raises(ValueError, match="images of 3 channels, not 1"):
+        build_bottom_up(Case("torchvision/googlenet").config(), ShapeSpec(channels=1))
 
 
 @pytest.mark.parametrize(

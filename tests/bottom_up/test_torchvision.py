@@ -238,7 +238,7 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
             "IN_FEATURES.*torchvision/resnet18.*'res6'.*res1, res2, res3, res4, res5",
         ),
         ({"model": "resnet18", "norm": "XN"}, "MODEL.BOTTOM_UP.NORM: unknown name 'XN'"),
-        ({"model": "resnet18", "in_channels": 4}, "torchvision/resnet18 .*3 channels, not 4"),
+        ({"model": "googlenet", "in_channels": 4}, "torchvision/googlenet.*3 channels, not 4"),
         (
             {"model": "resnet18", "args": {"drop_path_rate": 0.1}},
             "MODEL.BOTTOM_UP.ARGS: .*torchvision/resnet18.*'drop_path_rate'",

@@ -173,7 +173,11 @@ def test_a_file_of_which_nothing_or_little_fits(
         Checkpointer(model).load(file)
         torch.save(detector().state_dict(), file)
         Checkpointer(model).load(file)
-    usual, little, classes = [(r.levelname, r.getMessage()) for r in caplog.records]
+    usual, little, classes = [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "fpn_plugin.checkpoint.fit"
+    ]
     assert usual[0] == "INFO" and "start anew: backbone.fpn_lateral2 (2), " in usual[1]
     assert little[0] == "WARNING" and "7 of the model's 130 tensors are in it (4.1%" in little[1]
     assert "cls_score.weight ((81, 16) in it, (4, 16) in the model)" in classes[1]

@@ -179,6 +179,42 @@ def test_the_author_of_a_pickle(
     assert pixels(cfg) == DEFAULT and "has no tensor of the network" in log.text
 
 
+@pytest.mark.parametrize("key", ["MODEL.BOTTOM_UP.WEIGHTS", "MODEL.WEIGHTS"])
+@pytest.mark.parametrize("wrapper", ["", "blobs"])
+def test_caffe2s_layout_alone_says_its_pixels(
+    key: str, wrapper: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "R-50.pkl"
+    names = ("conv1_w", "res_conv1_bn_s", "res2_0_branch2a_w", "res2_0_branch2a_w_momentum")
+    blobs = {name: np.zeros(1, np.float32) for name in names}
+    file.write_bytes(pickle.dumps({wrapper: blobs} if wrapper else blobs))
+    cfg = config("build_resnet_backbone", "", key, str(file), "MODEL.RESNETS.STRIDE_IN_1X1", True)
+    line = resolved(cfg, log)
+    assert pixels(cfg) == DEFAULT and line.startswith("INFO") and "taken from" in line
+
+
+@pytest.mark.parametrize("name", ["build_resnet_backbone", "torchvision/mobilenet_v3_large"])
+def test_torchvisions_detectors_were_trained_with_its_pixels(
+    name: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    file = weight_file(tmp_path, "backbone.body.conv1.weight", "backbone.fpn.inner_blocks.0.weight")
+    cfg = config(name, "", "MODEL.WEIGHTS", file)
+    line = resolved(cfg, log)
+    assert (
+        pixels(cfg) == RGB
+        and line.startswith("INFO")
+        and f"taken from MODEL.WEIGHTS {file}" in line
+    )
+
+
+def test_gray_images_take_the_mean_over_the_channels(log: pytest.LogCaptureFixture) -> None:
+    gray = ([114.5], [57.6], "L")
+    for stated, level in ((gray, "INFO"), (([100.0], [57.0], "L"), "WARNING")):
+        line = resolved(config("torchvision/resnet50", "torchvision", *stating(stated)), log)
+        assert line.startswith(level) and (level == "INFO") == ("which agree with" in line)
+    assert "were trained with PIXEL_MEAN [114.495], PIXEL_STD [57.63], INPUT.FORMAT L" in line
+
+
 def test_caffe2s_resnexts_have_either_deviation(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_runs_checkpoint_has_the_pixels_of_its_config(
 ) -> None:
     final = run_folder(tmp_path, "timm/resnet50.a1_in1k", values) + ending
     cfg = config("timm/resnet50", weights, "MODEL.WEIGHTS", final)
-    assert f"taken from the config.yaml beside MODEL.WEIGHTS {final}" in resolved(cfg, log)
+    assert f"taken from the run's config of MODEL.WEIGHTS {final}" in resolved(cfg, log)
     assert pixels(cfg) == values
     cfg = config("timm/resnet50", weights, "MODEL.WEIGHTS", final, *stating(RGB))
     assert resolved(cfg, log).startswith("WARNING") and pixels(cfg) == RGB
@@ -52,7 +52,7 @@ def test_a_checkpoint_may_be_another_than_model_weights(
     file = run_folder(tmp_path)
     cfg = config("torchvision/resnet50", "", "MODEL.WEIGHTS", MSRA)
     assert pixels(resolve_config(cfg, file)) == RGB
-    assert f"taken from the config.yaml beside checkpoint {file}" in log.text
+    assert f"taken from the run's config of checkpoint {file}" in log.text
     (tmp_path / "config.yaml").unlink()
     log.clear()
     cfg = config("torchvision/resnet50", "", "MODEL.WEIGHTS", MSRA)
@@ -144,7 +144,7 @@ def test_a_model_is_not_built_before(
     cfg = config(
         "torchvision/resnet18", "", "MODEL.WEIGHTS", run_folder(tmp_path, "torchvision/resnet18")
     )
-    with pytest.raises(ValueError, match="the config.yaml beside MODEL.WEIGHTS"):
+    with pytest.raises(ValueError, match="the run's config of MODEL.WEIGHTS"):
         build_backbone(cfg)
 
 

@@ -57,7 +57,7 @@ def test_training_data_fills_in_the_classes_whatever_stood_there(
     content = other_categories(sound, [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}])
     cfg = register_own(with_classes(own(write(content)), "tree", "bush"))
     assert cfg.DATASETS.CLASSES == {"NAMES": ["cat", "dog"], "IDS": [5, 9]}
-    assert "DATASETS.CLASSES: not those of the config any more" in caplog.text
+    assert "DATASETS.CLASSES: the config's classes (" in caplog.text
     assert "2: tree, bush" in caplog.text and "own.json has 2: cat, dog" in caplog.text
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from folders import load_tool
+from folders import digest, load_tool
 from omegaconf import DictConfig
 from tiny import TRAIN, VAL
 
 from fpn_plugin.checkpoint.finite import DivergedError
+from fpn_plugin.checkpoint.run_folder import metric_lines
 from fpn_plugin.engine import lazy
+from fpn_plugin.engine.resume import ResumeError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
@@ -66,8 +68,9 @@ def own_config(path: Path, *lines: str) -> Path:
 
 
 def test_train_resume_and_evaluate(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(lazy, "setup_logger", lambda *args, **kwargs: None)
     output = tmp_path / "run"
     results = run(monkeypatch, output, "train.amp.enabled=True")
     assert "bbox/AP" in results
@@ -88,6 +91,17 @@ def test_train_resume_and_evaluate(
     ]
     final = torch.load(output / "model_final.pth", weights_only=False)
     assert final["iteration"] == 2
+
+    before = digest(output)
+    message = "num_classes 2 -> 3.* another train.output_dir, and train.init_checkpoint .*final.pth"
+    keys = ("model.roi_heads.num_classes=3", "train.max_iter=4")
+    with pytest.raises(ResumeError, match=message):
+        run(monkeypatch, output, "--resume", *keys)
+    results = run(monkeypatch, output, "--resume", "train.max_iter=3")
+    assert results["bbox/AP"] == metric_lines(str(output))[-1]["bbox/AP"]
+    assert "is finished" in log.text and "train.max_iter is 3. Raise train.max_iter" in log.text
+    after = digest(output)
+    assert all(after[name] == before[name] for name in before if name != "log.txt")
 
     again = run(monkeypatch, output, "--eval-only", "--resume")
     assert set(again) == {"bbox"} and (output / "eval-1" / "inference").is_dir()
@@ -203,3 +217,12 @@ def test_a_pyramid_starts_as_another_one(
     cfg.model.backbone.warm_from.out_channels = 64
     with pytest.raises(ValueError, match="init_checkpoint .* has a pyramid of 64 channels, not 96"):
         lazy.load_adapted(lazy.build_model(cfg), "model.pth", key="train.init_checkpoint")
+
+
+def test_the_cpu_that_a_run_falls_back_to_is_not_its_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        cfg = lazy.load_config(str(CONFIG), [x for x in SMALL if "device" not in x])
+        assert (cfg.train.device, lazy.device_of(cfg)) == ("cuda", device)

@@ -23,6 +23,7 @@ from fpn_plugin.config import load_config, resolve_config
 from fpn_plugin.data import register_coco_format
 from fpn_plugin.engine.setup import argument_parser, begin, setup
 from fpn_plugin.engine.trainer import Trainer
+from fpn_plugin.export.model import export_detector
 from fpn_plugin.visualize.detector import load_detector, read_config
 
 MakeConfig = Callable[..., CfgNode]
@@ -160,7 +161,7 @@ def test_a_folder_alone_is_enough(
     file, weights = str(moved / "config.yaml"), str(moved / "model_final.pth")
 
     detector = load_detector(read_config(file, weights, []))
-    assert detector.cfg.DATASETS.CLASSES.NAMES == ["a", "b"]
+    assert export_detector(detector.cfg, detector.model).info["classes"] == ["a", "b"]
     args = argument_parser().parse_args(["--config-file", file, "MODEL.WEIGHTS", weights])
     predictor = DefaultPredictor(resolve_config(load_config(args)))
     assert "instances" in predictor(np.zeros((48, 64, 3), np.uint8))

@@ -15,8 +15,10 @@ from detectron2.data.datasets import register_coco_instances
 from folders import digest
 from tiny import VAL, tiny_config
 
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.checkpoint.record import make_record
 from fpn_plugin.checkpoint.run_folder import metric_lines, recorded_config
-from fpn_plugin.engine.resume import ResumeError
+from fpn_plugin.engine.resume import ResumeError, resume_run
 from fpn_plugin.engine.setup import argument_parser, begin
 from fpn_plugin.engine.step import ScaledTrainer
 from fpn_plugin.engine.trainer import Trainer
@@ -144,6 +146,50 @@ def test_a_moment_of_another_shape(run: Path) -> None:
     torch.save(state, run / "model_final.pth")
     with pytest.raises(ResumeError, match=r"a state of \(7, 7\) for a parameter of \("):
         resumed(changed(run, SOLVER__MAX_ITER=4))
+
+
+def test_a_file_of_weights_alone(run: Path) -> None:
+    state = torch.load(run / "model_final.pth")
+    trained_by = state["trainer"]
+    for trainer, message in (
+        (None, "no state of a trainer"),
+        (trained_by["_trainer"], "has no _trainer"),  # as a Python config's run writes it
+    ):
+        torch.save(
+            {"model": state["model"], **({"trainer": trainer} if trainer else {})},
+            run / "model_final.pth",
+        )
+        with pytest.raises(ResumeError, match=message):
+            resumed(changed(run, SOLVER__MAX_ITER=4))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_fused_and_channels_last_together(name: str, tmp_path: Path) -> None:
+    """A fused kernel reads memory as it lies, whatever the layouts of parameter and moment are."""
+
+    def train(folder: str, fused: bool, layout: torch.memory_format, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = torch.nn.Conv2d(3, 4, 3)
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, fused=fused, **options)
+        checkpointer = Checkpointer(model, str(tmp_path / folder), optimizer=optimizer)
+        checkpointer.record = make_record({}, model, optimizer)
+        if checkpointer.has_checkpoint():
+            resume_run(checkpointer, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+            optimizer.step()
+        checkpointer.save("model_final")
+        return model.weight.detach()
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    for folder in ("unchanged", "changed"):
+        (tmp_path / folder).mkdir()
+        train(folder, False, plain, seed=0)
+    expected = train("unchanged", False, plain, seed=1)
+    assert torch.allclose(train("changed", True, last, seed=1), expected, atol=1e-5)
 
 
 def test_options_of_the_optimizer_are_the_configs(run: Path) -> None:

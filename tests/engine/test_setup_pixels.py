@@ -57,11 +57,11 @@ def test_what_starts_from_a_run_has_its_pixels(
     opts += ["MODEL.BOTTOM_UP.WEIGHTS", weights]
     args = argument_parser().parse_args([*flags, *opts])
     cfg = setup(args)
-    assert pixels(cfg) == RGB and "taken from the config.yaml beside" in log.text
+    assert pixels(cfg) == RGB and "taken from the run's config of" in log.text
     assert "differs" not in log.text
     log.clear()
     started = begin(cfg, args)
-    assert pixels(started) == RGB and "taken from the config.yaml beside" in log.text
+    assert pixels(started) == RGB and "taken from the run's config of" in log.text
     assert (started.MODEL.BOTTOM_UP.PIXELS == "config") is (kind != "fine-tuned")
     if not weights:
         build_backbone(started)

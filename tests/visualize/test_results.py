@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -17,9 +18,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as rle
 
+from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize import results as module
 from fpn_plugin.visualize.images import spread
 from fpn_plugin.visualize.results import draw_pair, draw_results, load_results
+from fpn_plugin.visualize.run import Settings, visualize
 
 TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
 NAME = "pictures_test"
@@ -89,6 +92,21 @@ def test_the_tool_on_own_data(
         with pytest.raises(SystemExit):
             runpy.run_path(str(TOOL), run_name="tool")["main"]()
         assert "--results: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["dog", "cat"]])
+def test_results_of_other_classes(names: list[str], folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"DATASETS: {{CLASSES: {{NAMES: {names}, IDS: [3, 7]}}}}\n")
+    (tmp_path / "inference").mkdir()
+    results = shutil.copy(folder / "results.json", tmp_path / "inference")
+    for file in ("", str(config)):
+        settings = Settings(file, tmp_path, results=results, dataset=NAME, num=1)
+        if names == ["cat", "dog"]:
+            assert len(visualize(settings, Bar(quiet=True))) == 1
+            continue
+        with pytest.raises(ValueError, match="class 0 is 'dog' in the model and 'cat' in pictures"):
+            visualize(settings, Bar(quiet=True))
 
 
 def test_threshold(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

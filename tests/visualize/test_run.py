@@ -22,6 +22,7 @@ from torch import nn
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 from fpn_plugin.visualize.images import (
+    class_names,
     dataset_records,
     find_images,
     inspect_image,
@@ -116,6 +117,19 @@ def test_a_checkpoint_of_another_pyramid_is_not_drawn(folder: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="model.pth' does not .*pafpn.*MODEL.FPN,.*--allow-parti"):
         visualize(given, Bar(quiet=True))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_truth_has_the_classes_of_the_model(folder: Path, tmp_path: Path) -> None:
+    names = str(["arrow", "box", "car", "dog", "egg", "fan"])
+    opts = ["DATASETS.CLASSES.NAMES", names]
+    for source in ({"inputs": (), "dataset": "heads_val"}, {}):
+        given = settings(folder, tmp_path, opts=opts, **source)
+        with pytest.raises(ValueError, match="class 0 is 'arrow' in the model and .* in heads_val"):
+            visualize(given, Bar(quiet=True))
+    cfg = read_config(str(folder / "config.yaml"), str(folder / "model.pth"), opts)
+    assert class_names(["heads_val"], cfg)[0] == "arrow"
+    (record,) = records_of([folder / "other" / "strange.PNG"], ["heads_val"], cfg)
+    assert "annotations" not in record, "no truth is drawn"
 
 
 def test_inspecting_leaves_the_model_and_the_random_numbers_alone(folder: Path) -> None:
