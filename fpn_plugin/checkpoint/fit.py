@@ -80,7 +80,7 @@ def require_fit(
     total = sum(name.startswith(prefix) and _counts(name) for name in model.state_dict())
     text = (
         f"{title} does not fit the config: {texts}{more} (of the model's {total} tensors"
-        f" {len(lacking)} are not in it so, and it has {len(names) - len(lacking)} others)"
+        f" {len(lacking)} are missing or differ, {len(names) - len(lacking)} are left over)"
     )
     if allow_partial:
         logger.warning("%s. What it lacks keeps its initial, mostly random values", text)
