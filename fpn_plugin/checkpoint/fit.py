@@ -110,7 +110,8 @@ def report_start(
     if state and not loaded:
         raise ValueError(
             f"{title}: nothing of it fits the model: it has {few(list(file_names))}, the model has"
-            f" {few(_examples(state))}{_network_alone(state, file_names)}"
+            f" {few(_examples(state))}{_network_alone(state, file_names)}. To start without it, set it"
+            " to ''"
         )
     if not anew and not misfits.left_over:
         logger.info("%s: all %d tensors of the model are in it", title, len(state))
