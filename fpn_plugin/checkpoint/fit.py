@@ -108,10 +108,10 @@ def report_start(
     anew = {*misfits.missing, *(name for name, *_ in misfits.shapes)}
     loaded = [name for name in state if name not in anew]
     if state and not loaded:
+        advice = _network_alone(state, file_names)
         raise ValueError(
             f"{title}: nothing of it fits the model: it has {few(list(file_names))}, the model has"
-            f" {few(_examples(state))}{_network_alone(state, file_names)}. To start without it, set it"
-            " to ''"
+            f" {few(_examples(state))}.{advice} To start without it, set it to ''"
         )
     if not anew and not misfits.left_over:
         logger.info("%s: all %d tensors of the model are in it", title, len(state))
@@ -170,7 +170,7 @@ def _network_alone(state: Collection[str], file_names: Collection[str]) -> str:
     pairs = match_keys(network_keys(state), file_names).pairs
     if not pairs:
         return ""
-    return ". It has weights of the network alone: these go to MODEL.BOTTOM_UP.WEIGHTS"
+    return " It has weights of the network alone: these go to MODEL.BOTTOM_UP.WEIGHTS."
 
 
 # Tensors that need not be in a checkpoint, and may be, as the model has its own
