@@ -273,7 +273,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As Detectron2's; `path` may be "" for nothing."""
-        self._title = f"{self._key} {path!r}"
+        is_own = bool(self.save_dir) and Path(path).parent == Path(self.save_dir)
+        self._title = f"{'checkpoint' if is_own else self._key} {path!r}"
         return super().load(path, checkpointables)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def require_fit(
     total = sum(name.startswith(prefix) and _counts(name) for name in model.state_dict())
     text = (
         f"{title} does not fit the config: {texts}{more} (of the model's {total} tensors"
-        f" {len(lacking)} are not in it so, and it has {len(names) - len(lacking)} others)"
+        f" {len(lacking)} are missing or differ, {len(names) - len(lacking)} are left over)"
     )
     if allow_partial:
         logger.warning("%s. What it lacks keeps its initial, mostly random values", text)
@@ -108,9 +108,10 @@ def report_start(
     anew = {*misfits.missing, *(name for name, *_ in misfits.shapes)}
     loaded = [name for name in state if name not in anew]
     if state and not loaded:
+        advice = _network_alone(state, file_names)
         raise ValueError(
             f"{title}: nothing of it fits the model: it has {few(list(file_names))}, the model has"
-            f" {few(_examples(state))}{_network_alone(state, file_names)}"
+            f" {few(_examples(state))}.{advice} To start without it, set it to ''"
         )
     if not anew and not misfits.left_over:
         logger.info("%s: all %d tensors of the model are in it", title, len(state))
@@ -169,7 +170,7 @@ def _network_alone(state: Collection[str], file_names: Collection[str]) -> str:
     pairs = match_keys(network_keys(state), file_names).pairs
     if not pairs:
         return ""
-    return ". It has weights of the network alone: these go to MODEL.BOTTOM_UP.WEIGHTS"
+    return " It has weights of the network alone: these go to MODEL.BOTTOM_UP.WEIGHTS."
 
 
 # Tensors that need not be in a checkpoint, and may be, as the model has its own

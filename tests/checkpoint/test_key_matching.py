@@ -105,3 +105,11 @@ def test_nothing_matches() -> None:
 def test_blocks_that_the_network_lacks(matched: str, given: str, lost: list[str] | None) -> None:
     expected = ["trunk_output.block1.block1-1"] if lost is None else lost
     assert surplus_blocks([given, given], [matched]) == expected
+
+
+@pytest.mark.parametrize("prefix", ["backbone.body.", "backbone.", "features.", "module.features."])
+def test_torchvisions_detectors_hold_features_under_other_names(prefix: str) -> None:
+    """fasterrcnn_mobilenet_v3_large_fpn, lraspp_ and deeplabv3_mobilenet_v3_large, the classifier."""
+    names = ("0.0.weight", "0.1.bias", "1.block.0.0.weight", "16.1.weight")
+    matching = match_keys([f"model.features.{name}" for name in names], [prefix + n for n in names])
+    assert matching.pairs == {f"model.features.{name}": prefix + name for name in names}

@@ -206,7 +206,14 @@ def test_sizes_only(folder: Path, tmp_path: Path) -> None:
 def test_the_tool_and_a_backbone_without_a_graph(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    args = ["--config-file", folder / "config.yaml", "--weights", folder / "model.pth", "--quiet"]
+    args = [
+        "--config-file",
+        folder / "config.yaml",
+        "--weights",
+        folder / "model.pth",
+        "--quiet",
+        "--allow-partial",
+    ]
     args += ["--dataset", "heads_val", "--num", 1, "--output", tmp_path]
     args += ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.FUSE_TYPE", "sum"]
     monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args)])

@@ -55,9 +55,9 @@ def load_adapted(
     Args:
         key: the config key of the file, for messages.
     """
-    title, wanted = f"{key} {path!r}", model.state_dict()
-    state = adapt_image_channels(read_state_dict(path, key), wanted, title)
-    model.load_state_dict(WarmStart(model, title, shapes)(state))
+    start = WarmStart(model, f"{key} {path!r}", shapes)
+    state = adapt_image_channels(read_state_dict(path, key), model.state_dict(), start.source)
+    model.load_state_dict(start(state))
 
 
 def holds_two_pyramids(model: nn.Module) -> bool:
