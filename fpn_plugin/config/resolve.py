@@ -14,7 +14,7 @@ from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
-from fpn_plugin.config.validate import validate_config
+from fpn_plugin.config.validate import check_pixels, validate_config
 from fpn_plugin.config.warm_start import resolve_warm_start
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ def resolve_config(cfg: CfgNode, checkpoint: str = "", evaluates: bool = False) 
     """
     if cfg.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
         validate_config(cfg)
+    else:
+        check_pixels(cfg)
     resolve_heads(cfg)
     resolve_warm_start(cfg, checkpoint, evaluates)
     resolve_pixels(cfg, checkpoint)
