@@ -168,8 +168,11 @@ def _decode(file: Any, layout: str) -> np.ndarray:
 
 def _scaled(values: np.ndarray, low: float, high: float, no_data: float, rule: str) -> np.ndarray:
     """Values as 0...255: those from `low` to `high`, or from percentile to percentile."""
-    values = values.astype(np.float64)
-    valid = np.isfinite(values) & ~np.isclose(values, no_data, rtol=1e-6, atol=0)
+    is_exact = values.dtype.kind == "f" or values.dtype.itemsize <= 2
+    values = values.astype(np.float32 if is_exact else np.float64)
+    valid = np.isfinite(values)
+    if not math.isnan(no_data):
+        valid &= ~np.isclose(values, no_data, rtol=1e-6, atol=0)
     if rule == "percentile" and valid.any():
         known = values[valid]
         low, high = np.percentile(known, _PERCENTILES)
