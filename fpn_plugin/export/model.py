@@ -143,7 +143,7 @@ def _pixels(cfg: CfgNode) -> dict[str, Any]:
         "mean": mean,
         "std": std,
         "format": cfg.INPUT.FORMAT,
-        "deep_images": check_rule(cfg.INPUT.DEEP_IMAGES),
+        "deep_images": check_rule(cfg.INPUT.get("DEEP_IMAGES", "percentile")),
     }
 
 

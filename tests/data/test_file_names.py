@@ -19,7 +19,6 @@ from fpn_plugin.data import (
     DatasetError,
     check_config_datasets,
     check_dataset,
-    register_coco_format,
     register_own,
 )
 from fpn_plugin.data.file_names import ImageFolder
