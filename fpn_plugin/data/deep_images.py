@@ -148,7 +148,7 @@ def _read_values(file: Image.Image, stream: IO[bytes]) -> np.ndarray:
         pixels = _decode(file, "RGBA").astype(np.uint16)
         return pixels[..., 0] << 8 | pixels[..., 1]
     layout = colours[1].replace("a", "X")  # not divided by alpha
-    upper = _decode(file, f"{layout};16{colours[2]}").astype(np.uint16)
+    upper: np.ndarray = _decode(file, f"{layout};16{colours[2]}").astype(np.uint16)
     stream.seek(0)
     with Image.open(stream) as again:
         lower = _decode(again, f"{layout};16{_LOWER[colours[2]]}")

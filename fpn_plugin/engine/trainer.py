@@ -18,6 +18,7 @@ from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.config.validate import check_pixels
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.faults.actionable import (
@@ -178,6 +179,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model, prepared by `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
+        check_pixels(cfg)
         check_heads_when_built(cfg)
         return prepare_for_training(super().build_model(cfg), cfg)
 

@@ -97,8 +97,8 @@ def records_of(paths: Sequence[Path], datasets: Sequence[str]) -> list[dict[str,
 
 
 def without_unreadable(
-    records: Sequence[Record], read: Callable[[Record], Any]
-) -> tuple[list[Record], list[str]]:
+    records: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The records whose images can be read, and a line for each of the others.
 
     Args:
