@@ -145,7 +145,7 @@ def _read_values(file: Image.Image, stream: IO[bytes]) -> np.ndarray:
         is_unsigned = _type_range(file, dict(getattr(file, "tag_v2", {})))[1] == 2.0**32 - 1
         return values.view(np.uint32) if is_unsigned else values  # Pillow has signed ones only
     if colours[1] == "LA":  # four bytes a pixel, as in RGBA
-        pixels = _decode(file, "RGBA").astype(np.uint16)
+        pixels: np.ndarray = _decode(file, "RGBA").astype(np.uint16)
         return pixels[..., 0] << 8 | pixels[..., 1]
     layout = colours[1].replace("a", "X")  # not divided by alpha
     upper: np.ndarray = _decode(file, f"{layout};16{colours[2]}").astype(np.uint16)
