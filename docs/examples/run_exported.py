@@ -13,9 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def load_torch(path: Path, info: dict) -> Callable[[np.ndarray], list[np.ndarray]]:
@@ -42,19 +45,42 @@ def load_onnx(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     return lambda image: session.run(None, {name: image})
 
 
+def read_photo(path: Path, info: dict) -> Image.Image:
+    """A photo as training read it: upright, with 0 to 255 for more than 8 bits, in its channels."""
+    from PIL import Image, ImageOps
+
+    picture, rule = Image.open(path), info.get("deep_images", "percentile")
+    is_gray = picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+    if not is_gray and rule == "percentile" and ";16" in str(picture.tile):
+        raise SystemExit(f"{path}: Pillow reads 8 of its 16 bits per colour: convert it to 8 bits")
+    picture = ImageOps.exif_transpose(picture)
+    if is_gray:
+        values = np.asarray(picture).astype(np.float64)
+        valid = np.isfinite(values)
+        low, high = (0, 1) if picture.mode == "F" else (0, 65535)
+        if picture.mode == "I" and path.suffix.lower() in (".tif", ".tiff"):
+            low, high = -(2**31), 2**31 - 1
+        if rule == "percentile":
+            low, high = np.percentile(values[valid], (0.1, 99.9))
+            if low == high:
+                low, high = values[valid].min(), values[valid].max()
+        scaled = np.clip((np.where(valid, values, low) - low) / (high - low or 1), 0, 1)
+        picture = Image.fromarray(np.rint(scaled * 255).astype(np.uint8))
+    return picture.convert("RGB" if info["format"] == "BGR" else info["format"])
+
+
 def read_pixels(path: Path | None, info: dict) -> np.ndarray:
-    """A photo, or a random image: (3, H, W), from 0 to 255, channels as the model wants them."""
+    """A photo, or a random image: (C, H, W), from 0 to 255, channels as the model wants them."""
     fixed = info["fixed_size"]
     if path is None:
         size = fixed or (max(320, info["smallest_side"]), max(416, info["smallest_side"]))
-        pixels = np.random.default_rng(0).uniform(0, 255, (*size, 3))
+        pixels = np.random.default_rng(0).uniform(0, 255, (*size, len(info["mean"])))
     else:
-        from PIL import Image
-
-        picture = Image.open(path).convert("RGB")
+        picture = read_photo(path, info)
         if fixed:
             picture = picture.resize((fixed[1], fixed[0]))
-        pixels = np.asarray(picture)[:, :, :: -1 if info["format"] == "BGR" else 1]
+        pixels = np.asarray(picture).reshape(picture.height, picture.width, -1)
+        pixels = pixels[:, :, :: -1 if info["format"] == "BGR" else 1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
 
 

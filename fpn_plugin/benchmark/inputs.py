@@ -29,13 +29,13 @@ class Inputs:
     device: str = "cpu"
     seed: int = 0
 
-    def images(self) -> list[dict[str, Any]]:
+    def images(self, channels: int = 3) -> list[dict[str, Any]]:
         """Noise, as a Detectron2 model takes it for inference: on the CPU, as a loader gives it."""
         height, width = self.size
         generator = self._generator("image")
         return [
             {
-                "image": torch.randint(0, 256, (3, height, width), generator=generator).to(
+                "image": torch.randint(0, 256, (channels, height, width), generator=generator).to(
                     torch.uint8
                 ),
                 "height": height,
@@ -47,7 +47,8 @@ class Inputs:
     def annotated(self, cfg: CfgNode) -> list[dict[str, Any]]:
         """The same images with OBJECTS boxes each, and whatever else the config learns from."""
         generator = self._generator("annotations")
-        return [{**image, **self._annotations(cfg, generator)} for image in self.images()]
+        images = self.images(len(cfg.MODEL.PIXEL_MEAN))
+        return [{**image, **self._annotations(cfg, generator)} for image in images]
 
     def maps(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
         """Random maps, not negative, with the same numbers for the same name and shape.

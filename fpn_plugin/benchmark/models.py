@@ -136,7 +136,7 @@ def _set_statistics(model: Any, loaded: set[str], inputs: Inputs) -> None:
         and f"backbone.{name}.running_var" not in loaded
     ]
     if hooks:
-        model.backbone(image_tensor(model, inputs.images()))
+        model.backbone(image_tensor(model, inputs.images(len(model.pixel_mean))))
     for hook in hooks:
         hook.remove()
 

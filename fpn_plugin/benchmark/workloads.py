@@ -73,7 +73,7 @@ def neck_workload(model: BenchmarkModel, inputs: Inputs) -> Workload:
 
 def neck_inputs(ready: PreparedModel, inputs: Inputs) -> dict[str, Tensor]:
     """The inputs of a model's neck."""
-    image = image_tensor(ready.model, inputs.images())
+    image = image_tensor(ready.model, inputs.images(len(ready.model.pixel_mean)))
     with ready.autocast(), torch.no_grad():
         return inputs.maps(maps_below(ready.model.backbone, image))
 
@@ -155,7 +155,7 @@ def _depth(neck: nn.Module) -> float:
 def backbone_workload(model: BenchmarkModel, inputs: Inputs) -> Workload:
     """The network and the pyramid on an image, for inference."""
     ready = prepare(model.model, model.config.cfg, training=False)
-    image = image_tensor(ready.model, inputs.images())
+    image = image_tensor(ready.model, inputs.images(len(ready.model.pixel_mean)))
     backbone = ready.model.backbone
 
     @FirstCall
@@ -181,7 +181,7 @@ def inference_workload(model: BenchmarkModel, inputs: Inputs) -> Workload:
     if model.score_threshold is not None:
         for holder in score_holders(ready.model):
             holder.test_score_thresh = model.score_threshold
-    images = inputs.images()
+    images = inputs.images(len(ready.model.pixel_mean))
 
     @FirstCall
     @torch.no_grad()
@@ -229,7 +229,7 @@ def calibrate(model: BenchmarkModel, inputs: Inputs) -> float | None:
     if not holders:
         return None
     backbone, thresholds = detector.backbone, [holder.test_score_thresh for holder in holders]
-    images = inputs.images()
+    images = inputs.images(len(detector.pixel_mean))
     wanted = model.config.cfg.TEST.DETECTIONS_PER_IMAGE * len(images)
     heads = getattr(detector, "roi_heads", None)
     # what comes after the boxes is left out, except where a panoptic result is made of it

@@ -16,6 +16,7 @@ from fpn_plugin.config.files import merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
 from fpn_plugin.config.validate import (
+    check_pixels,
     plugin_config,
     require_compiled_operators,
     validate_config,
@@ -52,6 +53,8 @@ def resolve_config(
     node = plugin_config(cfg)
     if node.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
         validate_config(node)
+    else:
+        check_pixels(node)
     require_compiled_operators(node)
     resolve_heads(node)
     resolve_warm_start(node, checkpoint, evaluates)

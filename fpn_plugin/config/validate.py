@@ -1,9 +1,11 @@
-"""Checks of a config: that it has this plugin's keys, those of `MODEL.FPN`, and what Detectron2
-lacks; and the keys in the errors of a pyramid."""
+"""Checks of a config: that it has this plugin's keys, those of `MODEL.FPN` and of the pixels, and
+what Detectron2 lacks; and the keys in the errors of a pyramid."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
 import re
 from contextlib import contextmanager
 from typing import Any, Iterator
@@ -13,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.config.defaults import ARGS, plugin_keys
 from fpn_plugin.config.settings import SECTION, pyramid_keys, read_settings
-from fpn_plugin.registry import ArgumentError, UnknownNameError, close_name
+from fpn_plugin.registry import ArgumentError, UnknownNameError, close_name, unknown_name
+
+logger = logging.getLogger(__name__)
 
 DEFORMABLE = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
 # Detectron2's own builders, beside BOTTOM_UP.NAME
@@ -30,6 +34,9 @@ _ROTATED = {
 }
 # Those in which every key is this plugin's, or Detectron2's
 _OWN_SECTIONS = ("MODEL.FPN", "MODEL.BOTTOM_UP", "MODEL.FCOS", "DATASETS.OWN")
+# of Detectron2's own formats, and those of Pillow's that have 8 bits and that it converts to
+_CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "L": 1, "LA": 2}
+_CHANNELS |= {"HSV": 3, "YCbCr": 3, "CMYK": 4, "RGBA": 4}
 _OTHER_ARGUMENTS = {"warm_from": "WARM_START_FROM"}
 
 
@@ -105,12 +112,14 @@ def _refuse_misspelt(cfg: CfgNode, section: str) -> None:
 
 
 def validate_config(cfg: CfgNode) -> None:
-    """Check the keys of `MODEL.FPN` that can be checked without building anything.
+    """Check the keys of `MODEL.FPN` that can be checked without building anything, and those of
+    the pixels: :func:`check_pixels`.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the key, the value and the choices.
     """
     cfg = plugin_config(cfg)
+    check_pixels(cfg)
     with keys_in_errors():
         read_settings(cfg).check()
 
@@ -155,3 +164,39 @@ def require_compiled_operators(cfg: CfgNode) -> None:
     for section, (key, value) in _ROTATED.items():
         if cfg.MODEL[section][key] == value:
             raise ValueError(f"MODEL.{section}.{key}: {value} {missing}: build it from its source")
+
+
+def check_pixels(cfg: CfgNode) -> None:
+    """Check that `MODEL.PIXEL_MEAN` and `MODEL.PIXEL_STD` fit the channels of `INPUT.FORMAT`.
+
+    With an `INPUT.FORMAT` of "", for a mapper of one's own, they only have to fit each other.
+
+    Raises:
+        KeyError: for an unknown `INPUT.FORMAT`.
+        ValueError: naming the key and the value.
+    """
+    order = cfg.INPUT.FORMAT
+    if order and order not in _CHANNELS:
+        raise unknown_name("INPUT.FORMAT", order, _CHANNELS)
+    channels = _CHANNELS[order] if order else len(cfg.MODEL.PIXEL_MEAN)
+    name = f"INPUT.FORMAT {order}" if order else "MODEL.PIXEL_MEAN"
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        values = list(cfg.MODEL[key])
+        if len(values) != channels:
+            one = " (INPUT.FORMAT L is for gray images)" if len(values) == 1 else ""
+            raise ValueError(
+                f"MODEL.{key} {values} has {len(values)} value{'s' * (len(values) != 1)}, but"
+                f" {name} has {channels} channel{'s' * (channels != 1)}: give a value"
+                f" for each channel{one}; INPUT.FORMAT '' is for a mapper of your own"
+            )
+        is_number = [isinstance(x, (int, float)) and math.isfinite(x) for x in values]
+        if not all(is_number) or (key == "PIXEL_STD" and min(values) <= 0):
+            wanted = "positive numbers" if key == "PIXEL_STD" else "numbers"
+            raise ValueError(f"MODEL.{key} {values}: must be {wanted}, in grey levels of 0 to 255")
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if order != "YUV-BT.601" and max(mean) <= 1 and max(std) < 1:
+        logger.warning(
+            "MODEL.PIXEL_MEAN %s and MODEL.PIXEL_STD %s look like values for pixels of 0 to 1, but"
+            " pixels are 0 to 255 here: multiply them by 255",
+            *(list(mean), list(std)),
+        )

@@ -145,10 +145,10 @@ def _read_values(file: Image.Image, stream: IO[bytes]) -> np.ndarray:
         is_unsigned = _type_range(file, dict(getattr(file, "tag_v2", {})))[1] == 2.0**32 - 1
         return values.view(np.uint32) if is_unsigned else values  # Pillow has signed ones only
     if colours[1] == "LA":  # four bytes a pixel, as in RGBA
-        pixels = _decode(file, "RGBA").astype(np.uint16)
+        pixels: np.ndarray = _decode(file, "RGBA").astype(np.uint16)
         return pixels[..., 0] << 8 | pixels[..., 1]
     layout = colours[1].replace("a", "X")  # not divided by alpha
-    upper = _decode(file, f"{layout};16{colours[2]}").astype(np.uint16)
+    upper: np.ndarray = _decode(file, f"{layout};16{colours[2]}").astype(np.uint16)
     stream.seek(0)
     with Image.open(stream) as again:
         lower = _decode(again, f"{layout};16{_LOWER[colours[2]]}")
@@ -168,8 +168,11 @@ def _decode(file: Any, layout: str) -> np.ndarray:
 
 def _scaled(values: np.ndarray, low: float, high: float, no_data: float, rule: str) -> np.ndarray:
     """Values as 0...255: those from `low` to `high`, or from percentile to percentile."""
-    values = values.astype(np.float64)
-    valid = np.isfinite(values) & ~np.isclose(values, no_data, rtol=1e-6, atol=0)
+    is_exact = values.dtype.kind == "f" or values.dtype.itemsize <= 2
+    values = values.astype(np.float32 if is_exact else np.float64)
+    valid = np.isfinite(values)
+    if not math.isnan(no_data):
+        valid &= ~np.isclose(values, no_data, rtol=1e-6, atol=0)
     if rule == "percentile" and valid.any():
         known = values[valid]
         low, high = np.percentile(known, _PERCENTILES)

@@ -129,9 +129,10 @@ def _walk(folder: str) -> Iterator[Parts]:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()
         below = os.path.relpath(path, folder)
         parents = () if below == "." else tuple(below.split(os.sep))
-        for file in files:
+        for file in sorted(files):
             yield (*parents, file)
 
 

@@ -119,7 +119,7 @@ def check_image_files(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(named), _GIVE_UP):
             chunk: Sequence[tuple[dict[str, Any], str]] = named[start : start + _GIVE_UP]
-            verdicts = pool.map(lambda p: _inspect(*p, folder, decode, deep_images), chunk)
+            verdicts = pool.map(lambda p: _inspect(p[0], p[1], folder, decode, deep_images), chunk)
             for (image, name), verdict in zip(chunk, verdicts):
                 if verdict.fault:
                     is_hinted = verdict.is_missing and findings.num_errors < _HINTS
@@ -132,7 +132,7 @@ def check_image_files(
                 return
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Any) -> tuple[int, int]:
     """Width and height after the rotation of the EXIF tag, as an image is read."""
     # Pillow gives those of a TIFF turned already
     is_tiff = image.format == "TIFF"
@@ -193,12 +193,12 @@ def _inspect(
     return _Verdict(notes=tuple(notes))
 
 
-def _shows_through(picture: Image.Image) -> bool:
+def _shows_through(picture: Any) -> bool:
     """Whether a loaded image has an alpha channel that is not opaque everywhere."""
     return "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] < 255
 
 
-def _has_one_value(picture: Image.Image) -> bool:
+def _has_one_value(picture: Any) -> bool:
     """Whether all pixels are the same; most pictures show that they are not at a few places."""
     width, height = picture.size
     places = [(width * i // 4, height * (3 * i % 5) // 5) for i in range(4)]

@@ -23,7 +23,7 @@ from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
 from fpn_plugin.config.resolve import as_recorded
-from fpn_plugin.config.validate import plugin_config
+from fpn_plugin.config.validate import check_pixels, plugin_config
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
@@ -266,6 +266,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model, prepared by `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
+        check_pixels(cfg)
         check_heads_when_built(cfg)
         return prepare_for_training(super().build_model(cfg), cfg)
 

@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
 from fpn_plugin.data.classes import model_classes
+from fpn_plugin.data.deep_images import check_rule
 
 WHAT = ("backbone", "detector")
 BATCH = 2  # of the example, as torch.export specializes on a size of 1
@@ -27,7 +28,7 @@ class ExportModel:
     Attributes:
         what: one of `WHAT`.
         module: the network, in evaluation mode on the CPU. A backbone takes normalised images
-            `(N, 3, H, W)`, a detector takes pixels `(3, H, W)`.
+            `(N, C, H, W)`, a detector takes pixels `(C, H, W)`; C is 3, or 1 for gray.
         outputs: the names of its outputs, in order.
         step: the sides of a backbone's images must be multiples of this.
         least: the smallest side that a file for any size takes.
@@ -46,15 +47,16 @@ class ExportModel:
     def example(self, size: Sequence[int], batch: int) -> Tensor:
         """Random images of a size, with edges at several scales; `batch` is for a backbone."""
         count = batch if self.what == "backbone" else 1
-        images = torch.zeros(count, 3, *size)
+        channels = len(self.info["mean"])
+        images = torch.zeros(count, channels, *size)
         for side in (2, 5, 13, 34):
-            noise = torch.rand(count, 3, side, side)
+            noise = torch.rand(count, channels, side, side)
             images += nn.functional.interpolate(noise, size=tuple(size), mode="nearest") / 4
         pixels = images * 255
         return self.normalise(pixels) if self.what == "backbone" else pixels[0]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """The input of a backbone for images `(N, 3, H, W)` from 0 to 255."""
+        """The input of a backbone for images `(N, C, H, W)` from 0 to 255."""
         mean, std = (torch.tensor(self.info[key]).view(-1, 1, 1) for key in ("mean", "std"))
         return (pixels - mean) / std
 
@@ -112,8 +114,9 @@ def export_detector(cfg: CfgNode, model: nn.Module) -> ExportModel:
             f"--what detector: Detectron2 traces R-CNNs, RetinaNet and FCOS, but this is a"
             f" {type(model).__name__}; take --what backbone"
         )
-    adapter = TracingAdapter(model.eval(), [{"image": torch.zeros(3, 128, 160)}], _detect).eval()
-    adapter(torch.rand(3, 128, 160) * 255)  # sets outputs_schema
+    image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), 128, 160)
+    adapter = TracingAdapter(model.eval(), [{"image": image}], _detect).eval()
+    adapter(torch.rand_like(image) * 255)  # sets outputs_schema
     names = tuple(adapter.outputs_schema.keys)
     facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
     classes = model_classes(cfg)
@@ -135,9 +138,15 @@ def _detect(model: Any, inputs: List[Any]) -> dict[str, Tensor]:
 
 
 def _pixels(cfg: CfgNode) -> dict[str, Any]:
-    """Mean and standard deviation per channel, of pixels from 0 to 255, and the channel order."""
+    """Mean and standard deviation per channel, of pixels from 0 to 255, the channel order, and how
+    pixels of more than 8 bits become 0 to 255."""
     mean, std = (list(map(float, values)) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
-    return {"mean": mean, "std": std, "format": cfg.INPUT.FORMAT}
+    return {
+        "mean": mean,
+        "std": std,
+        "format": cfg.INPUT.FORMAT,
+        "deep_images": check_rule(cfg.INPUT.get("DEEP_IMAGES", "percentile")),
+    }
 
 
 def _step(network: Any) -> int:

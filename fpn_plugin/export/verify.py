@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence
+from typing import Any, List, Mapping, Sequence
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch import Tensor
 
+from fpn_plugin.data.deep_images import read_image
+from fpn_plugin.data.image_checks import READ_ERRORS, read_fault
 from fpn_plugin.export.formats import Runner
 from fpn_plugin.export.model import ExportModel
 
@@ -59,7 +60,7 @@ def make_inputs(
     for number, size in enumerate(sizes):
         image = model.example(size, batch or 1 + number % 3)
         if photos:
-            pixels = _read(photos[number % len(photos)], size, model.info["format"])
+            pixels = _read(photos[number % len(photos)], size, model.info)
             if model.what == "detector":
                 image = pixels
             else:
@@ -68,12 +69,24 @@ def make_inputs(
     return inputs
 
 
-def _read(path: Path, size: tuple[int, int], order: str) -> Tensor:
-    """A photo, resized to `(3, H, W)`, with values from 0 to 255."""
-    picture = Image.fromarray(read_image(str(path), "RGB")).resize(size[::-1])
-    pixels = np.asarray(picture, np.float32)
-    pixels = pixels[:, :, ::-1] if order == "BGR" else pixels
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+def _read(path: Path, size: tuple[int, int], info: Mapping[str, Any]) -> Tensor:
+    """A photo as the model takes it, resized to `(C, H, W)`.
+
+    Raises:
+        ValueError: naming the photo, if it cannot be read.
+    """
+    try:
+        pixels = read_image(str(path), info["format"], info["deep_images"])
+    except READ_ERRORS as error:
+        raise ValueError(f"--input {str(path)!r} cannot be read: {read_fault(error)}") from error
+    if pixels.dtype != np.uint8:
+        pixels = pixels.astype(np.float32)
+    # channel by channel, as Pillow has no images of several float channels
+    channels = [
+        np.asarray(Image.fromarray(channel).resize(size[::-1]), np.float32)
+        for channel in np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    ]
+    return torch.from_numpy(np.stack(channels))
 
 
 def verify(model: ExportModel, run: Runner, images: Sequence[Tensor]) -> List[Difference]:

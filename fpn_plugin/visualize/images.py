@@ -7,7 +7,7 @@ import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from fpn_plugin.data.classes import check_test_classes, model_classes
 from fpn_plugin.data.deep_images import read_image
+from fpn_plugin.data.image_checks import READ_ERRORS, read_fault
 from fpn_plugin.data.keypoints import dataset_keypoints, model_keypoints
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.registry import unknown_name
@@ -109,6 +110,36 @@ def records_of(
             check_test_classes(cfg, name)
         known.update(present)
     return [known.get(os.path.realpath(path), {"file_name": str(path)}) for path in paths]
+
+
+def without_unreadable(
+    records: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records whose images can be read, and a line for each of the others.
+
+    Args:
+        read: raises one of `READ_ERRORS` for a bad image; what it returns does not count.
+    """
+    good, faults = [], []
+    for record in records:
+        try:
+            read(record)
+        except READ_ERRORS as error:
+            faults.append(f"{record['file_name']} ({type(error).__name__}: {read_fault(error)})")
+        else:
+            good.append(record)
+    return good, faults
+
+
+def report_unreadable(faults: Sequence[str], drawn: int, output: Path) -> None:
+    """Say at the end which images are not among the pictures.
+
+    Raises:
+        ValueError: naming them, if there are any.
+    """
+    if faults:
+        others = f"; the other {drawn} are in {output}" if drawn else ""
+        raise ValueError(f"{len(faults)} images cannot be read: {'; '.join(faults)}{others}")
 
 
 def class_names(datasets: Sequence[str], cfg: CfgNode | None = None) -> list[str]:

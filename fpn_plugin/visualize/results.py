@@ -20,7 +20,14 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fpn_plugin.data.deep_images import read_image
-from fpn_plugin.visualize.images import all_records, class_names, dataset_records, skeleton
+from fpn_plugin.visualize.images import (
+    all_records,
+    class_names,
+    dataset_records,
+    report_unreadable,
+    skeleton,
+    without_unreadable,
+)
 from fpn_plugin.visualize.objects import (
     MOST_LABELS,
     ImageObject,
@@ -113,7 +120,8 @@ def draw_results(
     Raises:
         FileNotFoundError: if there is no such file of results.
         KeyError: if there is no such dataset.
-        ValueError: naming the argument or file and what is valid.
+        ValueError: naming the argument or file and what is valid; at the end, if some images cannot
+            be read.
     """
     if not 0 <= score <= 1:
         raise ValueError(f"--score: {score} is not from 0 to 1")
@@ -121,13 +129,18 @@ def draw_results(
     detections = load_results(results, dataset)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    read = lambda record: read_image(record["file_name"], "RGB", deep_images)  # noqa: E731
+    good, faults = without_unreadable(records, read)
+    kept, paths = set(map(id, good)), []
     for number, record in enumerate(records, 1):
+        if id(record) not in kept:
+            continue
         detected = [d for d in detections[record["image_id"]] if d["score"] >= score]
-        pixels = read_image(record["file_name"], "RGB", deep_images)
+        pixels = read(record)
         figure = draw_pair(pixels, record.get("annotations", []), detected, dataset, score)
         paths.append(folder / f"detections_{number}_{Path(record['file_name']).stem}.jpg")
         figure.savefig(paths[-1], dpi="figure", pil_kwargs={"quality": 90})
+    report_unreadable(faults, len(paths), folder)
     return paths
 
 

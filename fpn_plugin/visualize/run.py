@@ -42,7 +42,9 @@ from fpn_plugin.visualize.images import (
     find_images,
     inspect_image,
     records_of,
+    report_unreadable,
     skeleton,
+    without_unreadable,
 )
 from fpn_plugin.visualize.maps import map_rows
 from fpn_plugin.visualize.objects import ImageObject
@@ -108,7 +110,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
             are replaced.
         FileNotFoundError: if the config, the weights, the results or an input does not exist.
         KeyError: for an unknown dataset or config key.
-        ValueError: for another bad argument, naming it.
+        ValueError: for another bad argument, naming it; at the end, if some images cannot be read.
     """
     if settings.results:
         return _draw_results(settings)
@@ -127,6 +129,11 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
     _check_output(settings, [*pictures, *others])
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg, allow_partial=settings.allow_partial)
+    records, faults = without_unreadable(records, lambda record: detector.mapper(dict(record)))
+    kept = set(map(id, records))
+    pictures = {file: record for file, record in pictures.items() if id(record) in kept}
+    if not records:
+        report_unreadable(faults, 0, settings.output)
     selections = _draw_images(
         *(detector, records, list(pictures), class_names(datasets, cfg)),
         *(skeleton(datasets, cfg), settings, bar),
@@ -148,6 +155,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         written.append(settings.output / PAGE)
         page = _page(cfg.MODEL.WEIGHTS, titles, tables, settings)
         written[-1].write_text(page, encoding="utf-8")
+    report_unreadable(faults, len(records), settings.output)
     return written
 
 

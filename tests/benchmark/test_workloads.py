@@ -163,6 +163,13 @@ def test_annotations_fit_the_head(inputs: Inputs, name: str, extra: set[str]) ->
     assert torch.equal(again["instances"].gt_boxes.tensor, boxes.tensor)
 
 
+def test_images_have_the_channels_of_the_model(inputs: Inputs) -> None:
+    cfg = load(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"), [], "cpu")
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [110.0], [50.0], "L"
+    images = [inputs.images(1)[0], inputs.annotated(cfg)[0], inputs.images()[0]]
+    assert [len(image["image"]) for image in images] == [1, 1, 3]
+
+
 def test_levers_reach_the_neck(
     models: dict[str, BenchmarkModel], inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

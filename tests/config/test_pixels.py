@@ -27,7 +27,9 @@ from pixel_configs import (
     weight_file,
 )
 
+from fpn_plugin import resolve_config
 from fpn_plugin.config.pixels import resolve_pixels
+from fpn_plugin.config.validate import check_pixels
 
 
 @pytest.mark.parametrize(
@@ -325,3 +327,37 @@ def test_the_zoos_models_have_the_pixels_of_their_configs(log: pytest.LogCapture
             assert pixels(cfg) == pixels(zoo), path
             checked += 1
     assert checked > 50
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "order", "message"),
+    [
+        ([110.0], [40.0] * 3, "RGB", r"MODEL.PIXEL_MEAN \[110.0\] has 1 value.*RGB has 3 channels"),
+        ([110.0] * 3, [40.0], "BGR", "MODEL.PIXEL_STD .*has 1 value.*BGR has 3 channels"),
+        ([110.0] * 3, [40.0] * 3, "L", "MODEL.PIXEL_MEAN .*has 3 values.*L has 1 channel:"),
+        ([110.0] * 3, [40.0, 0.0, 40.0], "RGB", "MODEL.PIXEL_STD .*positive"),
+        ([110.0, float("nan"), 1.0], [40.0] * 3, "RGB", "MODEL.PIXEL_MEAN .*numbers"),
+        ([110.0] * 3, [40.0] * 3, "rgb", "INPUT.FORMAT.*'rgb'.*RGB"),
+        ([110.0] * 6, [40.0] * 5, "", "MODEL.PIXEL_STD .*has 5 values.*PIXEL_MEAN has 6"),
+    ],
+)
+@pytest.mark.parametrize("builder", ["build_pyramid_backbone", "build_resnet_fpn_backbone"])
+def test_pixels_that_do_not_fit_the_format(
+    mean: Any, std: Any, order: str, message: str, builder: str
+) -> None:
+    cfg = config("build_resnet_backbone", "")
+    cfg.MODEL.BACKBONE.NAME = builder
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = mean, std, order
+    with pytest.raises((KeyError, ValueError), match=message):
+        resolve_config(cfg)
+
+
+@pytest.mark.parametrize(("channels", "order"), [(1, "L"), (3, "YUV-BT.601"), (6, "")])
+def test_pixels_that_fit_the_format(
+    channels: int, order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config("build_resnet_backbone", "")
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.5] * channels, [0.2] * channels
+    cfg.INPUT.FORMAT = order
+    check_pixels(cfg)
+    assert ("multiply them by 255" in caplog.text) == (order != "YUV-BT.601")

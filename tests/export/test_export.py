@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from models import write_detector
 from PIL import Image
 
+from fpn_plugin.data.deep_images import read_image
 from fpn_plugin.export.export import Settings, _build, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.verify import TOLERANCE
@@ -98,6 +100,28 @@ def test_a_detector_is_no_torch_export_program(faster_rcnn, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="--what detector --format torch_export: .*torchscript"):
         export(settings(faster_rcnn, "torch_export", tmp_path, what="detector"), Bar(True))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["backbone", "detector"])
+def test_a_gray_model_takes_gray_and_deep_photos(what: str, tmp_path: Path) -> None:
+    gray = {"MODEL__PIXEL_MEAN": [110.0], "MODEL__PIXEL_STD": [400.0], "INPUT__FORMAT": "L"}
+    config, weights = write_detector(tmp_path, "faster_rcnn", **gray)
+    photo, broken = tmp_path / "deep.png", tmp_path / "broken.png"
+    Image.fromarray((np.random.default_rng(0).random((90, 120)) * 4000).astype(np.uint16)).save(
+        photo
+    )
+    broken.write_text("no picture")
+    size = "160x192" if what == "backbone" else "64x96"
+    asked = Settings(
+        config, "torchscript", tmp_path / "gray.ts", weights, what, size, inputs=[photo]
+    )
+    assert [d.shape[-3] for d in export(asked, Bar(quiet=True))] == [1]
+    if what == "backbone":
+        image = run_example(tmp_path / "gray.ts", str(photo))["image"]
+        expected = read_image(str(photo), "L", "percentile").astype(np.float32)
+        assert np.abs(image[0, 0, :90, :120] * 400 + 110 - expected[..., 0]).max() < 0.01
+    with pytest.raises(ValueError, match="--input .*broken.png.*cannot be read"):
+        export(replace(asked, inputs=[broken], overwrite=True), Bar(quiet=True))
 
 
 def test_an_operator_of_a_detector_is_refused_by_its_node(tmp_path: Path) -> None:

@@ -189,6 +189,25 @@ def test_files_of_an_earlier_call(folder: Path, pictures: tuple[list[Path], str]
     assert visualize(changed, Bar(True, out)) == [] and out.getvalue() == ""
 
 
+def test_a_broken_picture_is_named_and_the_others_are_drawn(folder: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    whole = (folder / "val0.png").read_bytes()
+    (inputs / "b.png").write_bytes(whole)
+    (inputs / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (inputs / "empty.jpg").touch()
+    (inputs / "text.png").write_text("no picture")
+    asked = settings(folder, tmp_path / "out", inputs=[str(inputs)], html=True)
+    message = "3 images cannot be read: .*empty.jpg.*text.png.*truncated.png.*; the other 1 are in"
+    with pytest.raises(ValueError, match=message):
+        visualize(asked, Bar(quiet=True))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"1_b.png", GRAPH, PAGE}
+    only = settings(folder, tmp_path / "none", inputs=[str(inputs / "text.png")])
+    with pytest.raises(ValueError, match="1 images cannot be read: .*text.png"):
+        visualize(only, Bar(quiet=True))
+
+
 def test_the_page_in_a_browser(pictures: tuple[list[Path], str]) -> None:
     inspection = inspect(pictures[0][-1], 390)
     assert inspection.needed <= 390 and not inspection.complaints
