@@ -56,8 +56,9 @@ def load_adapted(
         key: the config key of the file, for messages.
     """
     title, wanted = f"{key} {path!r}", model.state_dict()
+    start = WarmStart(model, title, shapes)  # which may refuse before the file is read
     state = adapt_image_channels(read_state_dict(path, key), wanted, title)
-    model.load_state_dict(WarmStart(model, title, shapes)(state))
+    model.load_state_dict(start(state))
 
 
 def holds_two_pyramids(model: nn.Module) -> bool:
