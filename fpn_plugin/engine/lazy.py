@@ -185,8 +185,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     trainer = make_step_trainer(
         parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
     )
-    key = "train.init_checkpoint"
-    checkpointer = Checkpointer(model, cfg.train.output_dir, key=key, trainer=trainer)
+    folder, key = cfg.train.output_dir, "train.init_checkpoint"
+    checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
     checkpointer.record = make_record(plain_config(cfg), model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
     resumes = resume and checkpointer.has_checkpoint()
