@@ -85,10 +85,10 @@ def _check_boxes(
         hits = np.flatnonzero(over)
         fault = f"box over the border: they look like [centre x, centre y, width, height], {_COCO}"
         findings.warn(fault, len(hits), lambda i: example(hits[i]))
-    elif over.mean() >= 0.5:
-        hits = np.flatnonzero(over)
+    elif (far := (low + extent > 1.25 * sizes).any(axis=1)).mean() >= 0.5:
+        hits = np.flatnonzero(far)
         fault = (
-            "box over the border, which most are: they look like another unit than pixels, or the"
+            "box far over the border, as most are: they look like another unit than pixels, or the"
             " images have been made smaller since"
         )
         findings.warn(fault, len(hits), lambda i: example(hits[i]))

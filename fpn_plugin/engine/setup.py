@@ -17,7 +17,7 @@ from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
-from fpn_plugin.data.checks import check_config_datasets, training_classes
+from fpn_plugin.data.checks import check_config_datasets, check_federated_loss, training_classes
 from fpn_plugin.data.classes import adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.folder_lock import hold
@@ -160,7 +160,8 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     read, become those of the config, in place.
 
     Args:
-        eval_only: whether `DATASETS.TRAIN` is neither read nor checked, and becomes empty.
+        eval_only: whether `DATASETS.TRAIN` is neither read nor checked, and becomes empty (unless
+            the federated loss of the model needs its metadata).
 
     Raises:
         ValueError: if the data is bad, as :func:`check_config_datasets` says.
@@ -168,11 +169,16 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     needed = ("VAL",) if eval_only else None
     register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
+    check_federated_loss(cfg)
+    checked = cfg
     if eval_only:
-        cfg.DATASETS.TRAIN = ()
+        checked = cfg.clone()
+        checked.DATASETS.TRAIN = ()
+        if not cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:  # which the model reads its frequencies for
+            cfg.DATASETS.TRAIN = ()
     classes = None
     if comm.is_main_process():
-        classes = training_classes(cfg, check_config_datasets(cfg))
+        classes = training_classes(cfg, check_config_datasets(checked))
     classes = comm.all_gather(classes)[0]
     if not eval_only:
         set_classes(cfg, classes)
