@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from coco_data import config
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
@@ -200,7 +200,15 @@ def test_a_detector_of_boxes_trains_without_usable_masks(
     check_config_datasets(cfg)
     records = load_training_dicts(cfg)
     assert [len(record["annotations"]) for record in records] == [2, 2]
-    assert not any("segmentation" in a for record in records for a in record["annotations"])
+    assert not any(a["segmentation"] for record in records for a in record["annotations"])
+    # for those who build a loader themselves
+    (instances,) = [
+        DatasetMapper(is_train=True, augmentations=[], image_format="RGB", use_instance_mask=True)(
+            record
+        )["instances"]
+        for record in records[:1]
+    ]
+    assert len(instances) == 0
     cfg.MODEL.MASK_ON, cfg.DATASETS.CHECK = True, "off"
     with pytest.raises(ValueError, match="DATASETS.TRAIN .'t',.*MODEL.MASK_ON"):
         load_training_dicts(cfg)
@@ -209,6 +217,11 @@ def test_a_detector_of_boxes_trains_without_usable_masks(
     with caplog.at_level(logging.WARNING, "fpn_plugin"):
         (record,) = load_training_dicts(cfg)
     assert len(record["annotations"]) == 1 and "3 objects are left out" in caplog.text
+    cfg.DATASETS.TRAIN = ("theirs",)
+    polygons(sound, *[[[1, 1, 9, 1, 9, 9], [1e9, 1, 2, 2, 3, 3]]] * 3, [[1, 1, 9, 1, 9, 9]])
+    register_coco_instances("theirs", {}, *write(sound))
+    (record,) = load_training_dicts(cfg)
+    assert len(record["annotations"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -258,16 +271,16 @@ BAD_MASKS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_MASKS)
-@pytest.mark.parametrize("mixed", [False, True])
+MIXED = [(case, True) for case, mask in BAD_MASKS.items() if isinstance(mask, list)]
+
+
+@pytest.mark.parametrize("case, mixed", [*((case, False) for case in BAD_MASKS), *MIXED])
 def test_the_ap_of_masks_ignores_an_object_without_one(
     case: str, mixed: bool, sound: Any, write: Any
 ) -> None:
     good = sound["annotations"][1]["segmentation"][0]
     bad = BAD_MASKS[case]
     if mixed:
-        if not isinstance(bad, list):
-            pytest.skip("one mask is either polygons or RLE")
         bad = [*bad, good]
     sound["annotations"][1]["segmentation"] = bad
     truth = mask_truth(read_truth(write(sound)[0]))
