@@ -80,7 +80,9 @@ def _object(
         raise DatasetError(
             f"{json_file}: annotation {annotation.get('id')}: category id {category} is unknown"
         )
-    entry = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
+    entry: dict[str, Any] = {
+        key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation
+    }
     entry |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[category]}
     if mask := annotation.get("segmentation"):
         entry["segmentation"] = usable_mask(mask, image) or []
