@@ -41,6 +41,7 @@ __all__ = [
     "Report",
     "check_config_datasets",
     "check_dataset",
+    "check_federated_loss",
     "training_classes",
     "training_keypoints",
 ]
@@ -383,6 +384,29 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
     if level != "off" and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
         _check_stuff(cfg, training + testing)
     return reports
+
+
+def check_federated_loss(cfg: CfgNode) -> None:
+    """Check that the federated loss finds the frequencies of the classes, which the model's
+    constructor reads from the first dataset of ``DATASETS.TRAIN``, at an evaluation too.
+
+    Raises:
+        ValueError: there is no such dataset, or it does not say how often its classes occur.
+    """
+    key = "MODEL.ROI_BOX_HEAD.USE_FED_LOSS"
+    if not cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:
+        return
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError(
+            f"{key} is True, but DATASETS.TRAIN is empty: the model needs the name of the dataset"
+            " that it was trained on, for class_image_count in that one's metadata"
+        )
+    for name in cfg.DATASETS.TRAIN:
+        if MetadataCatalog.get(name).get("class_image_count") is None:
+            raise ValueError(
+                f"{key} is True, but MetadataCatalog.get({name!r}) has no class_image_count, a list"
+                " such as [{'id': 1, 'image_count': 20}, …] as LVIS's: set it, or set the key False"
+            )
 
 
 def _require_objects(reports: list[Report]) -> None:

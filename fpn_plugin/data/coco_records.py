@@ -37,8 +37,9 @@ def is_own_loader(name: str) -> bool:
 def load_records(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
     """Detectron2's `load_coco_json`, for files and ids that it does not take.
 
-    Other than there, an object without a usable mask is kept without ``segmentation``: a detector
-    of boxes alone trains on it. :func:`with_masks` leaves it out for the others.
+    Other than there, an object whose mask cannot be used is kept, with the ``segmentation`` []: a
+    detector of boxes alone trains on it. :func:`with_masks` leaves it out for the others, as
+    Detectron2's mapper does in any case.
 
     Args:
         name: of the dataset, whose classes are written to its metadata.
@@ -79,28 +80,41 @@ def _object(
         raise DatasetError(
             f"{json_file}: annotation {annotation.get('id')}: category id {category} is unknown"
         )
-    entry = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
+    entry: dict[str, Any] = {
+        key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation
+    }
     entry |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[category]}
     if mask := annotation.get("segmentation"):
-        if usable := usable_mask(mask, image):
-            entry["segmentation"] = usable
+        entry["segmentation"] = usable_mask(mask, image) or []
     if points := annotation.get("keypoints"):
         # indices of pixels, whose centres are meant; every third value is the visibility
         entry["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(points)]
     return entry
 
 
-def with_masks(records: list[dict[str, Any]], filter_empty: bool) -> list[dict[str, Any]]:
+def with_masks(
+    records: list[dict[str, Any]], filter_empty: bool, unchecked: bool = False
+) -> list[dict[str, Any]]:
     """Leave out the objects that have no mask, for a model that needs one of every object.
 
     Args:
         records: Detectron2's dataset dicts, which are not changed.
         filter_empty: whether images that have no object any more are left out, too.
+        unchecked: whether masks may be such that pycocotools must not see them.
     """
+
+    def is_good(annotation: dict[str, Any], record: dict[str, Any]) -> bool:
+        mask = annotation.get("segmentation")
+        if annotation.get("iscrowd", 0):
+            return True
+        if not unchecked or "height" not in record:
+            return bool(mask)
+        return mask is not None and usable_mask(mask, record) is mask
+
     kept, lost = [], 0
     for record in records:
         annotations = record.get("annotations", [])
-        good = [a for a in annotations if a.get("segmentation") or a.get("iscrowd", 0)]
+        good = [annotation for annotation in annotations if is_good(annotation, record)]
         if len(good) < len(annotations):
             lost += len(annotations) - len(good)
             if filter_empty and all(annotation.get("iscrowd", 0) for annotation in good):

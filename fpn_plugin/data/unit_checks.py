@@ -56,7 +56,8 @@ def _check_boxes(
     label: Callable[[int], str],
 ) -> None:
     def example(i: int) -> str:
-        return f"{label(sound[i])}: bbox {annotations[sound[i]]['bbox']}"
+        index = int(sound[i])
+        return f"{label(index)}: bbox {annotations[index]['bbox']}"
 
     unit = ((boxes >= -0.01) & (boxes <= _UNIT)).all(axis=1)
     if unit.all() and (boxes % 1 != 0).any():
@@ -65,7 +66,7 @@ def _check_boxes(
             f" image's size, {_COCO}"
         )
         return
-    tiny = np.flatnonzero((boxes[:, 2:] < 1).all(axis=1))
+    tiny = np.flatnonzero((boxes[:, 2:] < 1).all(axis=1)).tolist()
     findings.warn(
         "box that is smaller than a pixel (are some normalised to 0..1?)",
         len(tiny),
@@ -82,13 +83,13 @@ def _check_boxes(
     if over.mean() >= 0.25 and corners.mean() >= _MOST:
         _note_corners(boxes, [annotations[i].get("area") for i in sound], over, findings, example)
     elif over.mean() >= 0.1 and centres.mean() >= _MOST:
-        hits = np.flatnonzero(over)
+        hits = np.flatnonzero(over).tolist()
         fault = f"box over the border: they look like [centre x, centre y, width, height], {_COCO}"
         findings.warn(fault, len(hits), lambda i: example(hits[i]))
-    elif over.mean() >= 0.5:
-        hits = np.flatnonzero(over)
+    elif (far := (low + extent > 1.25 * sizes).any(axis=1)).mean() >= 0.5:
+        hits = np.flatnonzero(far).tolist()
         fault = (
-            "box over the border, which most are: they look like another unit than pixels, or the"
+            "box far over the border, as most are: they look like another unit than pixels, or the"
             " images have been made smaller since"
         )
         findings.warn(fault, len(hits), lambda i: example(hits[i]))
@@ -107,7 +108,7 @@ def _note_corners(
 ) -> None:
     """Note boxes that look like corners: an error if the areas of the annotations say so, too."""
     sign = f"look like corners [x1, y1, x2, y2], {_COCO}"
-    hits = np.flatnonzero(over)
+    hits = np.flatnonzero(over).tolist()
     if all(type(area) in (int, float) and area > 0 for area in areas):
         between = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)  # if they are corners
         area = np.array(areas, float)
@@ -141,7 +142,7 @@ def _check_polygons(
         return
     if (low >= -0.01).all() and (high <= _UNIT).all() and ((low % 1 != 0) | (high % 1 != 0)).any():
         text = (
-            f"all polygons lie between 0 and 1, such as that of {label(chosen[0])}: they look"
+            f"all polygons lie between 0 and 1, such as that of {label(int(chosen[0]))}: they look"
             " normalised to the image's size, but COCO's are in pixels"
         )
         if masks:
@@ -151,11 +152,17 @@ def _check_polygons(
         return
     end = boxes[chosen][:, :2] + boxes[chosen][:, 2:]
     largest = end.max(axis=1)
-    other = np.flatnonzero(np.abs(high - largest) > 5 + np.maximum(high, largest) / 4)
+    differs = np.abs(high - largest) > 5 + np.maximum(high, largest) / 4
+    other = np.flatnonzero(differs).tolist()
+
+    def example(i: int) -> str:
+        index = int(chosen[other[i]])
+        box = annotations[index]["bbox"]
+        return f"{label(index)}: bbox {box}, polygons up to {high[other[i]]:g}"
+
     if len(chosen) >= _FEW and len(other) >= 0.5 * len(chosen):
         findings.warn(
             "box that does not end where its polygons do: one of them is in other units or order",
             len(other),
-            lambda i: f"{label(chosen[other[i]])}: bbox {annotations[chosen[other[i]]]['bbox']},"
-            f" polygons up to {high[other[i]]:g}",
+            example,
         )

@@ -242,7 +242,7 @@ def load_training_dicts(cfg: CfgNode) -> Any:
         names = tuple(cfg.DATASETS.TRAIN)
         raise ValueError(f"DATASETS.TRAIN {names}: {error}{_lost_objects(cfg)}") from error
     if cfg.MODEL.MASK_ON and isinstance(records, list):
-        records = with_masks(records, filter_empty)
+        records = with_masks(records, filter_empty, cfg.DATASETS.CHECK == "off")
         if not records:
             raise ValueError(
                 f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no object has a mask, which"

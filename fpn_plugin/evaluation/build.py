@@ -88,7 +88,7 @@ class InstanceEvaluator(SizeBinEvaluator):
         self._requested_tasks = tasks
         prepare_truth(self._coco_api)
         if cocoeval not in (COCOeval, COCOeval_opt):
-            cocoeval = _for_image_ids(cocoeval, self._coco_api.getImgIds(), dataset_name)
+            cocoeval = _for_ids(cocoeval, self._coco_api, dataset_name)
         self._cocoeval = cocoeval
         self._use_fast_impl = cocoeval is not COCOeval  # for Detectron2's log
 
@@ -155,16 +155,17 @@ def _without_truth(dataset_name: str) -> Iterator[str]:
             MetadataCatalog.remove(name)
 
 
-def _for_image_ids(
-    cocoeval: type[COCOeval], image_ids: Sequence[Any], dataset_name: str
-) -> type[COCOeval]:
-    """faster-coco-eval's class, or Detectron2's if it cannot have the ids."""
-    others = [key for key in image_ids if type(key) is not int or not 0 <= key < 2**63]
+def _for_ids(cocoeval: type[COCOeval], truth: COCO, dataset_name: str) -> type[COCOeval]:
+    """faster-coco-eval's class, or Detectron2's if it cannot have the ids, which it holds as
+    floats."""
+    ids = [*truth.getImgIds(), *truth.getCatIds()]
+    others = [key for key in ids if type(key) is not int or not 0 <= key < 2**53]
     if not others:
         return cocoeval
     logger.warning(
-        "TEST.FAST_COCO_EVAL is not used for %s, as faster-coco-eval needs image ids that are whole"
-        " numbers from 0 to 2**63, and one is %r: Detectron2's class computes the same numbers",
+        "TEST.FAST_COCO_EVAL is not used for %s, as faster-coco-eval needs ids of images and"
+        " categories that are whole numbers from 0 to 2**53, and one is %r: Detectron2's class"
+        " computes the same numbers",
         *(dataset_name, others[0]),
     )
     return COCOeval_opt

@@ -17,7 +17,7 @@ from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.checkpoint.run_folder import recorded_config
 from fpn_plugin.engine import launch
 from fpn_plugin.engine.run_folder import warn_of_changes
-from fpn_plugin.engine.setup import argument_parser, begin, load_config, setup
+from fpn_plugin.engine.setup import argument_parser, begin, check_data, load_config, setup
 from fpn_plugin.engine.trainer import Trainer
 
 ARGS = "MODEL.BOTTOM_UP.ARGS"
@@ -248,3 +248,17 @@ def test_frozen_layers_without_weights_are_a_warning(
 ) -> None:
     begin(make_config(**keys), argument_parser().parse_args([]))
     assert ("there are no weights to keep" in log.text) is warned
+
+
+def test_the_federated_loss_has_its_frequencies_at_an_evaluation_too(make_config: Any) -> None:
+    cfg = make_config(MODEL__ROI_BOX_HEAD__USE_FED_LOSS=True)
+    MetadataCatalog.pop("fed_train", None)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("fed_train",), ()
+    with pytest.raises(ValueError, match="USE_FED_LOSS is True, but .*'fed_train'.*class_image_co"):
+        check_data(cfg, eval_only=True)
+    MetadataCatalog.get("fed_train").class_image_count = [{"id": 1, "image_count": 2}]
+    check_data(cfg, eval_only=True)  # the dataset itself is not there
+    assert cfg.DATASETS.TRAIN == ("fed_train",)
+    cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = False
+    check_data(cfg, eval_only=True)
+    assert cfg.DATASETS.TRAIN == ()
