@@ -25,6 +25,7 @@ from .classes import Classes, compare_classes, dataset_classes, has_classes, mod
 from .coco_json import DatasetError, Findings, read_json
 from .image_checks import check_image_files, name_fault
 from .keypoints import (
+    OWN_NAMES,
     Keypoints,
     check_keypoints,
     dataset_keypoints,
@@ -154,7 +155,9 @@ def check_dataset(
     records = check_images(content, findings, outside)
     points = None
     if keypoints:
-        points = dataset_keypoints(name) or read_keypoints(content, findings, name)
+        # a run writes its training data's keypoints into the metadata of its own data
+        points = None if name in OWN_NAMES else dataset_keypoints(name)
+        points = points or read_keypoints(content, findings, name)
     if panoptic := metadata.get("panoptic_json"):
         _check_panoptic_names(str(panoptic), findings, outside)
     num_annotations = 0
@@ -206,7 +209,7 @@ def _check_function(name: str, masks: bool) -> Report:
     classes = dataset_classes(name)
     if classes is None or not isinstance(records, list):
         logger.info("Dataset %s is not checked: it is not in COCO's format", name)
-        return Report(name, "", "off")
+        return Report(name, "", "off", keypoints=dataset_keypoints(name))
     findings = Findings(f"dataset {name}")
     num_annotations = check_records(records, classes, masks, findings)
     findings.raise_errors()
@@ -351,10 +354,18 @@ def training_keypoints(cfg: CfgNode, reports: list[Report]) -> Keypoints | None:
     Args:
         reports: of :func:`check_config_datasets`.
     """
-    training = [report for report in reports if report.name in cfg.DATASETS.TRAIN]
-    if not cfg.MODEL.KEYPOINT_ON:
-        return None
-    return next((report.keypoints for report in training if report.keypoints), None)
+    for report in reports if cfg.MODEL.KEYPOINT_ON else ():
+        if report.name not in cfg.DATASETS.TRAIN:
+            continue
+        if keypoints := report.keypoints or dataset_keypoints(report.name):
+            return keypoints
+        if report.json_file:  # its check is off
+            findings = Findings(report.json_file)
+            content = _read(report.name, MetadataCatalog.get(report.name))
+            keypoints = read_keypoints(content, findings, report.name)
+            findings.raise_errors()
+            return keypoints
+    return None
 
 
 def _read_classes(report: Report) -> Classes | None:
