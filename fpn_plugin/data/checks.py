@@ -219,8 +219,8 @@ def _check_function(name: str, masks: bool) -> Report:
         *(name, len(records), num_annotations, len(classes.names)),
     )
     counts = (len(records), num_annotations)
-    known = (classes.names, {}, classes.ids, dataset_keypoints(name))
-    return Report(name, "", "annotations", *counts, *known)
+    points = dataset_keypoints(name)
+    return Report(name, "", "annotations", *counts, classes.names, {}, classes.ids, points)
 
 
 def _image_check(images: str, num_images: int) -> str:

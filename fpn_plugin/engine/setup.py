@@ -22,9 +22,9 @@ from fpn_plugin.data.checks import (
     training_classes,
     training_keypoints,
 )
-from fpn_plugin.data.classes import adopt_classes, set_classes
+from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.data.keypoints import adopt_keypoints, require_keypoints, set_keypoints
+from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.run_folder import claim_eval_dir, claim_output_dir, warn_of_changes
@@ -176,7 +176,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
     if eval_only:
         cfg.DATASETS.TRAIN = ()
-    outputs = None, None
+    outputs: tuple[Classes | None, Keypoints | None] = (None, None)
     if comm.is_main_process():
         reports = check_config_datasets(cfg)
         outputs = training_classes(cfg, reports), training_keypoints(cfg, reports)
