@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"registry", "paths", "yaml_files"}
 # What each room may import beside itself, from the ground up.
 ROOMS: dict[str, set[str]] = {room: set() for room in sorted(GROUND)}
-ROOMS |= {room: {"registry"} for room in ("pyramid", "bottom_up", "evaluation")}
+ROOMS |= {room: {"registry"} for room in ("pyramid", "bottom_up")}
 ROOMS["report"] = GROUND
 ROOMS["checkpoint"] = GROUND
 ROOMS["config"] = GROUND | {"pyramid", "checkpoint", "bottom_up"}
 ROOMS["data"] = GROUND | {"checkpoint"}
-ROOMS["modeling"] = ROOMS["config"] | {"config", "evaluation"}
+ROOMS["evaluation"] = GROUND | {"checkpoint", "data"}
+ROOMS["modeling"] = ROOMS["config"] | {"config", "data", "evaluation"}
 ROOMS["visualize"] = ROOMS["modeling"] | {"modeling", "data", "report"}
 ROOMS["engine"] = ROOMS["visualize"] | {"visualize"}
 ROOMS["export"] = ROOMS["benchmark"] = ROOMS["engine"] | {"engine"}

@@ -23,6 +23,7 @@ from fpn_plugin.compare.bootstrap import (
     matches_of,
 )
 from fpn_plugin.compare.runs import Group, Run
+from fpn_plugin.data.coco_records import mask_truth, read_truth
 from fpn_plugin.evaluation.coco_metrics import COCO_LIMIT, detection_limit, prepare_truth
 from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precision
 from fpn_plugin.report.progress import Bar
@@ -61,8 +62,7 @@ def load_truth(run: Run) -> COCO | str:
         path = metadata.get("json_file", "")
     if not Path(path).is_file():
         return f"the annotations of {run.dataset!r} are not here ({path or 'no file is named'})"
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = prepare_truth(COCO(path))
+    coco = prepare_truth(read_truth(str(path)))
     return coco if "annotations" in coco.dataset else f"{path} has no annotations"
 
 
@@ -165,6 +165,7 @@ def _evaluate(
     if task == "segm":
         for result in results:  # else the area would be the box's, as in Detectron2's evaluator
             result.pop("bbox", None)
+    truth = mask_truth(truth) if task == "segm" else truth
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(results), task)
         evaluation.params.maxDets = [limit]

@@ -12,8 +12,11 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from .coco_json import NO_POLYGON, Findings
+from .classes import unique_names
+from .coco_json import NO_POLYGON, Findings, Polygons
 from .image_checks import image_file_name, name_fault
+from .masks import far_coordinate, run_length_fault
+from .unit_checks import check_units
 
 __all__ = [
     "check_annotations",
@@ -25,7 +28,7 @@ __all__ = [
 _DROPPED = "Detectron2 leaves it out of training"
 _BORDER_TOLERANCE = 1.0
 _LARGEST = 2**53  # JSON's integers have no bound, those of tensors do
-_LONGEST_RUN = 2**40  # more than an image has pixels, and far from where integers of 64 bits end
+_MOST_PIXELS = 2**32  # pycocotools counts them in 32 bits
 
 
 def _read_records(content: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]]:
@@ -41,47 +44,78 @@ def _read_records(content: dict[str, Any], key: str, findings: Findings) -> list
     return [record for record in records if isinstance(record, dict)] if wrong else records
 
 
-def _with_integers(
-    records: list[dict[str, Any]], table: str, keys: tuple[str, ...], findings: Findings
+def _with_ids(
+    records: list[dict[str, Any]],
+    table: str,
+    keys: tuple[str, ...],
+    findings: Findings,
+    integers: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """Return the records whose values under all keys are integers; the others are errors."""
-    if all(_types(record.get(key) for record in records) <= {int} for key in keys):
-        return records
-    good = []
-    for index, record in enumerate(records):
-        for key in keys:
-            if type(record.get(key)) is not int:  # not isinstance: JSON's true is no id
+    """Return the records whose values are integers or, under ``keys``, text; others are errors."""
+    good = records
+    for key in keys + integers:
+        wanted, rule = ({int}, "an integer") if key in integers else ({int, str}, "a whole number")
+        if _types(record.get(key) for record in records) <= wanted:
+            continue
+        rule += "" if key in integers else " or text"
+        for index, record in enumerate(records):
+            if type(record.get(key)) not in wanted:  # not isinstance: JSON's true is no id
                 value = repr(record[key]) if key in record else "missing"
                 where = f"{table}[{index}] (id {record.get('id')!r})"
-                findings.error(f"{where}: {key!r} is {value}, but must be an integer")
-                break
-        else:
-            good.append(record)
+                findings.error(f"{where}: {key!r} is {value}, but must be {rule}")
+        good = [record for record in good if type(record.get(key)) in wanted]
     return good
+
+
+def _with_one_type(
+    records: list[dict[str, Any]], table: str, findings: Findings
+) -> list[dict[str, Any]]:
+    """Return the records if their ids can be put in order; numbers among text are an error."""
+    if len(_types(record["id"] for record in records)) < 2:
+        return records
+    text = next(record["id"] for record in records if type(record["id"]) is str)
+    number = next(record["id"] for record in records if type(record["id"]) is int)
+    findings.error(
+        f"{table!r}: some ids are numbers and some are text, such as {number} and {text!r}: write"
+        " all in one form"
+    )
+    return [record for record in records if type(record["id"]) is int]
 
 
 def _types(values: Iterable[Any]) -> set[type]:
     return set(map(type, values))
 
 
-def _duplicates(records: list[dict[str, Any]]) -> dict[int, int]:
+def _duplicates(records: list[dict[str, Any]]) -> dict[Any, int]:
     counts = Counter(record["id"] for record in records)
     return {key: count for key, count in counts.items() if count > 1}
 
 
 def check_categories(content: dict[str, Any], findings: Findings) -> dict[int, str]:
-    """Check ``categories`` and return their names by id."""
-    categories = _with_integers(
-        _read_records(content, "categories", findings), "categories", ("id",), findings
-    )
+    """Check ``categories`` and return their names by id, each name once (`unique_names`)."""
+    records = _read_records(content, "categories", findings)
+    categories = _with_ids(records, "categories", ("id",), findings)
+    categories = _with_one_type(categories, "categories", findings)
     for key, count in _duplicates(categories).items():
         findings.error(f"category id {key} is used {count} times")
     for category in categories:
-        if not isinstance(category.get("name"), str):
-            findings.error(f"category id {category['id']} has no 'name'")
+        name = category.get("name")
+        if not isinstance(name, str) or not name.strip():
+            given = f", but {name!r}" if "name" in category else ""
+            findings.error(f"category id {category['id']} has no 'name' that is text{given}")
     if not categories and content.get("categories") == []:
         findings.error("'categories' is empty")
-    return {category["id"]: str(category.get("name")) for category in categories}
+    ids = [category["id"] for category in categories]
+    names = [str(category.get("name")) for category in categories]
+    unique = unique_names(ids, names)
+    changed = [i for i, name in enumerate(names) if unique[i] != name]
+    findings.warn(
+        "category whose name another one has, too (their AP could not be told apart, so that the"
+        " id is added to the name)",
+        len(changed),
+        lambda i: f"{names[changed[i]]!r} becomes {unique[changed[i]]!r}",
+    )
+    return dict(zip(ids, unique))
 
 
 def check_images(
@@ -92,8 +126,9 @@ def check_images(
     Args:
         outside: whether they may name files outside of the image folder.
     """
-    keys = ("id", "width", "height")
-    images = _with_integers(_read_records(content, "images", findings), "images", keys, findings)
+    records = _read_records(content, "images", findings)
+    images = _with_ids(records, "images", ("id",), findings, ("width", "height"))
+    images = _with_one_type(images, "images", findings)
     if content.get("images") == []:
         findings.error("the dataset is empty: 'images' has no entry")
     for key, count in _duplicates(images).items():
@@ -107,6 +142,9 @@ def check_images(
             findings.error(f"{where}: 'file_name' {fault}")
         if min(image["width"], image["height"]) < 1:
             findings.error(f"{where}: its size is {image['width']} x {image['height']} in the JSON")
+        elif image["width"] * image["height"] >= _MOST_PIXELS:
+            size = f"{image['width']} x {image['height']}"
+            findings.error(f"{where}: its size is {size} in the JSON, too large for any tool")
     return {image["id"]: image for image in images}
 
 
@@ -118,6 +156,8 @@ def check_annotations(
     masks: bool = False,
     evaluation: tuple[str, ...] = (),
     polygons: bool = False,
+    training: bool = True,
+    own: bool = True,
 ) -> int:
     """Check ``annotations`` and return how many there are.
 
@@ -129,15 +169,21 @@ def check_annotations(
         masks: whether the model has a mask head, so that every annotation needs a mask.
         evaluation: the keys that an evaluation reads from every annotation.
         polygons: whether training accepts masks as polygons only.
+        training: whether the annotations are trained on.
+        own: whether the loader and the evaluator are ours, which mend what Detectron2's do not.
     """
     annotations = _read_records(content, "annotations", findings)
     if content.get("annotations") == []:
         findings.error("the dataset is empty: 'annotations' has no entry")
     keys = ("id", "image_id", "category_id")
-    valid = _with_integers(annotations, "annotations", keys, findings)
+    valid = _with_ids(annotations, "annotations", keys, findings)
     _check_ids(valid, images, categories, findings)
-    _check_boxes([a for a in valid if a["image_id"] in images], images, findings)
-    _check_masks(valid, images, masks, polygons, findings)
+    _check_annotation_ids(valid, images, bool(evaluation), "iscrowd" in evaluation, own, findings)
+    if training:
+        crowds = [a for a in valid if a.get("iscrowd", 0) != 0]
+        findings.leave_out("iscrowd is not 0 (CVAT's brush masks are written so)", crowds)
+    _check_boxes([a for a in valid if a["image_id"] in images], images, masks, findings)
+    _check_masks(valid, images, masks, polygons, training, own, findings)
     _check_keypoints(valid, images, findings)
     _check_evaluation(valid, images, evaluation, findings)
     return len(annotations)
@@ -155,28 +201,17 @@ def _check_ids(
     categories: dict[int, str],
     findings: Findings,
 ) -> None:
-    ids = {annotation["id"] for annotation in annotations}
+    """Check that annotations are of images and categories that exist, and not to be ignored."""
     if (
-        len(ids) == len(annotations)
-        and 0 not in ids
-        and {annotation["image_id"] for annotation in annotations} <= images.keys()
+        {annotation["image_id"] for annotation in annotations} <= images.keys()
         and {annotation["category_id"] for annotation in annotations} <= categories.keys()
         and all(annotation.get("ignore", 0) == 0 for annotation in annotations)
     ):
         return
-    duplicates = _duplicates(annotations)
     for annotation in annotations:
-        key = annotation["id"]
-        if key == 0:
-            findings.error(
-                f"{_label(annotation, images)}: its id is 0, which pycocotools takes for 'not "
-                "matched', so that AP comes out too low: number annotations from 1"
-            )
-        if key in duplicates:
-            findings.error(f"{_label(annotation, images)}: {duplicates.pop(key)} share its id")
         if annotation["image_id"] not in images:
             findings.error(
-                f"annotation {key}: image id {annotation['image_id']} is unknown "
+                f"annotation {annotation['id']}: image id {annotation['image_id']} is unknown "
                 "(no sound entry in 'images')"
             )
         if annotation["category_id"] not in categories:
@@ -189,8 +224,53 @@ def _check_ids(
             findings.error(f"{_label(annotation, images)}: Detectron2 does not support 'ignore'")
 
 
+def _check_annotation_ids(
+    annotations: list[dict[str, Any]],
+    images: dict[int, dict[str, Any]],
+    evaluated: bool,
+    numbered: bool,
+    own: bool,
+    findings: Findings,
+) -> None:
+    """Check the ids of the annotations themselves, which mean nothing but "this object".
+
+    Args:
+        evaluated: whether AP is computed from them.
+        numbered: whether our evaluator does it, which numbers them anew.
+        own: whether our loader reads them, which does not need them.
+    """
+    ids = {annotation["id"] for annotation in annotations}
+    unique, numbers = len(ids) == len(annotations), _types(ids) <= {int}
+    if unique and numbers and (not ids or min(ids) > 0):
+        return
+    duplicates = {} if unique else _duplicates(annotations)
+    shared = [annotation for annotation in annotations if annotation["id"] in duplicates]
+    if not own or (evaluated and not numbered):
+        for annotation in shared:
+            if count := duplicates.pop(annotation["id"], 0):
+                findings.error(f"{_label(annotation, images)}: {count} share its id")
+    else:
+        fault = "annotation that shares its id with another one (nothing needs it)"
+        findings.warn(fault, len(shared), lambda i: _label(shared[i], images))
+    if not evaluated:
+        return
+    odd = [a for a in annotations if type(a["id"]) is not int or a["id"] < 1]
+    if numbered:
+        fault = "annotation id that is not above 0 (numbered anew in memory for the evaluation)"
+        findings.warn(fault, len(odd), lambda i: _label(odd[i], images))
+        return
+    for annotation in odd:
+        findings.error(
+            f"{_label(annotation, images)}: its id is {annotation['id']!r}, but must be a number"
+            " above 0: the lvis package takes 0 for 'not matched', so that AP comes out too low"
+        )
+
+
 def _check_boxes(
-    annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]], findings: Findings
+    annotations: list[dict[str, Any]],
+    images: dict[int, dict[str, Any]],
+    masks: bool,
+    findings: Findings,
 ) -> None:
     valid = _with_boxes(annotations, images, findings)
     if not valid:
@@ -200,7 +280,9 @@ def _check_boxes(
     flat = np.fromiter(chain.from_iterable(boxes), float, 4 * len(boxes)).reshape(-1, 4)
     widths = np.fromiter((size["width"] for size in sizes), float, len(sizes))
     heights = np.fromiter((size["height"] for size in sizes), float, len(sizes))
-    for fault, wrong in _box_faults(flat, np.stack([widths, heights], axis=1)).items():
+    image_sizes = np.stack([widths, heights], axis=1)
+    check_units(flat, image_sizes, valid, masks, findings, lambda i: _label(valid[i], images))
+    for fault, wrong in _box_faults(flat, image_sizes).items():
         hits = np.flatnonzero(wrong)
 
         def describe(i: int, hits: np.ndarray = hits) -> str:
@@ -209,6 +291,8 @@ def _check_boxes(
             return f"{_label(valid[hit], images)}: bbox {boxes[hit]}, image {size}"
 
         findings.warn(fault, len(hits), describe)
+        if fault.endswith(f"({_DROPPED})"):
+            findings.leave_out(fault.removesuffix(f" ({_DROPPED})"), (valid[hit] for hit in hits))
 
 
 def _with_boxes(
@@ -269,88 +353,64 @@ def _check_masks(
     images: dict[int, dict[str, Any]],
     required: bool,
     polygons: bool,
+    training: bool,
+    own: bool,
     findings: Findings,
 ) -> None:
-    """Check each ``segmentation``, in which `read_json` has left a polygon's length."""
+    """Check each ``segmentation``, in which `read_json` has left `Polygons`."""
     short: list[dict[str, Any]] = []
+    without: list[dict[str, Any]] = []
+    wrong: list[tuple[dict[str, Any], str]] = []
     for annotation in annotations:
         mask = annotation.get("segmentation")
-        if type(mask) is list and mask:
-            if NO_POLYGON in mask:
-                findings.error(
-                    f"{_label(annotation, images)}: 'segmentation' has a polygon that is not a list"
-                    " of finite numbers [x, y, x, y, …]"
-                )
-            elif any(length < 6 or length % 2 for length in mask):
+        if type(mask) is Polygons:
+            if fault := _polygons_fault(mask, images.get(annotation["image_id"])):
+                wrong.append((annotation, fault))
+            elif any(length < 6 or length % 2 for length in mask.lengths):
                 short.append(annotation)
+                if all(length < 6 or length % 2 for length in mask.lengths):
+                    without.append(annotation)
         elif mask:
-            fault = _run_length_fault(mask, images.get(annotation["image_id"]))
+            fault = run_length_fault(mask, images.get(annotation["image_id"]))
             if not fault and polygons and annotation.get("iscrowd", 0) == 0:
                 fault = "is RLE, which needs INPUT.MASK_FORMAT: bitmask"
             if fault:
-                findings.error(f"{_label(annotation, images)}: 'segmentation' {fault}")
+                wrong.append((annotation, fault))
         elif required:
             findings.error(
                 f"{_label(annotation, images)}: has no 'segmentation', but MODEL.MASK_ON is True"
             )
+    if required or not own:
+        for annotation, fault in wrong:
+            findings.error(f"{_label(annotation, images)}: 'segmentation' {fault}")
+    else:
+        fault = "'segmentation' that is wrong (nobody reads it: MODEL.MASK_ON is False)"
+        findings.warn(fault, len(wrong), lambda i: f"{_label(wrong[i][0], images)} {wrong[i][1]}")
     fault = "polygon of under three points or an odd number of values (Detectron2 drops it)"
     findings.warn(fault, len(short), lambda i: _label(short[i], images))
+    if training and (required or not own):
+        findings.leave_out("no polygon has three points", without)
+    elif required and without:
+        if len(without) == len(annotations):
+            findings.error(
+                f"none of the {len(without)} annotations has a polygon of three points or more, so"
+                " that there is no AP of masks"
+            )
+        fault = "annotation without a polygon of three points (the AP of masks ignores the object)"
+        findings.warn(fault, len(without), lambda i: _label(without[i], images))
 
 
-def _run_length_fault(mask: Any, image: dict[str, Any] | None) -> str:
-    """What is wrong with a mask that is no list of polygons; "" if nothing is."""
-    if not (isinstance(mask, dict) and {"counts", "size"} <= set(mask)):
-        return "must be a list of polygons, or RLE with 'counts' and 'size'"
-    size = mask["size"]
-    if image is None:
-        return ""  # the unknown image is an error already
-    if size != [image["height"], image["width"]] or any(type(side) is not int for side in size):
-        sides = f"{image['height']} rows and {image['width']} columns"
-        return f"is RLE of size {size!r}, but the image has {sides}"
-    runs = _runs(mask["counts"])
-    if runs is None:
-        return "is RLE whose 'counts' are neither numbers of pixels nor pycocotools' text"
-    if sum(runs) != size[0] * size[1]:
-        return f"is RLE of {sum(runs)} pixels, but the image has {size[0] * size[1]}"
-    return ""
-
-
-def _runs(counts: Any) -> list[int] | None:
-    """The lengths of the runs, or None if they cannot be read."""
-    if isinstance(counts, str):
-        decoded = _decode_runs(counts)
-        counts = decoded.tolist() if decoded is not None else None
-    if not isinstance(counts, list) or not set(map(type, counts)) <= {int}:
-        return None
-    return counts if all(0 <= run < _LONGEST_RUN for run in counts) else None
-
-
-def _decode_runs(text: str) -> np.ndarray | None:
-    """Run lengths from pycocotools' text, or None if it is malformed.
-
-    Not by pycocotools itself, whose C code trusts the text.
-    """
-    if not text.isascii() or not text:
-        return None
-    # A character holds six bits, counted from "0": five of a number, the lowest come first, and
-    # whether more of that number follow.
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((codes & 32) == 0)
-    if codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
-        return None
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 8:  # 40 bits
-        return None
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
-    # The highest bit of a number is its sign, as in two's complement.
-    numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
-    # From the fourth on, a number is the difference to the run two before.
-    runs = numbers.copy()
-    runs[1::2] = np.cumsum(numbers[1::2])
-    runs[2::2] = np.cumsum(numbers[2::2])
-    return runs
+def _polygons_fault(mask: Polygons, image: dict[str, Any] | None) -> str:
+    """What is wrong with polygons whatever their number of points is; "" if nothing is."""
+    if NO_POLYGON in mask.lengths:
+        return "has a polygon that is not a list of finite numbers [x, y, x, y, …]"
+    if image is None or (far := far_coordinate(mask.low, mask.high, image)) is None:
+        return ""
+    size = f"{image['width']} x {image['height']}"
+    return (
+        f"has a coordinate of {far:g}, but the image is {size} pixels: so far outside, pycocotools"
+        " takes all memory or ends the process"
+    )
 
 
 def _check_keypoints(

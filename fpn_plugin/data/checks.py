@@ -22,7 +22,8 @@ from .annotation_checks import (
     check_keypoint_annotations,
 )
 from .classes import Classes, compare_classes, dataset_classes, has_classes, model_classes
-from .coco_json import DatasetError, Findings, read_json
+from .coco_json import DatasetError, Findings, is_plain_utf8, read_json, unify_ids
+from .coco_records import is_own_loader
 from .image_checks import check_image_files, name_fault
 from .keypoints import (
     OWN_NAMES,
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "check_config_datasets",
     "check_dataset",
+    "check_federated_loss",
     "training_classes",
     "training_keypoints",
 ]
@@ -56,6 +58,7 @@ _CLASS_KEYS = {
     "RetinaNet": "RETINANET",
     "FCOS": "FCOS",
 }
+_MANY = 0.1  # the share of annotations that training leaves out from which it is a warning
 _SEMANTIC = ("PanopticFPN", "SemanticSegmentor")
 # What pycocotools and the lvis package read from every annotation, by `evaluator_type`.
 _EVALUATION_KEYS = {
@@ -80,6 +83,7 @@ class Report:
         classes: names of the categories, in the order of their ids.
         warnings: how often each warning was found.
         class_ids: of the categories, in the same order as their names.
+        left_out: how many annotations training leaves out, for each reason.
         keypoints: of its metadata, else of its file, if they are asked for and there.
     """
 
@@ -91,6 +95,7 @@ class Report:
     classes: tuple[str, ...] = ()
     warnings: dict[str, int] = field(default_factory=dict)
     class_ids: tuple[int, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
     keypoints: Keypoints | None = None
 
     @property
@@ -148,6 +153,12 @@ def check_dataset(
         return _check_function(name, masks)
     content = _read(name, metadata)
     findings = Findings(str(json_file))
+    own = is_own_loader(name)
+    if not own and not is_plain_utf8(PathManager.get_local_path(str(json_file))):
+        findings.error(
+            "is not UTF-8, or starts with a byte order mark, which Detectron2's loader does not"
+            " read: save it as UTF-8, or register it by fpn_plugin.data.register_coco_format"
+        )
     evaluator = str(metadata.get("evaluator_type"))
     if evaluator == "lvis":
         _name_images_by_url(content, findings)
@@ -165,7 +176,7 @@ def check_dataset(
         keys = _EVALUATION_KEYS.get(evaluator, ()) if evaluation or not training else ()
         masks, polygons = masks and (training or bool(keys)), polygons and training
         num_annotations = check_annotations(
-            content, records, categories, findings, masks, keys, polygons
+            *(content, records, categories, findings, masks, keys, polygons, training, own)
         )
         if keypoints:
             count = len(points.names) if points else 0
@@ -179,17 +190,29 @@ def check_dataset(
     for line in findings.warning_lines():
         logger.warning("Dataset %s: %s", name, line)
     findings.raise_errors()
+    left_out = findings.left_out_counts()
+    if left_out:
+        few = sum(left_out.values()) < _MANY * num_annotations
+        logger.log(
+            logging.INFO if few else logging.WARNING,
+            "Dataset %s: %d of %d annotations are left out of training: %s",
+            *(name, sum(left_out.values()), num_annotations, _count_reasons(left_out)),
+        )
     ids = tuple(sorted(categories))
     classes = _class_names(content, categories, evaluator)
     counts = (len(records), num_annotations)
     warnings = dict(findings.counts)
-    report = Report(name, findings.source, level, *counts, classes, warnings, ids, points)
+    report = Report(name, findings.source, level, *counts, classes, warnings, ids, left_out, points)
     logger.info(
         "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
         *(name, report.num_images, report.num_annotations, len(report.classes)),
         _CHECKED[level],
     )
     return report
+
+
+def _count_reasons(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
 
 
 def _class_names(
@@ -220,7 +243,9 @@ def _check_function(name: str, masks: bool) -> Report:
     )
     counts = (len(records), num_annotations)
     points = dataset_keypoints(name)
-    return Report(name, "", "annotations", *counts, classes.names, {}, classes.ids, points)
+    return Report(
+        name, "", "annotations", *counts, classes.names, {}, classes.ids, keypoints=points
+    )
 
 
 def _image_check(images: str, num_images: int) -> str:
@@ -276,7 +301,10 @@ def _read(name: str, metadata: Any) -> dict[str, Any]:
         command = metadata.get("prepare_command")
         remedy = f"run `{command}`" if command else "see datasets/README.md for where it belongs"
         raise DatasetError(f"{path}: dataset {name} has no such file: {remedy}")
-    return read_json(path)
+    content = read_json(path)
+    if is_own_loader(name):
+        unify_ids(content)
+    return content
 
 
 def check_config_datasets(cfg: CfgNode) -> list[Report]:
@@ -312,6 +340,7 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
         reports.append(
             check_dataset(name, images, True, masks, tested, outside, polygons, keypoints)
         )
+    _require_objects(reports)
     reports += [
         check_dataset(name, level, False, masks, outside=outside, keypoints=keypoints)
         for name in testing
@@ -328,6 +357,42 @@ def check_config_datasets(cfg: CfgNode) -> list[Report]:
         _check_class_count(cfg, report)
         _check_stuff_count(cfg, report)
     return reports
+
+
+def check_federated_loss(cfg: CfgNode) -> None:
+    """Check that the federated loss finds the frequencies of the classes, which the model's
+    constructor reads from the first dataset of ``DATASETS.TRAIN``, at an evaluation too.
+
+    Raises:
+        ValueError: there is no such dataset, or it does not say how often its classes occur.
+    """
+    key = "MODEL.ROI_BOX_HEAD.USE_FED_LOSS"
+    if not cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:
+        return
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError(
+            f"{key} is True, but DATASETS.TRAIN is empty: the model needs the name of the dataset"
+            " that it was trained on, for class_image_count in that one's metadata"
+        )
+    for name in cfg.DATASETS.TRAIN:
+        if MetadataCatalog.get(name).get("class_image_count") is None:
+            raise ValueError(
+                f"{key} is True, but MetadataCatalog.get({name!r}) has no class_image_count, a list"
+                " such as [{'id': 1, 'image_count': 20}, …] as LVIS's: set it, or set the key False"
+            )
+
+
+def _require_objects(reports: list[Report]) -> None:
+    """Refuse training data of which every object is left out, as Detectron2 says no reason."""
+    if not reports or any(report.level == "off" for report in reports):
+        return
+    total = sum(report.num_annotations for report in reports)
+    if total and sum(sum(report.left_out.values()) for report in reports) == total:
+        reasons = "; ".join(f"{r.json_file}: {_count_reasons(r.left_out)}" for r in reports)
+        raise DatasetError(
+            f"DATASETS.TRAIN {tuple(report.name for report in reports)}: all {total} annotations"
+            f" are left out of training, so that nothing is left to learn from ({reasons})"
+        )
 
 
 def training_classes(cfg: CfgNode, reports: list[Report]) -> Classes | None:

@@ -7,6 +7,7 @@ The data of an evaluation is matched with them by names.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from itertools import zip_longest
 from typing import Any, NamedTuple, Sequence
 
@@ -26,6 +27,7 @@ __all__ = [
     "recorded_classes",
     "set_classes",
     "tag_model",
+    "unique_names",
     "with_classes_of",
 ]
 
@@ -69,6 +71,15 @@ class Classes(NamedTuple):
 def has_classes(cfg: CfgNode) -> bool:
     """Whether the model of a config tells classes apart (those of `thing_classes`)."""
     return cfg.MODEL.META_ARCHITECTURE not in _CLASS_AGNOSTIC
+
+
+def unique_names(ids: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """The names of categories, with the id added to those that several have."""
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name} (id {key})"
+        for key, name in zip(ids, names, strict=True)
+    ]
 
 
 def dataset_classes(name: str) -> Classes | None:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from fpn_plugin.paths import dataset_root
 
 from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
-from .coco_json import Findings, read_json
+from .coco_json import Findings, read_json, unify_ids
+from .coco_records import OWN_LOADER, load_records
 from .image_checks import OUTSIDE_KEY, check_loaded
 from .keypoints import (
     Keypoints,
@@ -82,6 +82,7 @@ def register_coco_format(
         load = functools.partial(_load, name, json_file, image_root, outside_files)
         DatasetCatalog.register(name, load)
         files = {"json_file": json_file, "image_root": image_root, "outside_files": outside_files}
+        files[OWN_LOADER] = True
         MetadataCatalog.get(name).set(**files, evaluator_type="coco", **metadata)
         return
     taken = MetadataCatalog.get(name)
@@ -98,7 +99,7 @@ def register_coco_format(
 
 
 def _load(name: str, json_file: str, image_root: str, outside_files: bool) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+    records = load_records(json_file, image_root, name)
     if not outside_files:  # also if DATASETS.CHECK is off
         check_loaded(records, image_root, json_file)
     return records
@@ -221,6 +222,7 @@ def _parse_outputs(
     """Cached, since a process asks twice and a large file takes seconds to read."""
     findings = Findings(json_file)
     content = read_json(json_file, keep_json)
+    unify_ids(content)
     categories = check_categories(content, findings)
     points = read_keypoints(content, findings, "the own data") if keypoints else None
     findings.raise_errors()

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetFromList,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -21,6 +22,7 @@ from detectron2.data import (
 from detectron2.utils import comm
 from PIL import Image
 
+from fpn_plugin.data.coco_records import with_masks
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
@@ -228,15 +230,43 @@ def load_training_dicts(cfg: CfgNode) -> Any:
         ValueError: if none is left to train on.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     try:
-        return get_detection_dataset_dicts(
+        records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            filter_empty=filter_empty,
             min_keypoints=keypoints,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     except AssertionError as error:  # Detectron2's error for a dataset without images
-        raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
+        names = tuple(cfg.DATASETS.TRAIN)
+        raise ValueError(f"DATASETS.TRAIN {names}: {error}{_lost_objects(cfg)}") from error
+    if cfg.MODEL.MASK_ON and isinstance(records, list):
+        records = with_masks(records, filter_empty)
+        if not records:
+            raise ValueError(
+                f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no object has a mask, which"
+                " MODEL.MASK_ON needs"
+            )
+    return records
+
+
+def _lost_objects(cfg: CfgNode) -> str:
+    """Why no image is left to train on, as far as the dataset dicts tell."""
+    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    objects = [annotation for record in records for annotation in record.get("annotations", [])]
+    crowds = sum(annotation.get("iscrowd", 0) != 0 for annotation in objects)
+    text = f" {len(records)} images were loaded with {len(objects)} objects"
+    if crowds:
+        text += f", of which {crowds} are crowds (iscrowd is not 0), which training leaves out"
+    if cfg.MODEL.KEYPOINT_ON:
+        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        text += (
+            f"; images with under {least} visible keypoints are left out (MIN_KEYPOINTS_PER_IMAGE)"
+        )
+    if not objects:
+        text += " (Detectron2's loader drops those whose polygons have under three points)"
+    return text
 
 
 def _detectron2_sampler(cfg: CfgNode, dataset: Any) -> torchdata.Sampler:

@@ -19,6 +19,7 @@ from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write
 from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
 from fpn_plugin.data.checks import (
     check_config_datasets,
+    check_federated_loss,
     training_classes,
     training_keypoints,
 )
@@ -166,7 +167,8 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     process has read, become those of the config, in place.
 
     Args:
-        eval_only: whether `DATASETS.TRAIN` is neither read nor checked, and becomes empty.
+        eval_only: whether `DATASETS.TRAIN` is neither read nor checked, and becomes empty (unless
+            the federated loss of the model needs its metadata).
 
     Raises:
         ValueError: if the data is bad, as :func:`check_config_datasets` says.
@@ -174,12 +176,17 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     needed = ("VAL",) if eval_only else None
     register_own(cfg, comm.is_main_process(), needed)  # again, for a process that was launched
+    check_federated_loss(cfg)
+    checked = cfg
     if eval_only:
-        cfg.DATASETS.TRAIN = ()
+        checked = cfg.clone()
+        checked.DATASETS.TRAIN = ()
+        if not cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:  # which the model reads its frequencies for
+            cfg.DATASETS.TRAIN = ()
     outputs: tuple[Classes | None, Keypoints | None] = (None, None)
     if comm.is_main_process():
-        reports = check_config_datasets(cfg)
-        outputs = training_classes(cfg, reports), training_keypoints(cfg, reports)
+        reports = check_config_datasets(checked)
+        outputs = training_classes(checked, reports), training_keypoints(checked, reports)
     classes, keypoints = comm.all_gather(outputs)[0]
     if not eval_only:
         set_classes(cfg, classes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
-from typing import Any, Callable, Sequence
+import tempfile
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -27,6 +29,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.data.coco_records import mask_truth, read_truth
 from fpn_plugin.evaluation.augmentation import check_test_augmentation
 from fpn_plugin.evaluation.coco_metrics import (
     COCO_LIMIT,
@@ -84,11 +87,18 @@ class InstanceEvaluator(SizeBinEvaluator):
         cocoeval: type[COCOeval] = COCOeval_opt,
         **options: Any,
     ) -> None:
-        super().__init__(dataset_name, **options)
+        if "json_file" in MetadataCatalog.get(dataset_name).as_dict():
+            with _without_truth(dataset_name) as stand_in:
+                super().__init__(stand_in, **options)
+            self._metadata = MetadataCatalog.get(dataset_name)
+            self._coco_api = read_truth(PathManager.get_local_path(self._metadata.json_file))
+            self._do_evaluation = "annotations" in self._coco_api.dataset
+        else:  # Detectron2 writes a file of it
+            super().__init__(dataset_name, **options)
         self._requested_tasks = tasks
         prepare_truth(self._coco_api)
         if cocoeval not in (COCOeval, COCOeval_opt):
-            cocoeval = _for_image_ids(cocoeval, self._coco_api.getImgIds(), dataset_name)
+            cocoeval = _for_ids(cocoeval, self._coco_api, dataset_name)
         self._cocoeval = cocoeval
         self._use_fast_impl = cocoeval is not COCOeval  # for Detectron2's log
 
@@ -110,14 +120,15 @@ class InstanceEvaluator(SizeBinEvaluator):
             max_dets = self._max_dets(task)
             evaluated = None
             if results:
+                truth = mask_truth(self._coco_api) if task == "segm" else self._coco_api
                 evaluated = evaluate_detections(
-                    *(self._coco_api, results, task, self._cocoeval),
+                    *(truth, results, task, self._cocoeval),
                     max_dets=max_dets,
                     sigmas=self._kpt_oks_sigmas,
                     image_ids=img_ids,
                 )
             warn_of_full_images(self._coco_api, max_dets[-1], task)
-            names = self._metadata.get("thing_classes")
+            names = [self._coco_api.cats[key]["name"] for key in sorted(self._coco_api.cats)]
             self._results[task] = self._derive_coco_results(evaluated, task, names)
             if max_dets[-1] > COCO_LIMIT:
                 self._results[task]["maxDets"] = float(max_dets[-1])
@@ -138,16 +149,33 @@ class InstanceEvaluator(SizeBinEvaluator):
         return []
 
 
-def _for_image_ids(
-    cocoeval: type[COCOeval], image_ids: Sequence[Any], dataset_name: str
-) -> type[COCOeval]:
-    """faster-coco-eval's class, or Detectron2's if it cannot have the ids."""
-    others = [key for key in image_ids if type(key) is not int or not 0 <= key < 2**63]
+@contextlib.contextmanager
+def _without_truth(dataset_name: str) -> Iterator[str]:
+    """The name of a dataset without annotations for the constructor of Detectron2's evaluator,
+    which reads the file of a dataset by pycocotools and so takes less than our loader does."""
+    name = f"{dataset_name} (without annotations)"
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "empty.json")
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.write('{"annotations": []}')
+        MetadataCatalog.get(name).json_file = file
+        try:
+            yield name
+        finally:
+            MetadataCatalog.remove(name)
+
+
+def _for_ids(cocoeval: type[COCOeval], truth: COCO, dataset_name: str) -> type[COCOeval]:
+    """faster-coco-eval's class, or Detectron2's if it cannot have the ids, which it holds as
+    floats."""
+    ids = [*truth.getImgIds(), *truth.getCatIds()]
+    others = [key for key in ids if type(key) is not int or not 0 <= key < 2**53]
     if not others:
         return cocoeval
     logger.warning(
-        "TEST.FAST_COCO_EVAL is not used for %s, as faster-coco-eval needs image ids that are whole"
-        " numbers from 0 to 2**63, and one is %r: Detectron2's class computes the same numbers",
+        "TEST.FAST_COCO_EVAL is not used for %s, as faster-coco-eval needs ids of images and"
+        " categories that are whole numbers from 0 to 2**53, and one is %r: Detectron2's class"
+        " computes the same numbers",
         *(dataset_name, others[0]),
     )
     return COCOeval_opt

@@ -26,17 +26,20 @@ class Table:
 
     def text(self, style: str = "simple") -> str:
         """Format as text; `style` is one of tabulate's formats."""
+        rows, header = self.rows, self.header
+        if style == "github":
+            rows = [[_escape(cell) for cell in row] for row in self._stressed()]
+            header = [_escape(cell) for cell in header]
         align = ["left" if i < self.left else "right" for i in range(len(self.header))]
-        return tabulate(
-            self._stressed() if style == "github" else self.rows,
-            self.header,
-            tablefmt=style,
-            colalign=align,
-            disable_numparse=True,
-        )
+        return tabulate(rows, header, tablefmt=style, colalign=align, disable_numparse=True)
 
     def _stressed(self) -> list[list[str]]:
         return [
             [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(row)]
             for i, row in enumerate(self.rows)
         ]
+
+
+def _escape(cell: str) -> str:
+    """A cell in one line of Markdown, in which a bar would begin the next cell."""
+    return " ".join(cell.split()).replace("|", "\\|")
