@@ -28,6 +28,7 @@ from .deep_images import check_rule
 from .file_names import ImageFolder
 from .image_checks import check_image_files, image_file_name, name_fault
 from .keypoints import (
+    OWN_NAMES,
     Keypoints,
     check_keypoints,
     dataset_keypoints,
@@ -84,8 +85,8 @@ class Report:
         classes: names of the categories, in the order of their ids.
         warnings: how often each warning was found.
         class_ids: of the categories, in the same order as their names.
-        keypoints: of its metadata, else of its file, if they are asked for and there.
         left_out: how many annotations training leaves out, for each reason.
+        keypoints: of its metadata, else of its file, if they are asked for and there.
     """
 
     name: str
@@ -96,8 +97,8 @@ class Report:
     classes: tuple[str, ...] = ()
     warnings: dict[str, int] = field(default_factory=dict)
     class_ids: tuple[int, ...] = ()
-    keypoints: Keypoints | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    keypoints: Keypoints | None = None
 
     @property
     def known_classes(self) -> Classes | None:
@@ -174,7 +175,9 @@ def check_dataset(
     records = check_images(content, findings, outside)
     points = None
     if keypoints:
-        points = dataset_keypoints(name) or read_keypoints(content, findings, name)
+        # a run writes its training data's keypoints into the metadata of its own data
+        points = None if name in OWN_NAMES else dataset_keypoints(name)
+        points = points or read_keypoints(content, findings, name)
     if panoptic := metadata.get("panoptic_json"):
         _check_panoptic_names(str(panoptic), findings, outside)
     num_annotations = 0
@@ -208,9 +211,7 @@ def check_dataset(
     classes = _class_names(content, categories, evaluator)
     counts = (len(records), num_annotations)
     warnings = dict(findings.counts)
-    report = Report(
-        name, findings.source, level, *counts, classes, warnings, ids, points, left_out
-    )
+    report = Report(name, findings.source, level, *counts, classes, warnings, ids, left_out, points)
     logger.info(
         "Dataset %s is sound: %d images, %d annotations, %d classes; checked %s",
         *(name, report.num_images, report.num_annotations, len(report.classes)),
@@ -240,7 +241,7 @@ def _check_function(name: str, masks: bool) -> Report:
     classes = dataset_classes(name)
     if classes is None or not isinstance(records, list):
         logger.info("Dataset %s is not checked: it is not in COCO's format", name)
-        return Report(name, "", "off")
+        return Report(name, "", "off", keypoints=dataset_keypoints(name))
     findings = Findings(f"dataset {name}")
     num_annotations = check_records(records, classes, masks, findings)
     findings.raise_errors()
@@ -250,8 +251,10 @@ def _check_function(name: str, masks: bool) -> Report:
         *(name, len(records), num_annotations, len(classes.names)),
     )
     counts = (len(records), num_annotations)
-    known = (classes.names, {}, classes.ids, dataset_keypoints(name))
-    return Report(name, "", "annotations", *counts, *known)
+    points = dataset_keypoints(name)
+    return Report(
+        name, "", "annotations", *counts, classes.names, {}, classes.ids, keypoints=points
+    )
 
 
 def _image_check(images: str, num_images: int) -> str:
@@ -446,10 +449,18 @@ def training_keypoints(cfg: CfgNode, reports: list[Report]) -> Keypoints | None:
     Args:
         reports: of :func:`check_config_datasets`.
     """
-    training = [report for report in reports if report.name in cfg.DATASETS.TRAIN]
-    if not cfg.MODEL.KEYPOINT_ON:
-        return None
-    return next((report.keypoints for report in training if report.keypoints), None)
+    for report in reports if cfg.MODEL.KEYPOINT_ON else ():
+        if report.name not in cfg.DATASETS.TRAIN:
+            continue
+        if keypoints := report.keypoints or dataset_keypoints(report.name):
+            return keypoints
+        if report.json_file:  # its check is off
+            findings = Findings(report.json_file)
+            content = _read(report.name, MetadataCatalog.get(report.name))
+            keypoints = read_keypoints(content, findings, report.name)
+            findings.raise_errors()
+            return keypoints
+    return None
 
 
 def _read_classes(report: Report) -> Classes | None:

@@ -24,6 +24,7 @@ from fpn_plugin.checkpoint.record import read_record
 from .coco_json import Findings
 
 __all__ = [
+    "OWN_NAMES",
     "Keypoints",
     "adopt_keypoints",
     "check_keypoints",
@@ -38,7 +39,7 @@ __all__ = [
 
 KEY = "DATASETS.KEYPOINTS"
 COUNT_KEY = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-_OWN = ("own_train", "own_val")
+OWN_NAMES = ("own_train", "own_val")
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 _SHOWN = 20
 
@@ -228,7 +229,7 @@ def set_keypoints(cfg: CfgNode, keypoints: Keypoints | None) -> None:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         for key, value in values.items():
-            if name in _OWN or metadata.get(key) is None:
+            if name in OWN_NAMES or metadata.get(key) is None:
                 # not by `set`, which refuses what has changed since the last run of a notebook
                 vars(metadata)[key] = value
 
@@ -264,7 +265,7 @@ def require_keypoints(cfg: CfgNode) -> None:
             raise ValueError(
                 f"MODEL.KEYPOINT_ON: dataset {name!r} of DATASETS.TRAIN does not name its"
                 f" keypoints; give names to its JSON (categories[].keypoints), or call"
-                f" MetadataCatalog.get({name!r}).set(keypoint_names=[…], keypoint_flip_map=[(…, …)])"
+                f" MetadataCatalog.get({name!r}).set(keypoint_names=[…], keypoint_flip_map=[…])"
             )
 
 

@@ -55,3 +55,13 @@ class Mapper(DatasetMapper):
         except SizeMismatchError as error:
             raise SizeMismatchError(str(error).replace(path, name)) from None
         return {**sample, "file_name": name}
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        """Detectron2's; an object without keypoints beside others has points without a label."""
+        if self.use_keypoint and self.keypoint_hflip_indices is not None:
+            points = [0.0] * (3 * len(self.keypoint_hflip_indices))
+            for annotation in dataset_dict["annotations"]:
+                annotation.setdefault("keypoints", points)
+        super()._transform_annotations(dataset_dict, transforms, image_shape)

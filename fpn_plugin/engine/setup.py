@@ -24,9 +24,9 @@ from fpn_plugin.data.checks import (
     training_classes,
     training_keypoints,
 )
-from fpn_plugin.data.classes import adopt_classes, set_classes
+from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
-from fpn_plugin.data.keypoints import adopt_keypoints, require_keypoints, set_keypoints
+from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
 from fpn_plugin.engine.run_folder import (
@@ -211,10 +211,10 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
         checked.DATASETS.TRAIN = ()
         if not cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:  # which the model reads its frequencies for
             cfg.DATASETS.TRAIN = ()
-    outputs = None, None
+    outputs: tuple[Classes | None, Keypoints | None] = (None, None)
     if comm.is_main_process():
         reports = check_config_datasets(checked)
-        outputs = training_classes(cfg, reports), training_keypoints(cfg, reports)
+        outputs = training_classes(checked, reports), training_keypoints(checked, reports)
     classes, keypoints = comm.all_gather(outputs)[0]
     if not eval_only:
         set_classes(cfg, classes)

@@ -54,6 +54,16 @@ _PACKAGES = {
     "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
 }
 
+# What the evaluators read of a dataset's metadata, beside what loading the dataset sets
+_METADATA = {
+    "lvis": ("json_file",),
+    "sem_seg": ("stuff_classes", "ignore_label"),
+    "coco_panoptic_seg": ("stuff_classes", "ignore_label", "panoptic_json", "panoptic_root"),
+    "pascal_voc": ("dirname", "split", "year"),
+    "cityscapes_instance": ("gt_dir",),
+    "cityscapes_sem_seg": ("gt_dir",),
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -287,7 +297,8 @@ def check_evaluators(cfg: CfgNode) -> None:
     """Check that every dataset of `DATASETS.TEST` can be evaluated, before hours of training.
 
     Raises:
-        KeyError: if a dataset's `evaluator_type` is missing or unknown.
+        KeyError: if a dataset's `evaluator_type` is missing or unknown, or its metadata lack what
+            that evaluator reads.
         ImportError: if a package is missing for an evaluator or for `TEST.FAST_COCO_EVAL`.
         ValueError: for a bad `TEST.SIZE_BINS`, or `TEST.AUG` of a model that has none, or
             `TEST.KEYPOINT_OKS_SIGMAS` that do not fit the model.
@@ -296,6 +307,7 @@ def check_evaluators(cfg: CfgNode) -> None:
     check_test_augmentation(cfg)
     for name in cfg.DATASETS.TEST:
         _find_builder(name)
+        _require_metadata(name)
     if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
         check_oks_sigmas(cfg)
     coco_eval_class(cfg)
@@ -310,6 +322,16 @@ def _find_builder(dataset_name: str) -> EvaluatorBuilder:
         user = f"DATASETS.TEST {dataset_name!r}: its evaluator_type {evaluator_type!r}"
         _require(*_PACKAGES[evaluator_type], user)
     return build
+
+
+def _require_metadata(dataset_name: str) -> None:
+    metadata = MetadataCatalog.get(dataset_name)
+    for key in _METADATA.get(metadata.evaluator_type, ()):
+        if metadata.get(key) is None:
+            raise KeyError(
+                f"DATASETS.TEST {dataset_name!r}: its evaluator_type {metadata.evaluator_type!r}"
+                f" needs {key!r}: MetadataCatalog.get({dataset_name!r}).set({key}=…)"
+            )
 
 
 def _require(module: str, source: str, user: str) -> None:

@@ -105,7 +105,7 @@ def objects_of_annotations(
 def _labelled_points(keypoints: Sequence[float] | None) -> np.ndarray | None:
     if not keypoints:
         return None
-    points = np.reshape(keypoints, (-1, 3)).astype(float)
+    points: np.ndarray = np.reshape(keypoints, (-1, 3)).astype(float)
     return np.where(points[:, 2:] > 0, points[:, :2], np.nan)
 
 

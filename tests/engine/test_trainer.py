@@ -191,6 +191,15 @@ def test_missing_package(
     check_evaluators(make_config(DATASETS__TEST=(VAL,)))
 
 
+def test_metadata_that_an_evaluator_reads(make_config: MakeConfig) -> None:
+    MetadataCatalog.get("engine_labels").set(evaluator_type="sem_seg", stuff_classes=["a", "b"])
+    cfg = make_config(DATASETS__TEST=("engine_labels",))
+    with pytest.raises(KeyError, match="'engine_labels'.*'sem_seg' needs 'ignore_label'"):
+        check_evaluators(cfg)
+    MetadataCatalog.get("engine_labels").set(ignore_label=255)
+    check_evaluators(cfg)
+
+
 def test_coco_evaluator_of_several_datasets(make_config: MakeConfig, tmp_path: Path) -> None:
     evaluator = build_evaluator(make_config(DATASETS__TEST=(VAL, "other")), VAL)
     assert type(evaluator).__name__ == "InstanceEvaluator" and not isinstance(

@@ -143,3 +143,13 @@ def test_the_heat_lies_where_it_belongs() -> None:
     axes = next(axes for axes in figure.axes if len(axes.images) == 2)
     left, right, bottom, top = axes.images[1].get_extent()
     assert (left, right, bottom, top) == (-0.5, 95.5, 63.5, -0.5)
+
+
+def test_keypoints_are_joined_by_the_skeleton() -> None:
+    points = [1.0, 2.0, 2, 5.0, 6.0, 1, 0.0, 0.0, 0]
+    (obj,) = objects_of_annotations([{**TRUTH[0], "keypoints": points}], ["a", "b"], [(0, 1)])
+    axes = Figure().add_subplot()
+    draw_objects(axes, np.zeros((40, 50, 3)), [obj], ["#ff0000"])
+    line, dots = axes.lines
+    assert np.array(line.get_xydata()).tolist() == [[1, 2], [5, 6]]
+    assert np.isnan(np.array(dots.get_xydata())[2]).all()  # not labelled
