@@ -39,6 +39,7 @@ from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.warm.start import start_warm
 from fpn_plugin.evaluation.build import build_evaluator
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.precision import device_type
 from fpn_plugin.modeling.speed import prepare_for_inference, prepare_for_training
 
@@ -180,7 +181,9 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model, prepared by `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
         check_heads_when_built(cfg)
-        return prepare_for_training(super().build_model(cfg), cfg)
+        model = build_model(cfg)
+        logging.getLogger("detectron2.engine.defaults").info("Model:\n%s", model)
+        return prepare_for_training(model, cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -9,13 +9,13 @@ from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.modeling import build_model
 from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.config import load_config
 from fpn_plugin.config.resolve import choose_device
 from fpn_plugin.data.coco_format import register_own
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.speed import prepare_for_training
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]  # from a record to the model's input
