@@ -4,13 +4,14 @@ not know too, a project's or a user's own."""
 from __future__ import annotations
 
 import re
-from typing import Any, Iterable
+from typing import Iterable
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling import build_model as build_detectron2_model
 from torch import nn
 
+from fpn_plugin.config.heads import AUTO_KEYS
 from fpn_plugin.config.settings import is_names
 from fpn_plugin.config.validate import RecordingConfig, plugin_config
 from fpn_plugin.modeling.bottom_up import accept_small_maps
@@ -48,7 +49,9 @@ def build_model(cfg: CfgNode) -> nn.Module:
     for key, names in _features_read(recording):
         missing = [name for name in names if _MAP.fullmatch(name) and name not in maps]
         if missing and maps:
-            raise ValueError(f"{key}: {missing} are not among the backbone's maps: {_shown(maps)}")
+            raise ValueError(
+                f"{key}: {missing} are not among the backbone's maps: {', '.join(maps)}"
+            )
     return model
 
 
@@ -62,15 +65,11 @@ def _features_read(cfg: RecordingConfig) -> Iterable[tuple[str, list[str]]]:
 def _missing_map(cfg: RecordingConfig, error: KeyError) -> ValueError | None:
     """The error in the place of a bare `KeyError: 'p2'`; None if it is about something else."""
     name = error.args[0] if error.args else None
-    keys = [key for key, names in _features_read(cfg) if name in names]
+    keys = [key for key, names in _features_read(cfg) if name in names and key not in AUTO_KEYS]
     if not keys or not isinstance(name, str):
         return None
     return ValueError(
         f"{' or '.join(keys)}: {name!r} is not among the maps that the head gets: the backbone's,"
-        f" and for a head of boxes MODEL.ROI_HEADS.IN_FEATURES"
-        f" {list(cfg.MODEL.ROI_HEADS.IN_FEATURES)} alone"
+        " and for a head of boxes those of MODEL.ROI_HEADS.IN_FEATURES alone,"
+        f" {list(cfg.MODEL.ROI_HEADS.IN_FEATURES)}"
     )
-
-
-def _shown(names: Iterable[Any]) -> str:
-    return ", ".join(map(str, names))
