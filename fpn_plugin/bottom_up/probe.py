@@ -144,7 +144,7 @@ def log_misfit(source: str) -> None:
 
 @torch.no_grad()
 def run_in_evaluation(network: nn.Module, image: Tensor) -> Any:
-    """What it returns in evaluation mode, without gradients; every module's mode stays as it was."""
+    """What it returns in evaluation mode, without gradients; the modes of its modules stay."""
     modes = [(module, module.training) for module in network.modules()]
     try:
         return network.eval()(image)

@@ -202,8 +202,9 @@ def build_bottom_up_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     accept_small_maps(bottom_up)
     if divisor := probe_maps(cfg, bottom_up):
         raise ValueError(
-            f"{NAME}: {cfg.MODEL.BOTTOM_UP.NAME} gives maps of the sizes that their strides say only"
-            f" for images of multiples of {divisor} pixels: give it size_divisibility {divisor}"
+            f"{NAME}: {cfg.MODEL.BOTTOM_UP.NAME} gives maps of the sizes that their strides say"
+            f" for images of multiples of {divisor} pixels alone: give it size_divisibility"
+            f" {divisor}"
         )
     validate_heads(cfg, {name: x.stride or 1 for name, x in bottom_up.output_shape().items()})
     return bottom_up
