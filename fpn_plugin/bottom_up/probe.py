@@ -38,7 +38,7 @@ class Probe(NamedTuple):
 
 
 def probe(
-    network: nn.Module, source: str, in_channels: int, fixed_size: Any, wanted: Sequence[int]
+    network: Any, source: str, in_channels: int, fixed_size: Any, wanted: Sequence[int]
 ) -> Probe:
     """Run the network on an image with odd sides, or else with sides as divisible as it needs.
 

@@ -56,7 +56,7 @@ def count_costs(group: Group) -> dict[str, float]:
     """
     cfg = _load_config(str(group.runs[0].folder / CONFIG), ())
     cfg.freeze()
-    model = build_model(cfg)
+    model: Any = build_model(cfg)
     complexity = totals(model.backbone, find_below(model.backbone), SIZE)["backbone"]
     return {"parameters": count_parameters(model), "gflops": complexity.flops / 1e9}
 

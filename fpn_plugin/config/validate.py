@@ -64,9 +64,9 @@ class RecordingConfig(CfgNode):
         self, cfg: CfgNode, prefix: str = "", values_read: dict[str, Any] | None = None
     ) -> None:
         dict.__init__(self)
-        vars(self).update(vars(cfg))
+        self.__dict__.update(vars(cfg))
         values_read = {} if values_read is None else values_read
-        vars(self).update(_whole=cfg, _prefix=prefix, _values_read=values_read)
+        self.__dict__.update(_whole=cfg, _prefix=prefix, _values_read=values_read)
         for key, value in cfg.items():
             if isinstance(value, CfgNode):
                 value = RecordingConfig(value, f"{prefix}{key}.", values_read)

@@ -70,7 +70,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.weight,
             self.bias,
             uses_batch,
-            self.momentum,
+            self.momentum,  # type: ignore[arg-type]
             self.eps,
         )
 
@@ -80,7 +80,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         is_alone = not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
-        return BatchNorm2d.forward(self, x) if is_alone else super().forward(x)
+        batch_norm: Any = BatchNorm2d.forward
+        return batch_norm(self, x) if is_alone else super().forward(x)
 
 
 _SINGLE_VALUES: dict[type[nn.Module], type[nn.Module]] = {
