@@ -38,7 +38,7 @@ class Probe(NamedTuple):
 
 
 def probe(
-    network: nn.Module, source: str, in_channels: int, fixed_size: Any, wanted: Sequence[int]
+    network: Any, source: str, in_channels: int, fixed_size: Any, wanted: Sequence[int]
 ) -> Probe:
     """Run the network on an image with odd sides, or else with sides as divisible as it needs.
 
@@ -64,7 +64,10 @@ def probe(
     for divisor, (image, *others) in sizes:
         try:
             maps, inputs = _run(network, torch.zeros(1, in_channels, *image))
-            other_maps = [_maps(network, torch.zeros(1, in_channels, *other)) for other in others]
+            other_maps = [
+                list(run_in_evaluation(network, torch.zeros(1, in_channels, *other)))
+                for other in others
+            ]
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = error
             continue
@@ -140,13 +143,14 @@ def log_misfit(source: str) -> None:
 
 
 @torch.no_grad()
-def _maps(network: nn.Module, image: Tensor) -> list[Tensor]:
-    """All that it returns in evaluation mode, without gradients."""
-    training = network.training
+def run_in_evaluation(network: nn.Module, image: Tensor) -> Any:
+    """What it returns in evaluation mode, without gradients; the modes of its modules stay."""
+    modes = [(module, module.training) for module in network.modules()]
     try:
-        return list(network.eval()(image))
+        return network.eval()(image)
     finally:
-        network.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _run(network: nn.Module, image: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from fpn_plugin.benchmark.configs import find_baseline, model_differences
 from fpn_plugin.benchmark.models import find_below
 from fpn_plugin.checkpoint.run_folder import CONFIG, flatten, recorded_config
 from fpn_plugin.compare.runs import Group
 from fpn_plugin.engine.setup import load_config
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.visualize.complexity import count_parameters, totals
 
 SIZE = (800, 1344)
@@ -56,7 +56,7 @@ def count_costs(group: Group) -> dict[str, float]:
     """
     cfg = _load_config(str(group.runs[0].folder / CONFIG), ())
     cfg.freeze()
-    model = build_model(cfg)
+    model: Any = build_model(cfg)
     complexity = totals(model.backbone, find_below(model.backbone), SIZE)["backbone"]
     return {"parameters": count_parameters(model), "gflops": complexity.flops / 1e9}
 

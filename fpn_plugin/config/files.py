@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import os
 from functools import partial
-from typing import Any, Callable, Collection, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
@@ -141,14 +141,10 @@ def unknown_key(key: str, cfg: CfgNode, where: str = "") -> UnknownNameError:
     prefix = section + "." if section else ""
     beside = [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]
     place = f"{where}: config key" if where else "config key"
-    return unknown_name(place, key, beside, _meant_key(key, known))
-
-
-def _meant_key(key: str, known: Collection[str]) -> str:
-    """The key that a wrong one is taken for; "" if it is none but for those beside it."""
+    # the key itself may be right, and its section wrong
     leaf = key.rpartition(".")[2].lower()
     same = [name for name in sorted(known) if name.rpartition(".")[2].lower() == leaf]
-    return close_name(key, same, 0.0)
+    return unknown_name(place, key, beside, close_name(key, [*beside, *same]))
 
 
 def keys(node: CfgNode, prefix: str = "") -> set[str]:

@@ -45,6 +45,11 @@ def resolve_heads(cfg: CfgNode) -> None:
         ValueError: if `auto` stands among other values, if there is no pyramid that it could follow
             from, for a mistake in `MODEL.FPN`, or if a head reads what the pyramid does not give.
     """
+    for key in (*AUTO_KEYS, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"):
+        if not isinstance(cfg_get(cfg, key), (list, tuple)):
+            example = "['p2', 'p3']" if key.endswith("IN_FEATURES") else "[[32], [64]]"
+            raise ValueError(f"{key}: {cfg_get(cfg, key)!r} is not a list such as {example}")
+    _refuse_auto_elsewhere(cfg.MODEL, "MODEL.")
     auto = [key for key in AUTO_KEYS if _is_auto(cfg, key)]
     if cfg.MODEL.BACKBONE.NAME != PYRAMID_BUILDER:
         _refuse_auto([key for key in auto if key in _keys_read(cfg)], cfg.MODEL.BACKBONE.NAME)
@@ -153,6 +158,11 @@ def validate_heads(cfg: CfgNode, strides: Mapping[str, int]) -> None:
         if key in _ANCHORED:
             _validate_anchors(cfg, key, len(features))
         if key == "MODEL.ROI_HEADS.IN_FEATURES":
+            if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads" and len(features) > 1:
+                raise ValueError(
+                    f"{key}: {list(features)}, but MODEL.ROI_HEADS.NAME: Res5ROIHeads (Detectron2's"
+                    " default) reads one map: take StandardROIHeads"
+                )
             _validate_pooled(key, features, [strides[name] for name in features])
 
 
@@ -192,6 +202,24 @@ def _keys_read(cfg: CfgNode) -> list[str]:
     if not features:
         return list(AUTO_KEYS)
     return features + ([SIZES] if set(features) & set(_ANCHORED) else [])
+
+
+def _refuse_auto_elsewhere(node: CfgNode, prefix: str) -> None:
+    """Refuse `[auto]` in heads that this plugin does not know: which maps they need is not known.
+
+    Raises:
+        ValueError: naming the key and those that take it.
+    """
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, CfgNode):
+            _refuse_auto_elsewhere(value, f"{key}.")
+        elif name.endswith("IN_FEATURES") and key not in AUTO_KEYS:
+            if value == AUTO or (isinstance(value, (list, tuple)) and AUTO in value):
+                raise ValueError(
+                    f"{key}: {value!r}: only {', '.join(AUTO_KEYS)} take [{AUTO}]: name the maps,"
+                    " such as ['p2']"
+                )
 
 
 def _refuse_auto(keys: Sequence[str], backbone: str) -> None:
@@ -259,12 +287,32 @@ def _validate_anchors(cfg: CfgNode, where: str, count: int) -> None:
     """Anchor sizes and ratios are given once for all maps, or once for each."""
     for key in ("SIZES", "ASPECT_RATIOS"):
         values = cfg.MODEL.ANCHOR_GENERATOR[key]
+        _validate_anchor_values(f"MODEL.ANCHOR_GENERATOR.{key}", values)
         lists = [value for value in values if isinstance(value, (list, tuple))]
         if lists and len(lists) not in (1, count):
             raise ValueError(
                 f"MODEL.ANCHOR_GENERATOR.{key}: {len(lists)} lists for the {count} maps of {where}"
                 f" {list(cfg_get(cfg, where))}: give one list for all, or {count}"
             )
+
+
+def _validate_anchor_values(key: str, values: Any) -> None:
+    """Positive numbers, or lists of them."""
+    groups: Any = [values] if isinstance(values, (list, tuple)) else []
+    if groups and any(isinstance(value, (list, tuple)) for value in values):
+        groups = values
+    for group in groups:
+        if not isinstance(group, (list, tuple)) or not all(map(_is_positive, group)):
+            groups = []
+    if not groups or not all(groups):
+        raise ValueError(
+            f"{key}: {values!r} is no list of numbers above 0 for all maps, or of one for each map,"
+            " such as [[32], [64]]"
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and value > 0  # type: ignore[operator]
 
 
 def _validate_cascade(cfg: CfgNode) -> None:

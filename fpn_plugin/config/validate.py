@@ -3,6 +3,7 @@ what Detectron2 lacks; and the keys in the errors of a pyramid."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import math
@@ -60,6 +61,45 @@ def keys_in_errors() -> Iterator[None]:
         raise type(error)(text) from error
 
 
+class RecordingConfig(CfgNode):
+    """A copy of a config that notes which keys are read.
+
+    This plugin's own functions read the config itself: see :func:`plugin_config`.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, prefix: str = "", values_read: dict[str, Any] | None = None
+    ) -> None:
+        dict.__init__(self)
+        self.__dict__.update(vars(cfg))
+        values_read = {} if values_read is None else values_read
+        self.__dict__.update(_whole=cfg, _prefix=prefix, _values_read=values_read)
+        for key, value in cfg.items():
+            if isinstance(value, CfgNode):
+                value = RecordingConfig(value, f"{prefix}{key}.", values_read)
+            dict.__setitem__(self, key, value)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if not isinstance(value, CfgNode):
+            vars(self)["_values_read"][vars(self)["_prefix"] + key] = value
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def values_read(self) -> dict[str, Any]:
+        """The values that were read, by their keys, with dots."""
+        return vars(self)["_values_read"]
+
+    def clone(self) -> CfgNode:
+        """A copy of the config itself, which notes nothing."""
+        return vars(self)["_whole"].clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CfgNode:
+        return copy.deepcopy(vars(self)["_whole"], memo)
+
+
 def plugin_config(cfg: CfgNode | DictConfig) -> CfgNode:
     """The config itself as yacs's class, with every key of this plugin.
 
@@ -70,6 +110,8 @@ def plugin_config(cfg: CfgNode | DictConfig) -> CfgNode:
         ValueError: naming a key that is missing and what to call, or a key beside this plugin's
             that is spelt nearly as one of them: setting an attribute makes one.
     """
+    if isinstance(cfg, RecordingConfig):
+        cfg = vars(cfg)["_whole"]
     node = cfg if isinstance(cfg, CfgNode) else _as_node(cfg)
     missing = [key for key in plugin_keys() if not _has(node, key)]
     if missing:

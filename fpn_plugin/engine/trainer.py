@@ -55,6 +55,7 @@ from fpn_plugin.evaluation.augmentation import (
     check_test_augmentation,
 )
 from fpn_plugin.evaluation.build import build_evaluator
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.precision import Autocast, device_type
 from fpn_plugin.modeling.speed import prepare_for_inference, prepare_for_training
 
@@ -268,7 +269,9 @@ class Trainer(DefaultTrainer):
         """The model, prepared by `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
         check_pixels(cfg)
         check_heads_when_built(cfg)
-        return prepare_for_training(super().build_model(cfg), cfg)
+        model = build_model(cfg)
+        logging.getLogger("detectron2.engine.defaults").info("Model:\n%s", model)
+        return prepare_for_training(model, cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

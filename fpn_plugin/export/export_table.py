@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Iterator, List, Sequence
 
 import torch
-from detectron2.modeling import build_model
 from torch import nn
 
 from fpn_plugin.export.export import Settings, export, json_path
 from fpn_plugin.export.formats import FORMATS
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.pyramid.build import REGISTRIES
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.report.tables import Table

@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
 
+from fpn_plugin.bottom_up.probe import fits
 from fpn_plugin.config.defaults import GONE
 from fpn_plugin.config.heads import (
     are_heads_checked,
@@ -28,7 +29,13 @@ from fpn_plugin.config.settings import (
 )
 from fpn_plugin.config.validate import keys_in_errors, plugin_config
 from fpn_plugin.config.warm_start import FROM, warm_settings
-from fpn_plugin.modeling.bottom_up import build_bottom_up
+from fpn_plugin.modeling.bottom_up import (
+    accept_small_maps,
+    build_bottom_up,
+    probe_maps,
+    wrong_size,
+)
+from fpn_plugin.pyramid.fused import is_traced
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.warm import combine
 from fpn_plugin.registry import bad_argument
@@ -101,6 +108,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         self.settings = settings
         self.warm_start = warm
         self.bottom_up = bottom_up
+        accept_small_maps(bottom_up)
         self._square_pad = square_pad
         self.recompute = recompute
         # a warm start pads images as the checkpoint does, or it would not compute its function
@@ -119,7 +127,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         return {
             "bottom_up": bottom_up,
             "settings": settings,
-            "size_divisibility": head_size_divisibility(cfg),
+            "size_divisibility": max(head_size_divisibility(cfg), probe_maps(cfg, bottom_up)),
             "recompute": cfg.MODEL.FPN.RECOMPUTE,
             "warm_from": _blueprint(bottom_up, old),
         }
@@ -150,7 +158,24 @@ class PyramidBackbone(GraphExecutor, Backbone):
         Returns:
             `{"p2": (N, C, H/4, W/4), ...}` from high to low resolution.
         """
-        return self._run(self.bottom_up(x))
+        features = self.bottom_up(x)
+        if isinstance(x, Tensor) and not is_traced():  # no proxy of torch.fx
+            self._check_sizes(features, x)
+        return self._run(features)
+
+    def _check_sizes(self, features: Mapping[str, Tensor], x: Tensor) -> None:
+        """Refuse maps whose places are not those that their strides say.
+
+        Raises:
+            ValueError: naming the map, its size, and the image's.
+        """
+        image = x.shape[2:]
+        if any(side % max(self._size_divisibility, 1) for side in image):
+            return  # not padded as it should be
+        for name, level in self.graph.inputs.items():
+            size = features[name].shape[2:]
+            if not fits([size], [2**level], image):
+                raise wrong_size(type(self.bottom_up).__name__, name, 2**level, size, image)
 
     def __prepare_scriptable__(self) -> nn.Module:
         module = super().__prepare_scriptable__()

@@ -4,15 +4,19 @@ others."""
 from __future__ import annotations
 
 import logging
-from typing import Callable
+import sys
+from typing import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import nn
 
+from fpn_plugin.bottom_up.base import AdaptedBackbone
 from fpn_plugin.bottom_up.detectron2 import register_builders
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.probe import find_divisor, fits, run_in_evaluation
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.torchvision import TorchvisionBackbone
 from fpn_plugin.checkpoint.files import read_shapes
@@ -22,10 +26,12 @@ from fpn_plugin.config.heads import head_features, require_resolved_heads, valid
 from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.config.validate import deformable_stages, plugin_config
 from fpn_plugin.modeling.deformable import build_deformable_resnet
+from fpn_plugin.pyramid.blocks import accept_single_values
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
 
+_TRUSTED = ("detectron2.modeling.", "fpn_plugin.")  # where networks have maps of the right sizes
 NAME = "MODEL.BOTTOM_UP.NAME"
 # Adapters for libraries whose networks are named <library>/<model>. These names are also values of
 # MODEL.BOTTOM_UP.WEIGHTS: the weights that the library publishes
@@ -73,6 +79,71 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     elif weights:
         load_weights(bottom_up, weights)
     return bottom_up
+
+
+def accept_small_maps(network: nn.Module) -> None:
+    """Let the norms of a network take maps of 1x1 pixels of a single image, in place."""
+    more: dict[type[nn.Module], type[nn.Module]] = {}
+    if "timm.layers" in sys.modules:
+        from fpn_plugin.bottom_up.timm_norms import CLASSES
+
+        more = CLASSES
+    accept_single_values(network, more)
+
+
+def probe_maps(cfg: CfgNode, bottom_up: Backbone) -> int:
+    """What an image's sides must be divisible by for a network's maps to have the sizes that their
+    strides say, in pixels; 0 for no more than it says itself.
+
+    It is tried out on a registered network that is neither Detectron2's nor this plugin's: the
+    adapters have tried theirs.
+
+    Raises:
+        ValueError: naming the network and a map, if no divisor is known to help.
+    """
+    if isinstance(bottom_up, AdaptedBackbone) or type(bottom_up).__module__.startswith(_TRUSTED):
+        return 0
+    unit, name = max(bottom_up.size_divisibility, 1), cfg.MODEL.BOTTOM_UP.NAME
+    strides = {
+        key: shape.stride
+        for key, shape in bottom_up.output_shape().items()
+        if shape.stride and (key in cfg.MODEL.FPN.IN_FEATURES or not cfg.MODEL.FPN.IN_FEATURES)
+    }
+    error: ValueError | None = None
+
+    def map_sizes(height: int, width: int) -> list[torch.Size]:
+        nonlocal error
+        if height % unit or width % unit:
+            raise ValueError("no image of such a size is given to it")
+        device = next((p.device for p in bottom_up.parameters()), None)
+        x = torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device=device)
+        try:
+            maps = run_in_evaluation(bottom_up, x)
+        except Exception as refused:  # whatever a user's network raises: it is no fault of its maps
+            raise ValueError("it does not run here") from refused
+        sizes = {key: maps[key].shape[2:] for key in strides}
+        for key, stride in strides.items():
+            if not error and not fits([sizes[key]], [stride], (height, width)):
+                error = wrong_size(name, key, stride, sizes[key], (height, width))
+        return list(sizes.values())
+
+    divisor = find_divisor(map_sizes, list(strides.values()))
+    if error and not divisor:
+        raise error
+    return divisor if divisor > unit else 0
+
+
+def wrong_size(
+    network: str, name: str, stride: int, size: Sequence[int], image: Sequence[int]
+) -> ValueError:
+    """The error for a map of another size than its stride says."""
+    right = [-(-side // stride) for side in image]
+    return ValueError(
+        f"MODEL.BOTTOM_UP.NAME: {network} gives {name!r} of {size[0]} x {size[1]} for an image of"
+        f" {image[0]} x {image[1]} pixels, but its stride of {stride} says {right[0]} x {right[1]}:"
+        " anchors and boxes would be at other places than the objects. Let the network pad and crop"
+        " or resize its maps, or have a larger size_divisibility"
+    )
 
 
 def _prefixes(cfg: CfgNode) -> list[str]:
@@ -153,5 +224,12 @@ def build_bottom_up_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     cfg.MODEL.FPN.IN_FEATURES = names
     cfg.MODEL.RESNETS.OUT_FEATURES = names or cfg.MODEL.RESNETS.OUT_FEATURES
     bottom_up = build_bottom_up(cfg, input_shape)
+    accept_small_maps(bottom_up)
+    if divisor := probe_maps(cfg, bottom_up):
+        raise ValueError(
+            f"{NAME}: {cfg.MODEL.BOTTOM_UP.NAME} gives maps of the sizes that their strides say"
+            f" for images of multiples of {divisor} pixels alone: give it size_divisibility"
+            f" {divisor}"
+        )
     validate_heads(cfg, {name: x.stride or 1 for name, x in bottom_up.output_shape().items()})
     return bottom_up

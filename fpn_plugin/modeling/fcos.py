@@ -11,6 +11,7 @@ from detectron2.modeling.meta_arch import fcos
 from torch import Tensor
 
 from fpn_plugin.config.validate import plugin_config
+from fpn_plugin.pyramid.blocks import accept_single_values
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,7 +55,7 @@ class FCOS(fcos.FCOS):
         )
         return {
             "backbone": backbone,
-            "head": head,
+            "head": accept_single_values(head),
             "head_in_features": list(settings.IN_FEATURES),
             "num_classes": settings.NUM_CLASSES,
             "center_sampling_radius": settings.CENTER_SAMPLING_RADIUS,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, Iterator, TypeVar
+from typing import Any, Callable, Iterator, Mapping, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.weight,
             self.bias,
             uses_batch,
-            self.momentum,
+            self.momentum,  # type: ignore[arg-type]
             self.eps,
         )
 
@@ -84,7 +84,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         is_alone = not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
-        return BatchNorm2d.forward(self, x) if is_alone else super().forward(x)
+        batch_norm: Any = BatchNorm2d.forward
+        return batch_norm(self, x) if is_alone else super().forward(x)
 
 
 _SINGLE_VALUES: dict[type[nn.Module], type[nn.Module]] = {
@@ -94,17 +95,26 @@ _SINGLE_VALUES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def accept_single_values(module: Module) -> Module:
+def accept_single_values(
+    module: Module, more: Mapping[type[nn.Module], type[nn.Module]] | None = None
+) -> Module:
     """Let every norm of a module, in place, take what torch refuses: one value per channel, as the
-    coarsest maps of a small image have. Nothing else about them changes."""
+    coarsest maps of a small image have. Nothing else about them changes.
+
+    Args:
+        more: what norms of other libraries become, by their classes.
+    """
+    classes = {**_SINGLE_VALUES, **(more or {})}
     for layer in module.modules():
-        new = _SINGLE_VALUES.get(type(layer))
-        if new and (type(layer) is nn.GroupNorm or _keeps_plain_statistics(layer)):
-            layer.__class__ = new  # as torch's lazy modules become others
+        if type(layer) in classes and _is_plain(layer):
+            layer.__class__ = classes[type(layer)]  # as torch's lazy modules become others
     return module
 
 
-def _keeps_plain_statistics(norm: Any) -> bool:
+def _is_plain(norm: Any) -> bool:
+    """Whether it is no batch norm, or one with running statistics that are averaged as usual."""
+    if not isinstance(norm, _NormBase):
+        return True
     return norm.track_running_stats and norm.momentum is not None
 
 

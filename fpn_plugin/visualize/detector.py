@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.config import load_config
@@ -16,6 +15,7 @@ from fpn_plugin.data.classes import adopt_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import adopt_keypoints
 from fpn_plugin.data.mapper import Mapper
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.speed import prepare_for_training
 
 

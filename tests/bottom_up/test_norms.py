@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
+from fpn_plugin import PyramidBackbone
 from fpn_plugin.bottom_up.base import freeze
 from fpn_plugin.bottom_up.norms import NORMS, convert_norms, freeze_norm_statistics
+from fpn_plugin.bottom_up.timm import TimmBackbone
 
 CHANNELS = 12
 KINDS = {
@@ -121,3 +124,18 @@ def test_an_empty_name_leaves_all_as_it_is() -> None:
 def test_mistakes_are_named(model: Any, norm: str, message: str) -> None:
     with pytest.raises((KeyError, ValueError), match=message):
         convert_norms(model, norm, "it")
+
+
+@pytest.mark.parametrize("model, norm", [("test_efficientnet", ""), ("test_efficientnet", "GN")])
+def test_a_network_in_a_pyramid_trains_on_one_tiny_image(model: str, norm: str) -> None:
+    """Its last map is one pixel; timm's norms include the activation."""
+    network = TimmBackbone(model, ["res4", "res5"], norm=norm)
+    own = copy.deepcopy(network).train()
+    pyramid = PyramidBackbone(network, in_features=["res4", "res5"], out_channels=32, norm="GN")
+    maps = pyramid.train()(torch.randn(1, 3, 32, 32))
+    sum(y.square().sum() for y in maps.values()).backward()
+    assert all(p.grad.isfinite().all() for p in pyramid.parameters())
+    own.load_state_dict(network.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(own(x).values(), network(x).values()))
+    torch.jit.script(pyramid.eval())

@@ -253,3 +253,18 @@ def test_lists_inside_of_lists_that_grow_without_end() -> None:
         text = f"[{text} for a in [{', '.join('1' * 10)}]]"
     with pytest.raises(ValueError, match="more than 100000 steps"):
         evaluate(text)
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("MODEL.FPN.TOPOLGY", "MODEL.FPN.TOPOLOGY"),
+        ("model.fpn.topology", "MODEL.FPN.TOPOLOGY"),
+        ("MODEL.FPNN.TOPOLOGY", "MODEL.FPN.TOPOLOGY"),
+        ("FPN.TOPOLOGY", "MODEL.FPN.TOPOLOGY"),
+        ("MODEL.ANCHOR_GENERATOR.SIZE", "MODEL.ANCHOR_GENERATOR.SIZES"),
+    ],
+)
+def test_a_wrong_key_gets_the_right_one(key: str, meant: str) -> None:
+    with pytest.raises(KeyError, match=f"'{key}' .did you mean '{meant}'"):
+        merge_overrides(ours(), [key, "x"])

@@ -186,11 +186,31 @@ def test_auto_on_a_command_line(word: str) -> None:
         ),
         (["MODEL.FPN.GRAPH", LOW_HIGH], "input 'res2' is neither an output nor read"),
         ([RPN, ["p9"]], "MODEL.RPN.IN_FEATURES: 'p9' is not among.*p2, p3, p4, p5, p6"),
+        ([SIZES, [[32], 64]], r"ANCHOR_GENERATOR.SIZES: \[\[32\], 64\] is no list of numbers"),
+        ([SIZES, [["a"]]], r"ANCHOR_GENERATOR.SIZES: \[\['a'\]\] is no list"),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0]]], "ASPECT_RATIOS: .*numbers above 0"),
+        (["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"], "Res5ROIHeads .* one map: take Standard"),
     ],
 )
 def test_every_mistake_names_its_key(overrides: list, message: str) -> None:
     with pytest.raises((ValueError, KeyError), match=message):
         resolve_config(config(MASK, *overrides))
+
+
+@pytest.mark.parametrize("key, value", [(RPN, "p2"), (ROI, 3), (SIZES, 32), (RPN, "auto")])
+def test_an_attribute_of_another_type_names_its_key(key: str, value: Any) -> None:
+    cfg = config(MASK, auto=())
+    section, _, name = key.rpartition(".")
+    cfg_get(cfg, section)[name] = value
+    with pytest.raises(ValueError, match=rf"{key}: {value!r} is not a list such as \["):
+        resolve_config(cfg)
+
+
+def test_auto_is_refused_in_heads_that_are_not_known() -> None:
+    cfg = config(MASK)
+    cfg.MODEL.POINT_HEAD = CfgNode({"IN_FEATURES": ["auto"]})
+    with pytest.raises(ValueError, match="MODEL.POINT_HEAD.IN_FEATURES: .* name the maps"):
+        resolve_config(cfg)
 
 
 def test_without_a_pyramid_auto_may_stand_where_nothing_reads_it() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.layers import get_norm
 from helpers import randomize
 from torch import Tensor, nn
 
@@ -227,3 +230,25 @@ def test_activation_and_order_are_checked(name: str) -> None:
         BLOCKS.get(name)(4, 4, activation="rlu")
     with pytest.raises(ValueError, match="order 'norm-conv' is unknown.*conv-norm-act"):
         BLOCKS.get(name)(4, 4, order="norm-conv")
+
+
+@pytest.mark.parametrize("norm", ["GN", "BN", "SyncBN", "LN", "FrozenBN"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_norm_takes_one_value_and_is_torchs_otherwise(norm: str, training: bool) -> None:
+    """P6 of a small image: torch's own GN and BN refuse a single image's map of 1x1."""
+    torch.manual_seed(0)
+    layer: Any = norm_layer(norm, 32)
+    x = torch.randn(1, 32, 1, 1, requires_grad=True)
+    y = layer.train(training)(x)
+    assert y.isfinite().all()
+    if norm == "GN":  # as in a batch of several images: a group of one value has no deviation
+        many = layer(x.detach().expand(2, -1, -1, -1))
+        assert torch.allclose(y, many[:1], atol=1e-6) and y.abs().max() < 1e-3
+    elif norm in ("BN", "SyncBN"):
+        assert torch.allclose(y, x, atol=1e-4)  # by its running statistics, which stay
+        assert layer.num_batches_tracked == 0 and layer.running_var.eq(1).all()
+    theirs = get_norm(norm, 32).train(training)
+    x = torch.randn(2, 32, 3, 3)
+    assert torch.equal(layer(x), theirs(x))
+    state = layer.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in theirs.state_dict().items())

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.pyramid.blocks import ModulatedConv
 
 # operators that compute something else when their channels are copied
