@@ -36,6 +36,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     (MASK, "FPN.UPSAMPLE", "maxpool", "FPN.UPSAMPLE: .*'maxpool'.*bilinear"),
     (MASK, "FPN.DOWNSAMPLE", "nearest", "FPN.DOWNSAMPLE: .*'nearest'.*conv"),
     (MASK, "FPN.LATERAL", "conv", "FPN.LATERAL: .*'conv'.*conv1x1"),
+    (MASK, "FPN.BLOCK", "conv3x3(norm=BN)", r"FPN.BLOCK: 'conv3x3\(norm=BN\)' is not an operator"),
     (MASK, "FPN.BLOCK", "conv", "FPN.BLOCK: .*'conv'.*separable"),
     (MASK, "FPN.ACTIVATION", "rlu", "FPN.ACTIVATION: .*'rlu'.*relu"),
     (MASK, "FPN.EXTRA_LEVELS", "p6", "FPN.EXTRA_LEVELS: .*'p6'.*maxpool"),
