@@ -101,7 +101,7 @@ class TorchvisionBackbone(AdaptedBackbone):
         )
         maps = {name: info for name in names if (info := ends[name].map)}
         divisor = find_divisor(
-            lambda height, width: _map_sizes(extractor, maps, height, width),
+            lambda *size: _map_sizes(extractor, maps, in_channels, *size),
             [info.stride for info in maps.values()],
         )
         if not divisor:
@@ -175,10 +175,10 @@ def _run_on_meta(network: nn.Module, channels: int, height: int, width: int) -> 
 
 
 def _map_sizes(
-    network: nn.Module, maps: Mapping[str, MapInfo], height: int, width: int
+    network: nn.Module, maps: Mapping[str, MapInfo], channels: int, height: int, width: int
 ) -> list[torch.Size]:
     """The heights and widths of the maps of an image of that size."""
-    results = _run_on_meta(network, height, width)
+    results = _run_on_meta(network, channels, height, width)
     return [
         results[name].shape[1:3] if info.channels_last else results[name].shape[2:]
         for name, info in maps.items()
