@@ -18,7 +18,7 @@ FEATURES = ["res2", "res3", "res4", "res5"]
 PYRAMID = (
     *("DATASETS.CHECK", "off", "MODEL.FPN.IN_FEATURES", str(FEATURES)),
     *("MODEL.RPN.IN_FEATURES", "[ auto ]", "MODEL.ROI_HEADS.IN_FEATURES", "auto"),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NUM_CLASSES", "2"),
     *("MODEL.BACKBONE.NAME", "build_pyramid_backbone", "MODEL.BOTTOM_UP.NAME"),
 )
 RGB = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "RGB")
