@@ -76,8 +76,9 @@ class AdaptedBackbone(Backbone):
         maps: their properties by name, in the same order, from high to low resolution.
         size_divisibility: the image's height and width must be divisible by it, in pixels; 0 for
             any size.
-        resample: brings every map to the size that its stride says, by linear interpolation: for
-            networks whose convolutions lose the border.
+        resample: brings every map to the size that its stride says, by linear interpolation, which
+            leaves one of that size as it is: for networks whose convolutions lose the border, and
+            images that are not padded as `size_divisibility` says.
     """
 
     def __init__(

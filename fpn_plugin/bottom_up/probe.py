@@ -28,7 +28,8 @@ class Probe(NamedTuple):
         maps: all that it returns.
         stage_inputs: the tensors that enter each known stage, in order.
         divisor: the image's sides must be divisible by it, in pixels.
-        is_exact: whether its maps then have the sizes that their strides say.
+        is_exact: whether its maps have the sizes that their strides say, for all images that it
+            takes.
     """
 
     maps: list[Tensor]
@@ -75,7 +76,7 @@ def probe(
         result = Probe(maps, inputs, divisor)
         pairs = zip((image, *others), (maps, *other_maps))
         if all(fits(map_sizes(given), wanted_strides, size) for size, given in pairs):
-            return result
+            return result._replace(is_exact=misfit is None)
         misfit = misfit or result._replace(is_exact=False)
     if misfit:
         log_misfit(source)

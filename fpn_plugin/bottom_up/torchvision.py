@@ -106,7 +106,7 @@ class TorchvisionBackbone(AdaptedBackbone):
         )
         if not divisor:
             log_misfit(source)
-        super().__init__(extractor, maps, divisor if divisor > 1 else 0, resample=not divisor)
+        super().__init__(extractor, maps, divisor if divisor > 1 else 0, resample=divisor != 1)
         convert_norms(self.model, norm, source)
         freeze_norm_statistics(self.model)
 

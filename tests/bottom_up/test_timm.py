@@ -251,3 +251,10 @@ def test_a_model_without_maps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
     with pytest.raises((KeyError, ValueError), match=message):
         TimmBackbone(**arguments)
+
+
+def test_an_image_that_is_not_padded_enough_has_its_maps_resampled() -> None:
+    backbone = TimmBackbone("mobilevitv2_050").eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 160, 128))  # no multiples of 64
+    assert maps["res5"].shape[2:] == (5, 4)
