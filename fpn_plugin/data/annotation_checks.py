@@ -13,7 +13,7 @@ from typing import Any, Iterable
 import numpy as np
 
 from .classes import unique_names
-from .coco_json import NO_POLYGON, Findings, Polygons
+from .coco_json import EXAMPLES_SHOWN, NO_POLYGON, Findings, Polygons
 from .image_checks import image_file_name, name_fault
 from .masks import far_coordinate, run_length_fault
 from .unit_checks import check_units
@@ -27,6 +27,8 @@ __all__ = [
 
 _DROPPED = "Detectron2 leaves it out of training"
 _BORDER_TOLERANCE = 1.0
+# What an evaluation reads of an annotation: what it must be, and what is taken if it is missing
+_EVALUATED = {"area": ("a number", "that of its mask or box"), "iscrowd": ("0 or 1", "0")}
 _LARGEST = 2**53  # JSON's integers have no bound, those of tensors do
 _MOST_PIXELS = 2**32  # pycocotools counts them in 32 bits
 
@@ -180,7 +182,7 @@ def check_annotations(
     _check_ids(valid, images, categories, findings)
     _check_annotation_ids(valid, images, bool(evaluation), "iscrowd" in evaluation, own, findings)
     if training:
-        crowds = [a for a in valid if a.get("iscrowd", 0) != 0]
+        crowds = [a for a in valid if (a.get("iscrowd") or 0) != 0]
         findings.leave_out("iscrowd is not 0 (CVAT's brush masks are written so)", crowds)
     _check_boxes([a for a in valid if a["image_id"] in images], images, masks, findings)
     _check_masks(valid, images, masks, polygons, training, own, findings)
@@ -403,7 +405,7 @@ def _check_masks(
 def _polygons_fault(mask: Polygons, image: dict[str, Any] | None) -> str:
     """What is wrong with polygons whatever their number of points is; "" if nothing is."""
     if NO_POLYGON in mask.lengths:
-        return "has a polygon that is not a list of finite numbers [x, y, x, y, …]"
+        return "must be a list of polygons [[x, y, x, y, …], …] of finite numbers"
     if image is None or (far := far_coordinate(mask.low, mask.high, image)) is None:
         return ""
     size = f"{image['width']} x {image['height']}"
@@ -521,17 +523,24 @@ def _check_evaluation(
     keys: tuple[str, ...],
     findings: Findings,
 ) -> None:
-    """Find what would end an evaluation, hours of training later, in a ``KeyError``."""
-    rules = {"area": "a number", "iscrowd": "0 or 1"}
-    if _types(a.get("area") for a in annotations) <= {int, float}:
-        keys = tuple(key for key in keys if key != "area")
-    for annotation in annotations if keys else ():
-        for key in keys:
+    """Find what would end an evaluation, hours of training later, in a ``KeyError``.
+
+    COCO's evaluators fill in what is missing, LVIS's does not.
+    """
+    fills = "iscrowd" in keys
+    for key in keys:
+        rule, filled = _EVALUATED[key]
+        if fills:
+            lacking = [annotation for annotation in annotations if annotation.get(key) is None]
+            text = f"annotation without {key!r}: the evaluation takes {filled}"
+            labels = [_label(annotation, images) for annotation in lacking[:EXAMPLES_SHOWN]]
+            findings.warn(text, len(lacking), labels.__getitem__)
+        for annotation in annotations:
             value = annotation.get(key)
             good = type(value) in (int, float) if key == "area" else value in (0, 1)
-            if not good:
+            if not good and not (fills and value is None):
                 given = repr(value) if key in annotation else "missing"
                 findings.error(
-                    f"{_label(annotation, images)}: {key!r} is {given}, but must be {rules[key]}: "
+                    f"{_label(annotation, images)}: {key!r} is {given}, but must be {rule}: "
                     "the evaluation of a dataset in DATASETS.TEST reads it"
                 )

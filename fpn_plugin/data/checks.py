@@ -217,7 +217,23 @@ def check_dataset(
         *(name, report.num_images, report.num_annotations, len(report.classes)),
         _CHECKED[level],
     )
+    if training and num_annotations:
+        _name_classes_without_objects(name, content, dict(zip(ids, classes)))
     return report
+
+
+def _name_classes_without_objects(
+    dataset: str, content: dict[str, Any], classes: dict[Any, str]
+) -> None:
+    """Warn of categories such as the root that some exports have, which nothing belongs to."""
+    present = {annotation["category_id"] for annotation in content["annotations"]}
+    names = [name for key, name in classes.items() if key not in present]
+    if names:
+        logger.warning(
+            "%s: %d of %d classes have no object to train on, and keep an output each: %s%s",
+            *(dataset, len(names), len(classes), ", ".join(names[:10])),
+            ", …" if len(names) > 10 else "",
+        )
 
 
 def _count_reasons(left_out: dict[str, int]) -> str:

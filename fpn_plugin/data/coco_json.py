@@ -9,11 +9,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 __all__ = [
+    "EXAMPLES_SHOWN",
     "NO_POLYGON",
     "DatasetError",
     "Findings",
@@ -31,7 +32,7 @@ _IDS = {
     "annotations": ("id", "image_id", "category_id"),
 }
 _ERRORS_SHOWN = 10
-_EXAMPLES_SHOWN = 3
+EXAMPLES_SHOWN = 3
 
 
 class DatasetError(ValueError):
@@ -83,7 +84,7 @@ class Findings:
         if count:
             self.counts[fault] = self.counts.get(fault, 0) + count
             shown = self.examples.setdefault(fault, [])
-            shown += [describe(i) for i in range(min(count, _EXAMPLES_SHOWN - len(shown)))]
+            shown += [describe(i) for i in range(min(count, EXAMPLES_SHOWN - len(shown)))]
 
     def leave_out(self, reason: str, annotations: Iterable[Any]) -> None:
         """Note that training leaves out these annotations; the first reason of each counts."""
@@ -193,14 +194,23 @@ def is_plain_utf8(path: str) -> bool:
 def unify_ids(content: dict[str, Any]) -> None:
     """Bring ids and sizes whose meaning is clear into one form, in place.
 
-    A float that is a whole number becomes an integer, and an annotation refers to its image and
-    category by that one's own id, be it a number or text, if it only differs in that.
+    A float that is a whole number becomes an integer, and so does a text for a size in pixels. An
+    annotation refers to its image and category by that one's own id, be it a number or text, if it
+    only differs in that; an "iscrowd" of null is 0.
     """
     tables = {
         table: [record for record in content.get(table) or () if isinstance(record, dict)]
         for table in _IDS
         if isinstance(content.get(table), list)
     }
+    for image in tables.get("images", ()):
+        for key in ("width", "height"):
+            if type(image.get(key)) is str:
+                with suppress(ValueError):  # which the checks report
+                    image[key] = float(image[key])
+    for annotation in tables.get("annotations", ()):
+        if annotation.get("iscrowd", 0) is None:
+            annotation["iscrowd"] = 0
     for table, records in tables.items():
         for key in _IDS[table]:
             if float in set(map(type, (record.get(key) for record in records))):

@@ -7,9 +7,12 @@ from collections import Counter
 from typing import Any, Sequence
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from fpn_plugin.data.masks import usable_mask
 
 COCO_LIMIT = 100  # detections of a category in an image that count in COCO's AP of boxes and masks
 KEYPOINT_LIMIT = 20  # the same for keypoints
@@ -23,16 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_truth(truth: COCO) -> COCO:
-    """Give annotations the ids 1, 2, … unless all ids are whole numbers above 0, in place.
+    """Fill in what pycocotools reads of every annotation and a file may lack, in place.
 
-    An id means nothing but "this object": pycocotools takes 0 for "not matched" and joins objects
-    that share an id, and faster-coco-eval loses ids that are negative or do not fit in 64 bits.
+    Without an "iscrowd" an object is none, and its "area" is that of its mask, else of its box.
+    Annotations get the ids 1, 2, … unless all ids are whole numbers above 0. An id means nothing
+    but "this object": pycocotools takes 0 for "not matched" and joins objects that share an id, and
+    faster-coco-eval loses ids that are negative or do not fit in 64 bits.
 
     Returns:
         the truth that was given.
     """
     truth.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 copy it
     annotations = truth.dataset.get("annotations", [])
+    for annotation in annotations:
+        if annotation.get("iscrowd") is None:
+            annotation["iscrowd"] = 0
+        if annotation.get("area") is None:
+            annotation["area"] = _area(annotation, truth)
     ids = {annotation["id"] for annotation in annotations}
     sound = len(ids) == len(annotations) and set(map(type, ids)) <= {int}
     if sound and (not ids or 0 < min(ids) <= max(ids) < _LARGEST_ID):
@@ -41,6 +51,16 @@ def prepare_truth(truth: COCO) -> COCO:
         annotation["id"] = number
     truth.createIndex()
     return truth
+
+
+def _area(annotation: dict[str, Any], truth: COCO) -> float:
+    """The area of an object's mask, else of its box, in square pixels."""
+    image = truth.imgs.get(annotation["image_id"])
+    mask = usable_mask(annotation.get("segmentation"), image) if image else None
+    if mask is None:
+        _, _, width, height = annotation["bbox"]
+        return float(width * height)
+    return float(mask_util.area(truth.annToRLE({**annotation, "segmentation": mask})))
 
 
 def detection_limit(detections_per_image: int, task: str = "bbox") -> int:

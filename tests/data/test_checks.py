@@ -49,7 +49,7 @@ ERRORS: dict[str, tuple[Change, str]] = {
     "id is no whole number": (change(*ANN, "image_id", to=1.5), r"annotations\[2\].*is 1.5"),
     "ids of two types": (change("images", 1, "id", to="x"), "'images': some ids are numbers and"),
     "no image_id": (drop(*ANN, "image_id"), r"annotations\[2\] \(id 3\): 'image_id' is missing"),
-    "image width is text": (change("images", 0, "width", to="64"), r"images\[0\].*'width' is '64'"),
+    "image width is text": (change("images", 0, "width", to="6o"), r"images\[0\].*'width' is '6o'"),
     "no file_name": (drop("images", 0, "file_name"), "image id 1 has no 'file_name'"),
     "size zero": (change("images", 0, "height", to=0), r"'a.jpg' \(id 1\): its size is 64 x 0"),
     "missing file": (change("images", 0, "file_name", to="c.jpg"), "'c.jpg'.*does not exist"),

@@ -15,35 +15,42 @@ from typing import Any
 
 import pytest
 from coco_data import config
+from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_lvis_instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.data import DatasetError, check_config_datasets, check_dataset, register_coco_format
+from fpn_plugin.data.coco_records import read_truth
+from fpn_plugin.evaluation.coco_metrics import prepare_truth
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("registry")
 
 
-@pytest.mark.parametrize("key, rule", [("area", "a number"), ("iscrowd", "0 or 1")])
 @pytest.mark.parametrize("train", [("t",), ()])
-def test_what_the_evaluation_reads(
-    key: str, rule: str, train: tuple[str, ...], sound: Any, write: Any
+def test_what_the_evaluation_reads_is_filled_in(
+    train: tuple[str, ...], sound: Any, write: Any, log: Any
 ) -> None:
-    del sound["annotations"][2][key]
+    for annotation in sound["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    sound["annotations"][0]["iscrowd"] = None
     paths = write(sound)
     register_coco_format("t", *paths)
-    message = rf"own\.json(.|\n)*annotation 3 \(image 'a.jpg'\): '{key}' is missing.* {rule}"
-    with pytest.raises(DatasetError, match=message):
-        check_config_datasets(config(train, ("t",)))
-    with pytest.raises(DatasetError, match=message):
-        check_dataset("t", training=False)
-    assert len(check_config_datasets(config(("t",), ()))) == 1
-    with pytest.raises(KeyError, match=key):  # why it is an error
+    check_config_datasets(config(train, ("t",)))
+    assert "without 'area': the evaluation takes that of its mask or box" in log.text
+    records = DatasetCatalog.get("t")
+    assert {x.get("iscrowd", 0) for record in records for x in record["annotations"]} == {0}
+    truth = prepare_truth(read_truth(paths[0])).dataset["annotations"]
+    assert {annotation["iscrowd"] for annotation in truth} == {0}
+    for annotation in truth:
+        _, _, width, height = annotation["bbox"]
+        assert annotation["area"] == pytest.approx(width * height, rel=0.1)
+    with pytest.raises((KeyError, TypeError)):  # why they are filled in
         evaluate(paths[0])
 
 
-@pytest.mark.parametrize("key, value", [("area", None), ("area", "9"), ("iscrowd", "0")])
+@pytest.mark.parametrize("key, value", [("area", "9"), ("iscrowd", "0")])
 def test_values_that_the_evaluation_cannot_use(
     key: str, value: Any, sound: Any, write: Any
 ) -> None:
@@ -51,6 +58,18 @@ def test_values_that_the_evaluation_cannot_use(
     register_coco_format("t", *write(sound))
     with pytest.raises(DatasetError, match=f"annotation 3 .*'{key}' is {value!r}, but must be"):
         check_dataset("t", evaluation=True)
+
+
+def test_sizes_may_be_texts_and_classes_without_objects_are_named(
+    sound: Any, write: Any, log: Any
+) -> None:
+    for image in sound["images"]:
+        image["width"], image["height"] = str(image["width"]), f"{image['height']}.0"
+    sound["categories"].append({"id": 9, "name": "root"})
+    register_coco_format("t", *write(sound))
+    check_dataset("t", images="annotations")
+    assert "1 of 3 classes have no object to train on, and keep an output each: root" in log.text
+    assert {type(record["width"]) for record in DatasetCatalog.get("t")} == {int}
 
 
 def evaluate(json_file: str) -> None:
