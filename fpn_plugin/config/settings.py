@@ -13,10 +13,11 @@ from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, norm_layer
+from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS
 from fpn_plugin.pyramid.compose import EXTRA_LEVELS, add_extra_levels, build_graph, stages
 from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator, parse_graph
+from fpn_plugin.pyramid.norms import norm_layer
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style

@@ -22,11 +22,12 @@ __all__ = [
     "check_annotations",
     "check_categories",
     "check_images",
-    "check_keypoint_annotations",
+    "BORDER_TOLERANCE",
+    "label",
 ]
 
 _DROPPED = "Detectron2 leaves it out of training"
-_BORDER_TOLERANCE = 1.0
+BORDER_TOLERANCE = 1.0
 # What an evaluation reads of an annotation: what it must be, and what is taken if it is missing
 _EVALUATED = {"area": ("a number", "that of its mask or box"), "iscrowd": ("0 or 1", "0")}
 _LARGEST = 2**53  # JSON's integers have no bound, those of tensors do
@@ -191,7 +192,8 @@ def check_annotations(
     return len(annotations)
 
 
-def _label(annotation: dict[str, Any], images: dict[int, dict[str, Any]]) -> str:
+def label(annotation: dict[str, Any], images: dict[int, dict[str, Any]]) -> str:
+    """How messages name an annotation: by its id and its image's file."""
     image = images.get(annotation["image_id"])
     where = f"image {image_file_name(image)!r}" if image else f"image id {annotation['image_id']}"
     return f"annotation {annotation['id']} ({where})"
@@ -219,11 +221,11 @@ def _check_ids(
         if annotation["category_id"] not in categories:
             known = ", ".join(map(str, sorted(categories)[:20])) or "none"
             findings.error(
-                f"{_label(annotation, images)}: category id {annotation['category_id']} is "
+                f"{label(annotation, images)}: category id {annotation['category_id']} is "
                 f"unknown; known ids: {known}{', …' if len(categories) > 20 else ''}"
             )
         if annotation.get("ignore", 0) != 0:
-            findings.error(f"{_label(annotation, images)}: Detectron2 does not support 'ignore'")
+            findings.error(f"{label(annotation, images)}: Detectron2 does not support 'ignore'")
 
 
 def _check_annotation_ids(
@@ -250,20 +252,20 @@ def _check_annotation_ids(
     if not own or (evaluated and not numbered):
         for annotation in shared:
             if count := duplicates.pop(annotation["id"], 0):
-                findings.error(f"{_label(annotation, images)}: {count} share its id")
+                findings.error(f"{label(annotation, images)}: {count} share its id")
     else:
         fault = "annotation that shares its id with another one (nothing needs it)"
-        findings.warn(fault, len(shared), lambda i: _label(shared[i], images))
+        findings.warn(fault, len(shared), lambda i: label(shared[i], images))
     if not evaluated:
         return
     odd = [a for a in annotations if type(a["id"]) is not int or a["id"] < 1]
     if numbered:
         fault = "annotation id that is not above 0 (numbered anew in memory for the evaluation)"
-        findings.warn(fault, len(odd), lambda i: _label(odd[i], images))
+        findings.warn(fault, len(odd), lambda i: label(odd[i], images))
         return
     for annotation in odd:
         findings.error(
-            f"{_label(annotation, images)}: its id is {annotation['id']!r}, but must be a number"
+            f"{label(annotation, images)}: its id is {annotation['id']!r}, but must be a number"
             " above 0: the lvis package takes 0 for 'not matched', so that AP comes out too low"
         )
 
@@ -283,14 +285,14 @@ def _check_boxes(
     widths = np.fromiter((size["width"] for size in sizes), float, len(sizes))
     heights = np.fromiter((size["height"] for size in sizes), float, len(sizes))
     image_sizes = np.stack([widths, heights], axis=1)
-    check_units(flat, image_sizes, valid, masks, findings, lambda i: _label(valid[i], images))
+    check_units(flat, image_sizes, valid, masks, findings, lambda i: label(valid[i], images))
     for fault, wrong in _box_faults(flat, image_sizes).items():
         hits = np.flatnonzero(wrong)
 
         def describe(i: int, hits: np.ndarray = hits) -> str:
             hit = hits[i]
             size = f"{sizes[hit]['width']} x {sizes[hit]['height']}"
-            return f"{_label(valid[hit], images)}: bbox {boxes[hit]}, image {size}"
+            return f"{label(valid[hit], images)}: bbox {boxes[hit]}, image {size}"
 
         findings.warn(fault, len(hits), describe)
         if fault.endswith(f"({_DROPPED})"):
@@ -314,7 +316,7 @@ def _with_boxes(
         else:
             value = repr(box) if "bbox" in annotation else "missing"
             findings.error(
-                f"{_label(annotation, images)}: 'bbox' is {value}, but must be four numbers "
+                f"{label(annotation, images)}: 'bbox' is {value}, but must be four numbers "
                 "[x, y, width, height]"
             )
     return valid
@@ -339,7 +341,7 @@ def _box_faults(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         empty = finite & ~negative & (extent == 0).any(axis=1)
         valid = finite & ~negative & ~empty
         outside = valid & ((high <= 0) | (low >= sizes)).any(axis=1)
-        over = (low < -_BORDER_TOLERANCE) | (high > sizes + _BORDER_TOLERANCE)
+        over = (low < -BORDER_TOLERANCE) | (high > sizes + BORDER_TOLERANCE)
         clipped = valid & ~outside & over.any(axis=1)
     return {
         f"box that is not finite ({_DROPPED})": ~finite,
@@ -380,16 +382,16 @@ def _check_masks(
                 wrong.append((annotation, fault))
         elif required:
             findings.error(
-                f"{_label(annotation, images)}: has no 'segmentation', but MODEL.MASK_ON is True"
+                f"{label(annotation, images)}: has no 'segmentation', but MODEL.MASK_ON is True"
             )
     if required or not own:
         for annotation, fault in wrong:
-            findings.error(f"{_label(annotation, images)}: 'segmentation' {fault}")
+            findings.error(f"{label(annotation, images)}: 'segmentation' {fault}")
     else:
         fault = "'segmentation' that is wrong (nobody reads it: MODEL.MASK_ON is False)"
-        findings.warn(fault, len(wrong), lambda i: f"{_label(wrong[i][0], images)} {wrong[i][1]}")
+        findings.warn(fault, len(wrong), lambda i: f"{label(wrong[i][0], images)} {wrong[i][1]}")
     fault = "polygon of under three points or an odd number of values (Detectron2 drops it)"
-    findings.warn(fault, len(short), lambda i: _label(short[i], images))
+    findings.warn(fault, len(short), lambda i: label(short[i], images))
     if training and (required or not own):
         findings.leave_out("no polygon has three points", without)
     elif required and without:
@@ -399,7 +401,7 @@ def _check_masks(
                 " that there is no AP of masks"
             )
         fault = "annotation without a polygon of three points (the AP of masks ignores the object)"
-        findings.warn(fault, len(without), lambda i: _label(without[i], images))
+        findings.warn(fault, len(without), lambda i: label(without[i], images))
 
 
 def _polygons_fault(mask: Polygons, image: dict[str, Any] | None) -> str:
@@ -428,93 +430,8 @@ def _check_keypoints(
     for annotation, points in zip(labelled, lists):
         if not isinstance(points, list) or len(points) % 3 or not all(map(_is_number, points)):
             findings.error(
-                f"{_label(annotation, images)}: 'keypoints' must be numbers, three for each point"
+                f"{label(annotation, images)}: 'keypoints' must be numbers, three for each point"
             )
-
-
-def check_keypoint_annotations(
-    content: dict[str, Any],
-    images: dict[int, dict[str, Any]],
-    count: int,
-    findings: Findings,
-) -> None:
-    """Check what a model with a keypoint head reads of ``annotations``.
-
-    Args:
-        content: the JSON file's, after :func:`check_annotations`.
-        images: the valid images by id.
-        count: how many keypoints an object has; 0 if the file has no keypoints.
-    """
-    annotations = [
-        annotation
-        for annotation in content.get("annotations") or []
-        if isinstance(annotation, dict) and annotation.get("image_id") in images
-    ]
-    labelled = [a for a in annotations if isinstance(a.get("keypoints"), list) and a["keypoints"]]
-    if annotations and not labelled:
-        findings.error(
-            f"none of {len(annotations)} annotations has 'keypoints', but MODEL.KEYPOINT_ON is True"
-        )
-    wrong = [a for a in labelled if len(a["keypoints"]) != 3 * count]
-    for annotation in wrong:
-        points = annotation["keypoints"]
-        findings.error(
-            f"{_label(annotation, images)}: 'keypoints' has {len(points)} numbers, but must have"
-            f" {3 * count}, three for each of {count} keypoints"
-        )
-    bare = [a for a in annotations if not a.get("keypoints") and not a.get("iscrowd", 0)]
-    fault = "annotation without keypoints (its box counts, its keypoints are not looked for)"
-    findings.warn(fault, len(bare), lambda i: _label(bare[i], images))
-    if not findings.num_errors and labelled:
-        _check_points(labelled, images, count, findings)
-
-
-def _check_points(
-    annotations: list[dict[str, Any]],
-    images: dict[int, dict[str, Any]],
-    count: int,
-    findings: Findings,
-) -> None:
-    """Check the values of keypoints, which are numbers and three for each point."""
-    numbers = chain.from_iterable(annotation["keypoints"] for annotation in annotations)
-    points = np.fromiter(numbers, float, 3 * count * len(annotations)).reshape(-1, count, 3)
-    if not np.isfinite(points).all():
-        for i in np.flatnonzero(~np.isfinite(points).all(axis=(1, 2))):
-            findings.error(f"{_label(annotations[i], images)}: 'keypoints' must be finite")
-        return
-    places, visible = points[..., :2], points[..., 2]
-    seen = visible > 0
-    if not seen.any():
-        findings.error(
-            "no keypoint is labelled: the third number of each is its visibility, 0 to 2"
-        )
-        return
-    keys = ("width", "height")
-    sizes = np.array([[images[a["image_id"]][key] for key in keys] for a in annotations], float)
-    if places[seen].max() <= 1 and places[seen].min() >= 0 and seen.sum() > 1:
-        findings.error(
-            "all keypoints lie between 0 and 1: COCO's format has pixels, not parts of the image"
-        )
-    over = (places < -_BORDER_TOLERANCE) | (places > sizes[:, None] + _BORDER_TOLERANCE)
-    stated = [annotation.get("num_keypoints") for annotation in annotations]
-    miscounted = [given not in (None, n) for given, n in zip(stated, seen.sum(1).tolist())]
-    faults = {
-        "labelled keypoint outside the image (Detectron2 does not train on it)": (
-            seen & over.any(axis=2)
-        ).any(axis=1),
-        "visibility that is not 0, 1 or 2 (above 0 counts as labelled)": (
-            ((visible != 0) & (visible != 1) & (visible != 2)).any(axis=1)
-        ),
-        "'num_keypoints' that is not the number of labelled keypoints (the evaluation leaves out"
-        " objects with 0)": np.array(miscounted),
-    }
-    for fault, wrong in faults.items():
-        hits = np.flatnonzero(wrong)
-
-        def describe(i: int, hits: np.ndarray = hits) -> str:
-            return _label(annotations[hits[i]], images)
-
-        findings.warn(fault, len(hits), describe)
 
 
 def _check_evaluation(
@@ -533,7 +450,7 @@ def _check_evaluation(
         if fills:
             lacking = [annotation for annotation in annotations if annotation.get(key) is None]
             text = f"annotation without {key!r}: the evaluation takes {filled}"
-            labels = [_label(annotation, images) for annotation in lacking[:EXAMPLES_SHOWN]]
+            labels = [label(annotation, images) for annotation in lacking[:EXAMPLES_SHOWN]]
             findings.warn(text, len(lacking), labels.__getitem__)
         for annotation in annotations:
             value = annotation.get(key)
@@ -541,6 +458,6 @@ def _check_evaluation(
             if not good and not (fills and value is None):
                 given = repr(value) if key in annotation else "missing"
                 findings.error(
-                    f"{_label(annotation, images)}: {key!r} is {given}, but must be {rule}: "
+                    f"{label(annotation, images)}: {key!r} is {given}, but must be {rule}: "
                     "the evaluation of a dataset in DATASETS.TEST reads it"
                 )

@@ -26,7 +26,7 @@ from fpn_plugin.config.heads import head_features, require_resolved_heads, valid
 from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.config.validate import deformable_stages, plugin_config
 from fpn_plugin.modeling.deformable import build_deformable_resnet
-from fpn_plugin.pyramid.blocks import accept_single_values
+from fpn_plugin.pyramid.norms import accept_single_values
 from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch import fcos
 from torch import Tensor
 
 from fpn_plugin.config.validate import plugin_config
-from fpn_plugin.pyramid.blocks import accept_single_values
+from fpn_plugin.pyramid.norms import accept_single_values
 
 
 @META_ARCH_REGISTRY.register()

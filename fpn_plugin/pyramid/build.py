@@ -7,8 +7,9 @@ from typing import Any, Callable
 
 from torch import nn
 
-from fpn_plugin.pyramid.blocks import BLOCKS, set_norm
+from fpn_plugin.pyramid.blocks import BLOCKS
 from fpn_plugin.pyramid.fusion import FUSIONS
+from fpn_plugin.pyramid.norms import set_norm
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults, ModuleSpec
 from fpn_plugin.registry import Registry, UnknownNameError, unknown_name

@@ -22,7 +22,8 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid import fused
-from fpn_plugin.pyramid.blocks import conv_block, norm_layer
+from fpn_plugin.pyramid.blocks import conv_block
+from fpn_plugin.pyramid.norms import norm_layer
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]

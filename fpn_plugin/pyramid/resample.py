@@ -23,8 +23,8 @@ from fpn_plugin.pyramid.blocks import (
     ModulatedConv,
     at_least_float32,
     conv_block,
-    norm_layer,
 )
+from fpn_plugin.pyramid.norms import norm_layer
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]

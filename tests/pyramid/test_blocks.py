@@ -11,8 +11,9 @@ from detectron2.layers import get_norm
 from helpers import randomize
 from torch import Tensor, nn
 
-from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, ORDERS, norm_layer, set_norm
+from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, ORDERS
 from fpn_plugin.pyramid.graph import Graph, node, op
+from fpn_plugin.pyramid.norms import norm_layer, set_norm
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 
