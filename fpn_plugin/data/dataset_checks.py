@@ -107,8 +107,9 @@ def check_dataset(
         training: False for a dataset that is only evaluated, which may lack ``annotations``
             (COCO's own test sets do).
         masks: whether every annotation must have a ``segmentation``.
-        evaluation: whether every annotation must have what its evaluator reads: ``area``, and
-            ``iscrowd`` unless it is LVIS's. Implied if ``training`` is False.
+        evaluation: whether its evaluator must be able to read every annotation. What is missing of
+            ``area`` and ``iscrowd`` is filled in, with a warning; LVIS's needs the ``area``.
+            Implied if ``training`` is False.
         outside: whether its JSON may name files outside of the image folder.
         polygons: whether training accepts masks as polygons only (``INPUT.MASK_FORMAT``).
         keypoints: whether the model has a keypoint head.
@@ -311,7 +312,7 @@ def require_registered(name: str) -> None:
 
 
 def read_content(name: str, metadata: Any) -> dict[str, Any]:
-    """The content of a dataset's JSON file, with its ids unified.
+    """The content of a dataset's JSON file as its loader takes it: ours unifies ids and sizes.
 
     Raises:
         DatasetError: there is no such file, or it cannot be read.

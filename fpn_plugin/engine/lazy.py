@@ -50,7 +50,7 @@ from fpn_plugin.engine.run_folder import (
     kept_config,
     remove_old_run,
 )
-from fpn_plugin.engine.setup import prepare_process, require_file
+from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
 from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 from fpn_plugin.modeling.precision import choose_dtype
@@ -96,6 +96,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
         FileExistsError: if `train.output_dir` holds another run's results, or another run uses it.
     """
     setup_logger(name="fpn_plugin")
+    check_flags(args)
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only:
         _prepare_eval(cfg, args)

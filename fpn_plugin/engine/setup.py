@@ -75,8 +75,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
     setup_logger(name="fpn_plugin")
-    if args.allow_partial and not args.eval_only:
-        raise ValueError("--allow-partial is for --eval-only: training may start from any part")
+    check_flags(args)
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
     if args.resume and not args.overwrite:
@@ -107,6 +106,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
                 warn_of_changes(cfg)
     cfg.freeze()
     return cfg
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing together.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    if args.allow_partial and not args.eval_only:
+        raise ValueError("--allow-partial is for --eval-only: training may start from any part")
 
 
 def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:

@@ -49,6 +49,7 @@ def test_a_python_config_run_and_an_evaluation(tmp_path: Path, log: Any) -> None
         config_file=str(ROOT / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"),
         opts=[f"train.output_dir={tmp_path}"],
         **{"eval_only": False, "resume": False, "overwrite": True, "machine_rank": 0},
+        allow_partial=False,
     )
     with pytest.raises(FolderInUseError, match="train.output_dir .* is in use: process"):
         lazy.setup(args)

@@ -142,6 +142,7 @@ def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path:
         (["train.init_checkpoint=gone.pth"], "train.init_checkpoint 'gone.pth': there is no such"),
         (["--eval-only"], "--eval-only: train.init_checkpoint is empty"),
         (["--resume", "--overwrite"], "choose one"),
+        (["--allow-partial"], "--allow-partial is for --eval-only"),
         (["train.amp.enabled=True", "+train.amp.precision=fp16"], "train.amp.precision 'fp16' nee"),
         (["train.amp.enabled=True", "+train.amp.precision=half"], "train.amp.precision.*'half'"),
         (["+train.max_loss_ratio=0.5"], "train.max_loss_ratio: 0.5 is neither 0"),
