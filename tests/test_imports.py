@@ -29,6 +29,8 @@ ROOMS["engine"] = ROOMS["visualize"] | {"visualize"}
 ROOMS["export"] = ROOMS["benchmark"] = ROOMS["engine"] | {"engine"}
 ROOMS["compare"] = ROOMS["benchmark"] | {"benchmark"}
 ROOMS["study"] = ROOMS["compare"] | {"compare"}
+ROOMS["cli"] = ROOMS["study"] | {"study", "export"}
+ROOMS["__main__"] = {"cli"}
 # A module that needs one of these is imported where it is used: matplotlib takes half a second, the
 # others are extras.
 OPTIONAL = {"matplotlib", "timm", "faster_coco_eval", "onnx", "onnxruntime", "onnxscript"}

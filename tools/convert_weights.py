@@ -1,59 +1,9 @@
 #!/usr/bin/env python3
-"""Convert a checkpoint to another pyramid, as MODEL.FPN.WARM_START does when training starts.
+"""`fpn convert`, from a checkout."""
 
-convert_weights.py --config-file FILE --weights model.pth --output folder/new.pth [KEY VALUE …]
-    for that config's pyramid; the config.yaml that the file goes with is written beside it
-convert_weights.py --to detectron2 --weights model.pth --output d2.pth
-    a plain fpn of ours for Detectron2's own FPN
+import sys
 
-What the checkpoint's pyramid is follows from the config.yaml beside it, or from its names.
-"""
-
-import os
-
-# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import argparse  # noqa: E402
-
-from detectron2.utils.logger import setup_logger  # noqa: E402
-
-import fpn_plugin  # noqa: E402, F401  (registers the builders)
-from fpn_plugin.config import load_config  # noqa: E402
-from fpn_plugin.engine.setup import argument_parser  # noqa: E402
-from fpn_plugin.engine.warm.convert import check_output, to_config, to_detectron2  # noqa: E402
-
-
-def parse_args() -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    add = parser.add_argument
-    add("--config-file", default="", metavar="FILE", help="the config of the new pyramid")
-    add("--weights", required=True, metavar="FILE", help="the checkpoint")
-    add("--output", required=True, metavar="FILE", help="the file to write")
-    add("--to", choices=("config", "detectron2"), default="config", help="default: config")
-    add("--overwrite", action="store_true", help="replace files that are there")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args()
-    if (args.to == "config") != bool(args.config_file):
-        parser.error("give --config-file, or --to detectron2")
-    if args.opts and args.to == "detectron2":
-        parser.error(f"--to detectron2 takes no config overrides, but got {' '.join(args.opts)}")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    setup_logger(name="fpn_plugin")
-    check_output(args.output, args.weights, args.to == "config", args.overwrite)
-    if args.to == "detectron2":
-        to_detectron2(args.weights, args.output)
-        return
-    forced = ["MODEL.FPN.WARM_START", "True", "MODEL.WEIGHTS", args.weights]
-    forced += ["MODEL.BOTTOM_UP.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-    command = ["--config-file", args.config_file, *args.opts, *forced]
-    to_config(load_config(argument_parser().parse_args(command)), args.output)
-
+from fpn_plugin.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,83 +1,9 @@
 #!/usr/bin/env python3
-"""Train a matrix of configs and seeds, one after the other, and compare the results.
+"""`fpn study`, from a checkout."""
 
-study.py STUDY.yaml [--dry-run]               configs/studies has some
-study.py STUDY.yaml --output DIR --seeds 0,1 --only fpn,bifpn SOLVER.MAX_ITER 100
+import sys
 
-Run again it skips what is done and goes on with what was broken off. A folder that holds a run with
-another config is refused before anything starts. The report is in OUTPUT/report.
-
-Exit code 1: a run failed; 130: it was interrupted.
-"""
-
-import os
-
-# before torch is imported: its OpenMP workers otherwise spin, which starves a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import warnings  # noqa: E402
-
-for text in ("`torch.jit.script`", "pkg_resources"):  # deprecated; said at each import
-    warnings.filterwarnings("ignore", text)
-
-import argparse  # noqa: E402
-import dataclasses  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
-from fpn_plugin.report.progress import TrainingProgress  # noqa: E402
-from fpn_plugin.study import execute  # noqa: E402
-from fpn_plugin.study.config import Study, parse_seeds, read_study  # noqa: E402
-from fpn_plugin.study.plan import plan_runs  # noqa: E402
-
-SCRIPT = Path(__file__).resolve().parent / "train_net.py"
-
-
-def parse_args() -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    add = parser.add_argument
-    add("study", type=Path, metavar="STUDY.yaml")
-    add("--output", type=Path, metavar="DIR", help="instead of the study's")
-    add("--only", default="", metavar="NAME,…", help="these runs of the study")
-    add("--seeds", default="", metavar="N,…", help="instead of the study's")
-    add("--dry-run", action="store_true", help="print what is done and what would be run")
-    add("--quiet", action="store_true", help="no progress")
-    add("opts", nargs="*", metavar="KEY VALUE", help="overrides of every run")
-    # intermixed: overrides may stand after flags
-    return parser.parse_intermixed_args()
-
-
-def study_of(args: argparse.Namespace) -> Study:
-    study = read_study(args.study, args.opts)
-    changes = {"output": args.output, "seeds": parse_seeds("--seeds", args.seeds)}
-    return dataclasses.replace(study, **{key: value for key, value in changes.items() if value})
-
-
-def main() -> int:
-    args = parse_args()
-    execute.quiet_loggers()
-    study = study_of(args)
-    runs = plan_runs(study, [name for name in args.only.split(",") if name])
-    progress = TrainingProgress(args.quiet)
-    if args.dry_run:
-        print(execute.status_text(runs, SCRIPT))
-        return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
-    try:
-        outcome = execute.run_study(study, runs, SCRIPT, progress)
-        if outcome.done:
-            page = execute.compare_runs(study, outcome.done, args.quiet)
-            print(f"The report is in {page}")
-    except KeyboardInterrupt:
-        print("Interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    for name, text in outcome.failures.items():
-        print(f"FAILED {name}: {text}", file=sys.stderr)
-    return 1 if outcome.failures else 0
-
+from fpn_plugin.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["study", *sys.argv[1:]]))

@@ -1,1 +1,1 @@
-"""Costs and speeds of configs side by side: the logic behind tools/benchmark.py."""
+"""Costs and speeds of configs side by side: the logic behind `fpn benchmark`."""

@@ -1,4 +1,4 @@
-"""The command line of tools/benchmark.py."""
+"""The command line of `fpn benchmark`."""
 
 from __future__ import annotations
 

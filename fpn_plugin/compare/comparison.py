@@ -63,7 +63,7 @@ def compare(
     Args:
         folders: OUTPUT_DIRs, those of evaluations (`eval-1`) too.
         report: a folder for the files.
-        benchmark: report.json of tools/benchmark.py, for latencies; "" for none.
+        benchmark: report.json of `fpn benchmark`, for latencies; "" for none.
         size_bins: sides in pixels between finer size bins.
         baseline: the name of a config, or a run's folder; "" for the first run's config.
         resamples: draws of the bootstrap.

@@ -75,7 +75,7 @@ def read_latencies(path: str, groups: list[Group]) -> Latencies:
         timed = [name for name in ("inference", "backbone", "neck") if name in report["timings"]]
         models, size = report["contestants"], report["settings"]["size"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{BENCHMARK} {path!r} is no report.json of tools/benchmark.py") from error
+        raise ValueError(f"{BENCHMARK} {path!r} is no report.json of `fpn benchmark`") from error
     if not timed:
         raise ValueError(f"{BENCHMARK} {path!r} holds no times: it was run with --what counts")
     times = report["timings"][timed[0]]["times"]

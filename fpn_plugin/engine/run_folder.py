@@ -158,7 +158,7 @@ def claim_demo_dir(folder: str, demo: str) -> list[str]:
     """Mark a folder as a demo's, or refuse.
 
     Returns:
-        the flags of tools/train_net.py: none for a new demo, --resume for one that was interrupted
+        the flags of `fpn train`: none for a new demo, --resume for one that was interrupted
         before its last evaluation ended, --overwrite for one that is finished.
 
     Raises:

@@ -36,7 +36,7 @@ _DPI = 75
 class VisualizeHook(HookBase):
     """Puts pictures, fusion weights and gradient norms into Detectron2's event storage.
 
-    - `visualize/<image>`: a few validation images as `tools/visualize.py` draws them, every period;
+    - `visualize/<image>`: a few validation images as `fpn visualize` draws them, every period;
     - `grad_norm/<node>`: the norm of the gradient of a node's parameters, before clipping and
       without the scale of mixed precision, every period;
     - `fusion/<node>/<input>`: the learned weight, whenever the writers write.

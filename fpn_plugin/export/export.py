@@ -1,4 +1,4 @@
-"""The work of `tools/export.py`: export a model, and verify the file at several sizes before it is
+"""The work of `fpn export`: export a model, and verify the file at several sizes before it is
 put in its place, with a JSON of what inference needs to know."""
 
 from __future__ import annotations

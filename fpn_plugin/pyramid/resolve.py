@@ -1,7 +1,7 @@
 """What a graph's defaults come to: every resampler, projection, fusion and channel count made
 explicit.
 
-This module imports no torch. The executor builds from it, and `tools/show_pyramid.py` prints it.
+This module imports no torch. The executor builds from it, and `fpn show` prints it.
 """
 
 from __future__ import annotations

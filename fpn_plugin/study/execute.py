@@ -38,6 +38,7 @@ from fpn_plugin.study.plan import (
     check_folders,
 )
 
+TRAIN = (sys.executable, "-m", "fpn_plugin", "train")
 _PATIENCE = 10.0  # seconds that an interrupted run gets to end by itself
 
 
@@ -60,7 +61,7 @@ def quiet_loggers() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def status_text(runs: Sequence[PlannedRun], script: Path) -> str:
+def status_text(runs: Sequence[PlannedRun], command: Sequence[str] = TRAIN) -> str:
     """Each run with its state, its command, and the keys that its folder has otherwise."""
     lines = []
     for run in runs:
@@ -71,18 +72,21 @@ def status_text(runs: Sequence[PlannedRun], script: Path) -> str:
         if state == OTHER:
             lines += [f"  {change}" for change in run.changes()]
         elif state != DONE:
-            lines.append(f"  {shlex.join([str(script), *run.arguments()])}")
+            lines.append(f"  {shlex.join([*command, *run.arguments()])}")
     return "\n".join(lines)
 
 
 def run_study(
-    study: Study, runs: Sequence[PlannedRun], script: Path, progress: TrainingProgress
+    study: Study,
+    runs: Sequence[PlannedRun],
+    progress: TrainingProgress,
+    command: Sequence[str] = TRAIN,
 ) -> Outcome:
     """Train the runs that are not done yet, one after the other.
 
     Args:
         runs: of :func:`plan_runs`.
-        script: tools/train_net.py.
+        command: what trains a run.
 
     Raises:
         ValueError: before anything starts, if a folder holds a run of another config or another
@@ -105,7 +109,7 @@ def run_study(
             remaining = _remaining_time(run, [*finished, *outcome.done], list(waiting))
             progress.begin(title, run.max_iterations)
             try:
-                seconds = train(run, script, _shown_by(progress, remaining), lock_file)
+                seconds = train(run, command, _shown_by(progress, remaining), lock_file)
             except RuntimeError as error:
                 outcome.failures[run.title] = str(error)
                 progress.say(f"{title}: FAILED, its log is {run.folder}/log.txt")
@@ -163,12 +167,15 @@ def lock(folder: Path) -> Iterator[int]:
 
 
 def train(
-    run: PlannedRun, script: Path, on_metrics: Callable[[Mapping[str, Any]], None], lock_file: int
+    run: PlannedRun,
+    command: Sequence[str],
+    on_metrics: Callable[[Mapping[str, Any]], None],
+    lock_file: int,
 ) -> float:
     """Start or resume a run, and wait for its end.
 
     Args:
-        script: tools/train_net.py.
+        command: what trains a run.
         on_metrics: gets each new line of its metrics.json that has a loss.
         lock_file: of :func:`lock`.
 
@@ -179,7 +186,7 @@ def train(
         RuntimeError: with the end of its output, if it fails.
     """
     flags = [] if run.state() == PENDING else ["--resume"]
-    command = [sys.executable, str(script), *flags, *run.arguments()]
+    command = [*command, *flags, *run.arguments()]
     record = _begin_session(run, command)
     start, session = time.monotonic(), record["sessions"][-1]
     try:

@@ -42,7 +42,7 @@ class PlannedRun:
         return self.cfg.SOLVER.MAX_ITER
 
     def arguments(self) -> list[str]:
-        """The arguments of tools/train_net.py, without --resume."""
+        """The arguments of `fpn train`, without --resume."""
         config = ["--config-file", str(self.config.file), *self.config.overrides]
         return [*config, "OUTPUT_DIR", str(self.folder), "SEED", str(self.seed)]
 
@@ -115,7 +115,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
 
 
 def _load_cfg(config: NamedConfig) -> CfgNode:
-    """The config as tools/train_net.py resolves it."""
+    """The config as `fpn train` resolves it."""
     where = f"runs.{config.name}"
     for key in ("OUTPUT_DIR", "SEED"):
         if key in config.overrides[::2]:

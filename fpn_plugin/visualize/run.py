@@ -1,4 +1,4 @@
-"""What `tools/visualize.py` does: a picture per image and one of the graph, a table of which level
+"""What `fpn visualize` does: a picture per image and one of the graph, a table of which level
 finds objects of which size, one page with all; or pictures of an evaluation's results."""
 
 from __future__ import annotations

@@ -9,23 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import load_tool
+
+from fpn_plugin.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 FLOOR = Path(__file__).parent / "floor.json"
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+def call(*args: object) -> int:
     """The tool in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, args)])
-    return load_tool("benchmark").main()
+    return main(["benchmark", *map(str, args)])
 
 
 def test_counts_do_not_grow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Made anew, when a count may grow, by the command in floor.json with --report."""
     monkeypatch.chdir(ROOT)
     command = json.loads(FLOOR.read_text())["command"]
-    code = call(monkeypatch, *command, "--compare", FLOOR, "--quiet")
+    code = call(*command, "--compare", FLOOR, "--quiet")
     assert code == 0, capsys.readouterr().err
 
 
@@ -37,21 +37,21 @@ def test_a_doctored_floor_fails(
 ) -> None:
     args = ["--config-file", configs["fpn"], "--baseline", "none", "--what", "counts", "--quiet"]
     args += ["--image-size", 64, 64]
-    assert call(monkeypatch, *args, "--report", tmp_path / "one") == 0
+    assert call(*args, "--report", tmp_path / "one") == 0
     old = tmp_path / "one" / "report.json"
-    assert call(monkeypatch, *args, "--compare", old) == 0
+    assert call(*args, "--compare", old) == 0
     report = json.loads(old.read_text())
     report["counts"]["fpn"]["neck_parameters"] -= 1000
     old.write_text(json.dumps(report))
     capsys.readouterr()
-    assert call(monkeypatch, *args, "--compare", old) == 1
+    assert call(*args, "--compare", old) == 1
     assert "REGRESSION fpn: neck_parameters grew from" in capsys.readouterr().err
     with pytest.raises(FileExistsError, match="holds a report"):
-        call(monkeypatch, *args, "--report", tmp_path / "one")
+        call(*args, "--report", tmp_path / "one")
     report["schema"] = 0
     old.write_text(json.dumps(report))
     with pytest.raises(ValueError, match="is of schema 0; this version reads 1"):
-        call(monkeypatch, *args, "--compare", old)
+        call(*args, "--compare", old)
 
 
 def test_an_inconclusive_ratio_is_refused(
@@ -62,7 +62,7 @@ def test_an_inconclusive_ratio_is_refused(
 ) -> None:
     args = ["--config-file", configs["fpn"], "--baseline", configs["base"], "--what", "neck"]
     args += ["--image-size", 64, 64, "--rounds", 2, "--max-spread", 0, "--min-sample", 0, "--quiet"]
-    assert call(monkeypatch, *args, "--report", tmp_path) == 2
+    assert call(*args, "--report", tmp_path) == 2
     report = json.loads((tmp_path / "report.json").read_text())
     (row,) = report["timings"]["neck"]["ratios"]
     assert row["value"] is row["low"] is row["high"] is None and row["verdict"] == "too wide"
@@ -91,16 +91,16 @@ def test_mistakes(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(error, match=text):
-        call(monkeypatch, "--config-file", configs["fpn"], "--baseline", "none", *args)
+        call("--config-file", configs["fpn"], "--baseline", "none", *args)
 
 
 def test_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--config-file"):
-        call(monkeypatch, "--what", "counts")
+        call("--what", "counts")
 
 
 def test_as_a_user_runs_it(configs: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--config-file", configs["fpn"]]
+    command = [sys.executable, "-m", "fpn_plugin", "benchmark", "--config-file", configs["fpn"]]
     command += ["--baseline", configs["base"], "--image-size", "64", "96", "--what", "neck"]
     command += ["--rounds", "2", "--max-spread", "100", "--report", str(tmp_path / "out")]
     command += ["MODEL.FPN.OUT_CHANNELS", "8"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from comparing import Study, detect, evaluation, write_run, write_truth
-from folders import load_tool
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_plugin.cli.main import main
 from fpn_plugin.compare.comparison import compare
 from fpn_plugin.compare.costs import count_costs
 from fpn_plugin.compare.runs import group_runs, read_runs
@@ -281,15 +281,14 @@ def test_latencies_are_those_of_the_models_that_the_benchmark_measured(
     assert any("did not measure the model of pafpn" in note for note in report["notes"])
     assert any("three is left out" in note for note in report["notes"])
     path.write_text("{}")
-    with pytest.raises(ValueError, match="is no report.json of tools/benchmark.py"):
+    with pytest.raises(ValueError, match="is no report.json of `fpn benchmark`"):
         report_on(folders, tmp_path / "other", benchmark=str(path))
 
 
 def test_the_tool(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     to = str(tmp_path / "report")
     arguments = [make("a"), "--report", to, "--size-bins", "16,64.5", "--resamples", "9", "--quiet"]
-    monkeypatch.setattr("sys.argv", ["compare_runs.py", *arguments])
-    load_tool("compare_runs").main()
+    main(["compare", *arguments])
     assert capsys.readouterr().out.strip() == f"The comparison is in {to}/compare.html"
     report = json.loads(Path(to, "compare.json").read_text())
     assert list(report["objects"]) == ["0-16", "16-64.5", "64.5-inf"]

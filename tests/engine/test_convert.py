@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,17 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
-from folders import load_tool
 from test_resume import assert_same
 from tiny import tiny_config
 from warm_models import MASKS, NETWORK, RETINANET, TARGETS, a_config, a_model, image, keys, seen
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer
+from fpn_plugin.cli import convert as convert_command
 
 
 def convert(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_weights.py", *args])
-    tool = load_tool("convert_weights")
-    monkeypatch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
-    tool.main()
+    monkeypatch.setattr(convert_command, "setup_logger", lambda *args, **kwargs: None)
+    convert_command.run(convert_command.parse_args(args))
 
 
 def an_fpn(folder: Path, **overrides: Any) -> tuple[Any, Path]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from folders import digest, load_tool
+from folders import digest
 from omegaconf import DictConfig
 from tiny import TRAIN, VAL
 
 from fpn_plugin.checkpoint.finite import DivergedError
 from fpn_plugin.checkpoint.run_folder import metric_lines
+from fpn_plugin.cli import train_lazy
 from fpn_plugin.engine import lazy
 from fpn_plugin.engine.resume import ResumeError
 
@@ -39,13 +40,11 @@ NAMES = [f"dataloader.train.dataset.names={TRAIN}", f"dataloader.test.dataset.na
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> Any:
     """What the tool does in a process, flags first; its dataset is registered in this one."""
-    tool = load_tool("lazyconfig_train_net")
     flags = [argument for argument in arguments if argument.startswith("--")]
     keys = [argument for argument in arguments if not argument.startswith("--")]
-    line = ["tool", "--config-file", str(CONFIG), *flags, *SMALL, *NAMES]
-    monkeypatch.setattr(sys, "argv", [*line, f"train.output_dir={output}", *keys])
-    args = tool.parse_args()
-    return tool.main(lazy.setup(args), args)
+    line = ["--config-file", str(CONFIG), *flags, *SMALL, *NAMES]
+    args = train_lazy.parse_args([*line, f"train.output_dir={output}", *keys])
+    return train_lazy.train(lazy.setup(args), args)
 
 
 def iterations(output: Path) -> list[int]:
@@ -120,8 +119,16 @@ def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path:
         "from detectron2.data.datasets import load_coco_json",
         f"dataloader.train.dataset = L(load_coco_json)({data})",
     )
-    tool = ROOT / "tools" / "lazyconfig_train_net.py"
-    line = [sys.executable, str(tool), "--config-file", str(config), "--num-gpus", "2"]
+    line = [
+        sys.executable,
+        "-m",
+        "fpn_plugin",
+        "train-lazy",
+        "--config-file",
+        str(config),
+        "--num-gpus",
+        "2",
+    ]
     port = 20_000 + os.getpid() % 20_000
     line += ["--dist-url", f"tcp://127.0.0.1:{port}", *SMALL]
     done = subprocess.run(

@@ -13,12 +13,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from folders import load_tool
 from helpers import own_datasets
 from tiny import TRAIN, VAL, write_dataset
 
 from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.checkpoint.run_folder import recorded_config
+from fpn_plugin.cli import train as train_command
 from fpn_plugin.config import load_config, resolve_config
 from fpn_plugin.data import register_coco_format
 from fpn_plugin.engine.setup import argument_parser, begin, setup
@@ -135,7 +135,7 @@ def test_evaluation_on_other_classes(
     words = ["--config-file", str(tmp_path / "shipped.yaml"), "--eval-only"]
     args = argument_parser().parse_args([*words, "--resume"])
     with pytest.raises(ValueError, match="class 0 is 'a' in the model and 'b' in swapped"):
-        load_tool("train_net").main(setup(args), args)
+        train_command.train(setup(args), args)
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(tmp_path / "b"), f"{cfg.OUTPUT_DIR}/model_final.pth"
     cfg.DATASETS.TRAIN = ("swapped",)
     finetuned = Trainer(cfg)
@@ -178,4 +178,4 @@ def test_a_folder_alone_is_enough(
     with pytest.raises(ValueError, match="OWN.VAL_JSON is .*not a file"):
         setup(args)
     args.val_json = str(tmp_path / "elsewhere" / "instances.json")
-    assert "AP" in load_tool("train_net").main(setup(args), args)["bbox"]
+    assert "AP" in train_command.train(setup(args), args)["bbox"]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data.datasets import register_coco_instances
-from folders import DATA, MINE, RUN_FILES, digest, fill, load_tool, run_setup
+from folders import DATA, MINE, RUN_FILES, digest, fill, run_setup
 from tiny import VAL
 
 from fpn_plugin.checkpoint.run_folder import metric_lines, run_results
+from fpn_plugin.cli import demo
+from fpn_plugin.cli import train as train_command
 from fpn_plugin.data import DatasetError
 from fpn_plugin.engine.run_folder import claim_demo_dir, remove_old_run
 from fpn_plugin.engine.setup import argument_parser, setup
@@ -85,7 +86,7 @@ def test_overwrite_replaces_the_old_run_only_when_it_trains(
     def overwrite(*opts: str) -> None:
         config = str(tmp_path / "config.yaml")
         args = argument_parser().parse_args(["--config-file", config, "--overwrite", *opts])
-        load_tool("train_net").main(setup(args), args)
+        train_command.train(setup(args), args)
 
     before = digest(run)
     with pytest.raises(DatasetError, match="gone.json"):
@@ -162,15 +163,13 @@ def test_a_demo_takes_nobody_elses_run(names: tuple[str, ...], tmp_path: Path) -
 
 
 def test_the_demo_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo = load_tool("demo")
     for args, opts in ((("SEED", "-1"), ["SEED", "-1"]), ((), [])):
-        monkeypatch.setattr(sys, "argv", ["demo.py", "trees", "--output", str(tmp_path), *args])
-        parsed = demo.parse_args()
+        parsed = demo.parse_args(["trees", "--output", str(tmp_path), *args])
         assert (parsed.demo, parsed.output, parsed.opts) == ("trees", tmp_path, opts)
     fill(tmp_path, FINISHED)
     monkeypatch.setattr(demo, "dataset_root", lambda: pytest.fail("it went on"))
     with pytest.raises(FileExistsError, match="a run that no demo started"):
-        demo.main()
+        demo.run(parsed)
 
 
 def test_lines_of_metrics_that_are_whole(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from folders import DATA, digest, load_tool, run_setup
+from folders import DATA, digest, run_setup
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.checkpoint.run_folder import recorded_config
+from fpn_plugin.cli import train as train_command
 from fpn_plugin.engine import launch
 from fpn_plugin.engine.run_folder import warn_of_changes
 from fpn_plugin.engine.setup import argument_parser, begin, check_data, load_config, setup
@@ -67,7 +68,6 @@ def test_evaluation_leaves_the_run_as_it_is(
     common = ("--config-file", str(tmp_path / "config.yaml"), "--eval-only")
     data = ("--val-json", str(dataset), "--val-images", str(dataset.parent))
     args = argument_parser().parse_args([*common, "--resume", *data])
-    tool = load_tool("train_net")
     for number in (1, 2):
         evaluated = setup(args)
         assert evaluated.OUTPUT_DIR == str(run / f"eval-{number}")
@@ -75,9 +75,9 @@ def test_evaluation_leaves_the_run_as_it_is(
     evaluated.defrost()
     evaluated.MODEL.ROI_BOX_HEAD.FC_DIM = 16
     with pytest.raises(ValueError, match="MODEL.WEIGHTS .*box_head.fc1.weight is .*--allow-parti"):
-        tool.main(evaluated, args)
+        train_command.train(evaluated, args)
     evaluated.MODEL.ROI_BOX_HEAD.FC_DIM = 32
-    results = tool.main(evaluated, args)
+    results = train_command.train(evaluated, args)
     assert "AP" in results["bbox"] and (run / "eval-2" / "inference").is_dir()
     after = digest(run)
     assert {name: after[name] for name in before} == before

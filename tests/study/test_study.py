@@ -15,10 +15,10 @@ from typing import Iterator
 
 import pytest
 import yaml
-from folders import load_tool
 from helpers import own_datasets
 from tiny import tiny_config, write_dataset
 
+from fpn_plugin.cli import study as study_command
 from fpn_plugin.compare import costs
 from fpn_plugin.compare.runs import read_record
 from fpn_plugin.report.progress import TrainingProgress
@@ -40,16 +40,15 @@ from fpn_plugin.study.plan import (
     plan_runs,
 )
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-SCRIPT = TOOLS / "train_net.py"
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
 # trains `a`; of the other run it makes a copy with its own config, which is faster
-TRAIN_ONE = f"""
-import runpy, shutil, sys
+TRAIN_ONE = """
+import shutil, sys
 from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("OUTPUT_DIR") + 1])
 if folder.parent.name == "a":
-    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+    from fpn_plugin.cli.main import main
+    sys.exit(main(["train", *sys.argv[1:]]))
 else:
     ignored = shutil.ignore_patterns("study.json")
     shutil.copytree(folder.parents[1] / "a" / "seed-0", folder, ignore=ignored, dirs_exist_ok=True)
@@ -95,16 +94,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train_one.py").write_text(TRAIN_ONE)
     write_config(folder)
     path = write_study(folder)
-    out, err, tool = io.StringIO(), io.StringIO(), load_tool("study")
-    words = ["study.py", str(path), "SOLVER.MAX_ITER", "3", "--only", "a,avg"]
+    out, err, tool = io.StringIO(), io.StringIO(), study_command
+    words = [str(path), "SOLVER.MAX_ITER", "3", "--only", "a,avg"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(costs, "SIZE", (64, 64))
-        patch.setattr("sys.argv", words)
-        patch.setattr(tool, "SCRIPT", folder / "train_one.py")
+        command = (sys.executable, str(folder / "train_one.py"))
+        patch.setattr(run_study, "__defaults__", (command,))
         # what would outlive this: a handler of signals, and the loggers' levels
         patch.setattr(tool.signal, "signal", lambda *args: None)
         patch.setattr(tool.execute, "quiet_loggers", lambda: None)
-        assert tool.main() == 0, err.getvalue()
+        assert tool.run(tool.parse_args(words)) == 0, err.getvalue()
     page = folder / "out" / "report" / "compare.html"
     assert out.getvalue().splitlines()[-1] == f"The report is in {page}"
     (folder / "said.txt").write_text(err.getvalue())
@@ -156,7 +155,7 @@ def test_what_is_done_is_skipped_and_compared_again(
     monkeypatch.setattr("fpn_plugin.compare.comparison.count_costs", lambda group: {})
     study, runs = study_of(copied)
     assert [run.state() for run in runs] == [DONE, DONE]
-    outcome = run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
+    outcome = run_study(study, runs, TrainingProgress(quiet=True))
     assert (outcome.done, outcome.failures) == (runs, {})
     assert list((study.output / "report").glob("*.png"))
     assert compare_runs(study, outcome.done, quiet=True) == study.output / "report" / "compare.html"
@@ -171,8 +170,8 @@ def test_another_config_is_refused_before_anything_starts(
     shutil.rmtree(runs[0].folder)
     assert [run.state() for run in runs] == [PENDING, OTHER]
     with pytest.raises(ValueError, match="avg/seed-0: SOLVER.MAX_ITER 3 -> 5\nNothing was started"):
-        run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
-    status = status_text(runs, SCRIPT).splitlines()
+        run_study(study, runs, TrainingProgress(quiet=True))
+    status = status_text(runs).splitlines()
     assert status[0] == "a seed 0: to do" and "--config-file" in status[1]
     assert status[2:] == ["avg seed 0: another config's", "  SOLVER.MAX_ITER 3 -> 5"]
 
@@ -183,12 +182,12 @@ def test_an_interrupted_run_is_resumed(copied: Path, tmp_path: Path) -> None:
     kept = [line for line in metrics.read_text().splitlines() if "bbox/AP" not in line]
     metrics.write_text("".join(f"{line}\n" for line in kept) + '{"half')
     assert runs[0].state() == INTERRUPTED  # killed in its last evaluation
-    assert "a seed 0: broken off at 3 of 3" in status_text(runs, SCRIPT)
+    assert "a seed 0: broken off at 3 of 3" in status_text(runs)
     script = tmp_path / "train.py"
     script.write_text(
         f"open({str(metrics)!r}, 'a').write('{{\"iteration\": 2, \"bbox/AP\": 1}}\\n')"
     )
-    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
+    outcome = run_study(study, runs, TrainingProgress(quiet=True), (sys.executable, str(script)))
     assert outcome.done == runs
     record = read_record(runs[0].folder)
     first, second = record["sessions"]
@@ -203,7 +202,7 @@ def test_failing_runs_are_reported_and_the_others_go_on(copied: Path, tmp_path: 
     study, runs = study_of(copied)
     for run in runs:
         shutil.rmtree(run.folder)
-    outcome = run_study(study, runs, script, TrainingProgress(quiet=True))
+    outcome = run_study(study, runs, TrainingProgress(quiet=True), (sys.executable, str(script)))
     assert outcome.done == []
     assert list(outcome.failures) == ["a seed 0", "avg seed 0"]
     assert "exit code 1" in outcome.failures["a seed 0"]
@@ -218,7 +217,7 @@ def test_two_studies_do_not_share_a_folder(copied: Path) -> None:
     study, runs = study_of(copied)
     with lock(study.output):
         with pytest.raises(ValueError, match="another study, or a run that a killed one left"):
-            run_study(study, runs, SCRIPT, TrainingProgress(quiet=True))
+            run_study(study, runs, TrainingProgress(quiet=True))
 
 
 def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path: Path) -> None:
@@ -237,7 +236,7 @@ def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path:
         raise KeyboardInterrupt
 
     with lock(study.output) as held, pytest.raises(KeyboardInterrupt):
-        train(runs[0], script, interrupt, held)
+        train(runs[0], (sys.executable, str(script)), interrupt, held)
     assert read_record(runs[0].folder)["sessions"][-1]["ended"] == "interrupted"
     for pid in pids.read_text().split():
         status = Path("/proc", pid, "status")
@@ -251,7 +250,7 @@ def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path:
 
 def test_sigterm_ends_the_tool(finished: Path, tmp_path: Path) -> None:
     output = ["--output", str(tmp_path / "other"), "--only", "a", "--seeds", "5"]
-    command = [sys.executable, str(TOOLS / "study.py"), str(finished / "study.yaml"), *output]
+    command = [sys.executable, "-m", "fpn_plugin", "study", str(finished / "study.yaml"), *output]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [*command, "SOLVER.MAX_ITER", "100000"], stdout=pipe, stderr=pipe, text=True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,13 @@ import torch
 from helpers import CHANNELS, small_pyramid
 from torch import nn
 
+from fpn_plugin.cli.main import main
 from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Graph, node, op
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.visualize.fusion_weights import fusion_table, fusion_weights, load_backbone
 
-TOOL = Path(__file__).parents[2] / "tools" / "show_pyramid.py"
 CONFIG = """
 MODEL:
   META_ARCHITECTURE: GeneralizedRCNN
@@ -109,8 +107,7 @@ def test_show_pyramid(
     drawn = tmp_path / "fpn.svg"
     args = ["--config-file", tmp_path / "config.yaml", "--size", 100, 128, "--draw", drawn]
     args += ["--weights", tmp_path / "m.pth", "MODEL.FPN.FUSE_TYPE", "fast_normalized"]
-    monkeypatch.setattr(sys, "argv", ["show_pyramid.py", *map(str, args)])
-    runpy.run_path(str(TOOL), run_name="tool")["main"]()
+    main(["show", *map(str, args)])
     out = capsys.readouterr().out
     assert "3,344,390 parameters" in out  # 3,344,384 and two weights of each fusion
     assert "128 x 128 pixels" in out and "build_resnet_backbone" in out

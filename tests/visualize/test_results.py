@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -18,13 +16,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as rle
 
+from fpn_plugin.cli.main import main
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize import results as module
 from fpn_plugin.visualize.images import spread
 from fpn_plugin.visualize.results import draw_pair, draw_results, load_results
 from fpn_plugin.visualize.run import Settings, visualize
 
-TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
 NAME = "pictures_test"
 SQUARE = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
 
@@ -82,15 +80,13 @@ def test_the_tool_on_own_data(
     (tmp_path / "config.yaml").write_text(f"DATASETS:\n  OWN: {own}\n")
     args = ["--results", folder / "results.json", "--dataset", "own_val", "--num", 1]
     args += ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args)])
     with own_datasets():
-        runpy.run_path(str(TOOL), run_name="tool")["main"]()
+        main(["visualize", *map(str, args)])
     picture = tmp_path / "out" / "detections_1_photo20.jpg"
     assert capsys.readouterr().out.split() == [str(picture)] and picture.is_file()
     for flag in ("--html", "--sizes-only", "--weights=model.pth"):
-        monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--output", "x", "--dataset", NAME, flag])
         with pytest.raises(SystemExit):
-            runpy.run_path(str(TOOL), run_name="tool")["main"]()
+            main(["visualize", *map(str, args[:2]), "--output", "x", "--dataset", NAME, flag])
         assert "--results: " in capsys.readouterr().err
 
 

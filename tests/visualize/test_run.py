@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
+from fpn_plugin.cli.main import main
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 from fpn_plugin.visualize.images import (
@@ -42,7 +41,6 @@ from fpn_plugin.visualize.run import (
     visualize,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
 CONFIG = """
 MODEL:
   META_ARCHITECTURE: GeneralizedRCNN
@@ -235,9 +233,8 @@ def test_the_tool_and_a_backbone_without_a_graph(
     ]
     args += ["--dataset", "heads_val", "--num", 1, "--output", tmp_path]
     args += ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.FUSE_TYPE", "sum"]
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args)])
     monkeypatch.setattr(logging, "disable", lambda level: None)  # would stay in this process
-    runpy.run_path(str(TOOL), run_name="tool")["main"]()
+    main(["visualize", *map(str, args)])
     assert capsys.readouterr().out == f"{tmp_path / '1_val1.png'}\n{tmp_path / SIZES}\n"
 
 

@@ -1,0 +1,59 @@
+"""Export a trained model to a file that runs without this plugin and without Detectron2: its
+bottom-up network and pyramid (--what backbone), or the whole detector.
+
+fpn export --config-file F --weights W --format onnx --output output/fpn.onnx
+fpn export --config-file F --weights W --format torch_export --output output/fpn.pt2
+fpn export --config-file F --weights W --what detector --format torchscript --output output/m.ts \\
+    --input photo.jpg
+
+Before it says that it is done, the file is run on three sizes and compared with the model. What the
+pixels must be is in a JSON beside the file; docs/examples/run_exported.py runs both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import Sequence
+
+from fpn_plugin.checkpoint.fit import PARTIAL_HELP
+from fpn_plugin.cli.arguments import command_parser, own_arguments
+from fpn_plugin.export.export import Settings, export
+from fpn_plugin.export.formats import FORMATS
+from fpn_plugin.export.model import WHAT
+from fpn_plugin.report.progress import Bar
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("export", __doc__)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="of the model")
+    add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
+    add("--format", required=True, choices=list(FORMATS))
+    add("--output", required=True, type=Path, metavar="FILE", help="ends in .ts, .pt2 or .onnx")
+    add("--what", choices=WHAT, default="backbone", help="with its pyramid; default: backbone")
+    add("--sizes", default="", metavar="HxW,HxW", help="to compare on (default: three)")
+    add("--fixed-size", default="", metavar="HxW", help="the file takes this size only")
+    add("--batch", type=int, default=0, help="the only one of the file; 0: any (default)")
+    text = "photos to compare on, for a detector that finds nothing in random images"
+    add("--input", nargs="+", default=(), type=Path, metavar="FILE", dest="inputs", help=text)
+    add("--time-limit", type=int, default=900, metavar="S", help="seconds (default: 900); 0: none")
+    add("--overwrite", action="store_true", help="replace a file that is there")
+    add("--allow-partial", action="store_true", help=PARTIAL_HELP.replace("evaluate", "export"))
+    add("--quiet", action="store_true", help="no progress; only the differences and the file")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    # intermixed: overrides may stand after other arguments
+    return parser.parse_intermixed_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = own_arguments(args)
+    quiet = settings.pop("quiet")
+    warnings.simplefilter("ignore")
+    if quiet:
+        logging.disable(logging.INFO)
+    for difference in export(Settings(**settings), Bar(quiet)):
+        print(difference)
+    print(args.output)
