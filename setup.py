@@ -6,8 +6,11 @@ import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).parent
+# Folders of the checkout that the package has inside of itself when it is installed
+SHIPPED = {"fpn_plugin.configs": "configs", "fpn_plugin.datasets": "datasets"}
 
 EXTRAS = {
     "timm": ["timm>=1.0,<2"],
@@ -32,6 +35,19 @@ EXTRAS["dev"] = [
     "types-PyYAML",
 ]
 
+
+class WholeCheckout(sdist):
+    """A source distribution from which tests run and pages are read, as in the checkout."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        for folder in ("docs", "tests", "tools"):
+            self.filelist.graft(folder)
+        for pattern in ("*.md", "*.txt", "*.cff", "Makefile", "datasets/README.md"):
+            self.filelist.include(pattern)
+        self.filelist.global_exclude("*.py[cod]")
+
+
 setup(
     name="fpn_plugin",
     version=runpy.run_path(str(HERE / "fpn_plugin" / "version.py"))["__version__"],
@@ -40,8 +56,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["fpn_plugin", "fpn_plugin.*"]),
-    package_data={"fpn_plugin": ["py.typed", "report/*.html"]},
+    packages=[*find_packages(include=["fpn_plugin", "fpn_plugin.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "fpn_plugin": ["py.typed", "report/*.html"],
+        "fpn_plugin.configs": ["**/*.yaml", "**/*.py"],
+    },
+    entry_points={"console_scripts": ["fpn = fpn_plugin.cli.main:main"]},
+    cmdclass={"sdist": WholeCheckout},
     # Detectron2 is not listed: it is not on PyPI under its own name, and the build that is
     # already installed must be kept. Without it, `import fpn_plugin` says what to install.
     install_requires=[

@@ -15,6 +15,11 @@ def configs_dir() -> Path:
     return _shipped("configs")
 
 
+def makers_dir() -> Path:
+    """The folder of the scripts that make the small datasets: `datasets/` of the checkout."""
+    return _shipped("datasets")
+
+
 def zoo_dir() -> Path:
     """The folder of Detectron2's configs, as its `model_zoo` finds it."""
     return Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
@@ -47,5 +52,5 @@ def find_file(path: str, key: str) -> Path:
             return place
     raise FileNotFoundError(
         f"{key}: there is no file {path!r}; looked at {' and '.join(map(str, places))}"
-        " (weights/tf_efficientnet_lite0.pth is made by `python datasets/prepare_weights.py`)"
+        " (weights/tf_efficientnet_lite0.pth is made by `fpn demo trees --data-only`)"
     )

@@ -1,7 +1,6 @@
 """Print what a config's pyramid resolves to, with the cost of every node, and draw it.
 
-    fpn show --config-file configs/… [--draw pyramid.svg] [--size H W]
-        [--weights model.pth] [KEY VALUE …]
+fpn show --config-file FILE [--draw pyramid.svg] [--size H W] [--weights model.pth] [KEY VALUE …]
 
 With --weights it also prints what every fusion of that checkpoint multiplies its inputs by, and
 writes it on the drawn arrows. Nothing but the backbone is built, on the CPU.
@@ -15,7 +14,7 @@ from typing import Sequence
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from fpn_plugin.cli.arguments import command_parser
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.config import extra_levels_for, load_config
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
@@ -31,8 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg")
     add("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"), help=SIZE_HELP)
     add("--weights", default="", metavar="FILE", help="a checkpoint: also print its fusion weights")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    return parse(parser, argv)
 
 
 def build(cfg: CfgNode) -> PyramidBackbone:

@@ -1,4 +1,4 @@
-"""Train or evaluate any Detectron2 detector, on GPUs or on the CPU: Detectron2's command line.
+"""Train or evaluate a detector, on GPUs or on the CPU, by Detectron2's command line.
 
 fpn train --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE …]
 fpn train --config-file FILE --eval-only [--allow-partial] MODEL.WEIGHTS model.pth
@@ -16,7 +16,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
-from fpn_plugin.cli.arguments import add_common_flags
+from fpn_plugin.cli.arguments import add_common_flags, split_overrides
 from fpn_plugin.engine.launch import launch_ranks
 from fpn_plugin.engine.run_folder import remove_old_run
 from fpn_plugin.engine.setup import argument_parser, begin, setup
@@ -27,7 +27,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser()
     parser.prog, parser.description = "fpn train", __doc__
     add_common_flags(parser)
-    return parser.parse_args(argv)
+    words, pairs = split_overrides(argv)
+    args = parser.parse_args(words)
+    args.opts = [*args.opts, *pairs]
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

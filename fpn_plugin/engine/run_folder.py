@@ -171,7 +171,7 @@ def claim_demo_dir(folder: str, demo: str) -> list[str]:
         whose = f"the demo {owner!r}" if owner else "a run that no demo started"
         raise FileExistsError(
             f"--output {str(folder)!r} holds the results of {whose} ({results[0].name}, …), which "
-            f"the demo {demo!r} does not replace: choose another folder (make demo DEMO=…)"
+            f"the demo {demo!r} does not replace: choose another folder"
         )
     root.mkdir(parents=True, exist_ok=True)
     marker.write_text(f"{demo}\n")

@@ -48,6 +48,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's command line with `--overwrite`, `--allow-partial`, `--rank-timeout`, and flags
     for own datasets."""
     parser = default_argument_parser()
+    parser.epilog = None  # examples that call this process's file, whatever that is
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )

@@ -95,6 +95,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
     """Read and check a study file.
 
     Args:
+        path: of the file, or the name of a study among this plugin's configs.
         opts: `KEY VALUE …` for every run, which replace what the file sets.
 
     Raises:
@@ -102,8 +103,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
         ValueError: naming the file, the key and the value, for anything wrong in it.
         KeyError: for a key or a name that does not exist, with the choices.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no study file {str(path)!r}")
+    path = Path(find_config_file(str(path), "the study"))
     content = _load(path)
     values = _with_defaults(path, content)
     for key in ("output", "runs"):
