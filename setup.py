@@ -37,15 +37,16 @@ EXTRAS["dev"] = [
 
 
 class WholeCheckout(sdist):
-    """A source distribution from which tests run and pages are read, as in the checkout."""
+    """A source distribution with all that a checkout has: tests, pages and tools too."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        for folder in ("docs", "tests", "tools"):
+    def make_distribution(self) -> None:
+        for folder in (".ci", "docs", "tests", "tools"):
             self.filelist.graft(folder)
-        for pattern in ("*.md", "*.txt", "*.cff", "Makefile", "datasets/README.md"):
+        for pattern in ("*.md", "*.txt", "*.cff", "Makefile", ".flake8", ".gitignore"):
             self.filelist.include(pattern)
+        self.filelist.include("datasets/*.md")
         self.filelist.global_exclude("*.py[cod]")
+        super().make_distribution()
 
 
 setup(

@@ -31,7 +31,7 @@ from fpn_plugin.version import __version__
 
 _DESCRIPTION = """Feature pyramids for Detectron2: which topology, which fusion and which network
 underneath a detector is said by its config."""
-_EPILOG = """--config-file takes a file, or the name of one of this plugin's configs or of Detectron2's,
+_EPILOG = """--config-file takes a file, or a name among this plugin's configs or Detectron2's,
 as its model_zoo does: COCO-InstanceSegmentation/mask_rcnn_R_50_BiFPN_1x.yaml
 
 fpn COMMAND --help                      what a command does, and its flags
