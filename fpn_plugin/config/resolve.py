@@ -15,6 +15,7 @@ from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
+from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.config.validate import (
     check_pixels,
     plugin_config,
@@ -48,9 +49,11 @@ def resolve_config(
         the config that was given, changed in place.
 
     Raises:
-        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
+        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid; also
+            for keys that are set but that nothing reads (:func:`refuse_unread_keys`).
     """
     node = plugin_config(cfg)
+    refuse_unread_keys(node)
     if node.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
         validate_config(node)
     else:
