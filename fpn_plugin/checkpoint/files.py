@@ -26,7 +26,7 @@ from iopath.common.file_io import get_cache_dir
 from torch import Tensor
 
 from fpn_plugin.checkpoint.plain import is_pickle, read_plain
-from fpn_plugin.paths import find_file
+from fpn_plugin.paths import download_advice, find_file
 
 logger = logging.getLogger(__name__)
 
@@ -186,13 +186,11 @@ def _advice(url: str, key: str) -> str:
     """What to do about an address that cannot be reached, in two lines."""
     address = url.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
     if url.startswith(ModelCatalogHandler.PREFIX):
-        with contextlib.suppress(RuntimeError):  # for a name that is not in it
+        with contextlib.suppress(RuntimeError, LookupError):  # for a name that is not in it
             address = ModelCatalog.get(url.removeprefix(ModelCatalogHandler.PREFIX))
-    by_hand = f"Download {address} elsewhere and give the path of the file as {key},"
-    if not address.startswith(("https://", "http://")):
-        return by_hand.rstrip(",")
-    place = Path(get_cache_dir(), urlparse(address).path.lstrip("/"))
-    return f"{by_hand}\nor put it where it is then found without a network: {place} ($FVCORE_CACHE)"
+    is_cached = address.startswith(("https://", "http://"))
+    place = Path(get_cache_dir(), urlparse(address).path.lstrip("/")) if is_cached else ""
+    return download_advice(address, key, str(place), "FVCORE_CACHE")
 
 
 def _from_model_zoo(content: Any, where: str) -> dict[str, Any]:
