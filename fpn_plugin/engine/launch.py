@@ -15,6 +15,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.engine.rendezvous import announced
 from fpn_plugin.report.mistakes import mistake_in
 
 # what the errors of gloo and NCCL say when another process is gone
@@ -68,7 +69,7 @@ def launch_ranks(
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
+            dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus),
             args=(SharedLocks(), main, *arguments),
             timeout=timedelta(minutes=args.rank_timeout),
         )
