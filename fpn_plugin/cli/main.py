@@ -37,6 +37,7 @@ as its model_zoo does: COCO-InstanceSegmentation/mask_rcnn_R_50_BiFPN_1x.yaml
 fpn COMMAND --help                      what a command does, and its flags
 fpn demo trees --output output/demo     see a detector train, also on a CPU"""
 _READER_IS_GONE = 128 + 13  # what a shell says of a command that SIGPIPE has ended
+from fpn_plugin.cli.mistakes import mistakes
 
 COMMANDS = {
     "train": train,
@@ -59,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its arguments (default: those of the process).
 
     Returns:
-        the exit code.
+        the exit code: 0, or what the command's help says.
+
+    Raises:
+        SystemExit: 2 for a mistake of the user, whose message is on standard error; also that of
+            argparse. An unexpected error is raised as it is.
     """
     logging.raiseExceptions = False  # else every line of a log prints one when its reader is gone
     try:
@@ -80,7 +85,9 @@ def _run(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         _refuse(name)
     command = COMMANDS[name]
-    return command.run(command.parse_args(arguments)) or 0
+    args = command.parse_args(arguments)
+    with mistakes(name, args.traceback):
+        return command.run(args) or 0
 
 
 def _reader_is_gone() -> bool:

@@ -18,8 +18,10 @@ from detectron2.utils import comm
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.cli.arguments import add_common_flags, split_overrides
 from fpn_plugin.engine.launch import launch_ranks
+from fpn_plugin.engine.log import write_modules
 from fpn_plugin.engine.run_folder import remove_old_run
 from fpn_plugin.engine.setup import argument_parser, begin, setup
+from fpn_plugin.engine.summary import log_end
 from fpn_plugin.engine.trainer import Trainer
 
 
@@ -43,6 +45,8 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Any:
     cfg = begin(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
+        if comm.is_main_process():
+            write_modules(cfg.OUTPUT_DIR, model)
         checkpointer = StrictCheckpointer(model, "", args.allow_partial, "MODEL.WEIGHTS")
         checkpointer.load(cfg.MODEL.WEIGHTS)
         results = Trainer.test(cfg, model)
@@ -53,4 +57,7 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Any:
     trainer.resume_or_load(resume=args.resume)
     if args.overwrite and comm.is_main_process():
         remove_old_run(cfg.OUTPUT_DIR)  # only now, as nothing can refuse to start any more
-    return trainer.train()
+    results = trainer.train()
+    if comm.is_main_process():
+        log_end(cfg.OUTPUT_DIR, next(iter(cfg.DATASETS.TEST), ""))
+    return results
