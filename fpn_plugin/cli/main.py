@@ -15,13 +15,11 @@ from fpn_plugin.cli import (
     show,
     study,
     train,
-    train_lazy,
     visualize,
 )
 
 COMMANDS = {
     "train": train,
-    "train-lazy": train_lazy,
     "show": show,
     "visualize": visualize,
     "benchmark": benchmark,

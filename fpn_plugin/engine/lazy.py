@@ -19,7 +19,6 @@ from typing import Any, Sequence
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetMapper
 from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -27,12 +26,9 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
-from fpn_plugin.checkpoint.load import load_weights
 from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
-from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -54,34 +50,15 @@ from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
 from fpn_plugin.engine.step import make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 from fpn_plugin.modeling.precision import choose_dtype
+from fpn_plugin.modeling.python_config import (  # noqa: F401  (configs import the timm network here)
+    build_part,
+    device_of,
+    pretrained_timm,
+    read_python_config,
+)
 from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
-from fpn_plugin.yaml_files import check_repeated_keys
 
 logger = logging.getLogger(__name__)
-
-# as a class, and by the names that a dumped config may have
-_DETECTRON2_MAPPER = (
-    DatasetMapper,
-    "detectron2.data.DatasetMapper",
-    "detectron2.data.dataset_mapper.DatasetMapper",
-)
-_PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
-
-
-def pretrained_timm(
-    model: str, weights: str = "", out_features: Sequence[str] = (), **settings: Any
-) -> TimmBackbone:
-    """A timm network with the weights of a file, for a config's `bottom_up`.
-
-    Args:
-        model: timm's name for it.
-        weights: the file; "" starts from the initialisation.
-        out_features: and `settings`: of :class:`TimmBackbone`.
-    """
-    backbone = TimmBackbone(model, list(out_features), **settings)
-    if weights:
-        load_weights(backbone.model, weights, "bottom_up.weights")
-    return backbone
 
 
 def setup(args: argparse.Namespace) -> DictConfig:
@@ -97,7 +74,9 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """
     setup_logger(name="fpn_plugin")
     check_flags(args)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = read_python_config(args.config_file, args.opts)
+    if device_of(cfg) != cfg.train.device:
+        logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
     if args.eval_only:
         _prepare_eval(cfg, args)
     elif args.machine_rank == 0:
@@ -107,44 +86,6 @@ def setup(args: argparse.Namespace) -> DictConfig:
         claim_output_dir(folder, key, weights, args.resume, args.overwrite)
     require_file("train.init_checkpoint", cfg.train.init_checkpoint)
     return cfg
-
-
-def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A Python config with its overrides.
-
-    Args:
-        overrides: `path.key=value` each.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the config lacks one of its parts, or a YAML file has a key twice.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--config-file {path!r} does not exist")
-    if path.endswith((".yaml", ".yml")):
-        check_repeated_keys(path)
-    cfg = LazyConfig.load(path)
-    _replace_mappers(cfg)
-    cfg = LazyConfig.apply_overrides(cfg, list(overrides or ()))
-    if missing := [part for part in _PARTS if part not in cfg]:
-        raise ValueError(f"{path}: the config lacks {', '.join(missing)}")
-    if device_of(cfg) != cfg.train.device:
-        logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
-    return cfg
-
-
-def device_of(cfg: DictConfig) -> str:
-    """`train.device`; the CPU in place of its default, cuda, where there is no GPU."""
-    is_missing = cfg.train.device == "cuda" and not torch.cuda.is_available()
-    return "cpu" if is_missing else str(cfg.train.device)
-
-
-def _replace_mappers(cfg: DictConfig) -> None:
-    """Let loaders have our mapper in the place of Detectron2's, of which it is a subclass."""
-    for split in ("train", "test"):
-        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
-        if isinstance(mapper, DictConfig) and mapper.get("_target_") in _DETECTRON2_MAPPER:
-            mapper._target_ = f"{Mapper.__module__}.{Mapper.__qualname__}"
 
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -158,7 +99,7 @@ def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def build_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, prepared by the entries of `train` that make it faster."""
-    return prepare_for_training(instantiate(cfg.model).to(device_of(cfg)), _speed(cfg))
+    return prepare_for_training(build_part(cfg, "model").to(device_of(cfg)), _speed(cfg))
 
 
 def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
