@@ -29,6 +29,7 @@ from torch import nn
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
 from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -74,6 +75,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """
     setup_logger(name="fpn_plugin")
     check_flags(args)
+    args.config_file = find_config_file(args.config_file)
     cfg = read_python_config(args.config_file, args.opts)
     if device_of(cfg) != cfg.train.device:
         logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
