@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.probe import frozen_names, is_channels_last, probe, unused_names
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import close_name, unknown_name
 
 NAME, ARGS = "MODEL.BOTTOM_UP.NAME", "MODEL.BOTTOM_UP.ARGS"
 # With these arguments networks of a fixed image size accept any; each family has its own of them
@@ -94,7 +94,7 @@ def _create(
     model: str, in_channels: int, args: Mapping[str, Any], **settings: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A feature network, and the arguments that it accepted of `args` and `ANY_SIZE`."""
-    timm = _timm(model)
+    timm = require_model(model)
     if clash := sorted(set(args) & set(RESERVED)):
         raise ValueError(f"{ARGS}: {clash} are decided by other keys; they cannot be given here")
     options = {**_any_size(timm, model), **args}
@@ -121,21 +121,38 @@ def _create(
 
 
 def _any_size(timm: Any, model: str) -> dict[str, bool]:
-    try:
-        published = timm.models.get_pretrained_cfg(model)
-    except RuntimeError as error:  # for an unknown tag after the dot in the name
-        raise ValueError(f"{NAME}: timm/{model}: {error}") from error
+    published = timm.models.get_pretrained_cfg(model)
     return dict(ANY_SIZE) if getattr(published, "fixed_input_size", False) else {}
 
 
-def _timm(model: str) -> Any:
+def require_model(model: str) -> Any:
+    """timm, if it has this model, and the weights of the tag after a dot in its name.
+
+    Raises:
+        ImportError: if timm is not installed.
+        KeyError: for an unknown model, with the nearest.
+        ValueError: for an unknown tag, with the nearest.
+    """
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"{NAME}: timm/... needs timm: pip install 'fpn_plugin[timm]'") from error
     if not timm.is_model(model):
-        close = timm.list_models(f"*{model.split('_')[0]}*")[:20]
-        raise unknown_name(NAME, f"timm/{model}", close or timm.list_models()[:20])
+        close = close_name(model, timm.list_models())
+        family = timm.list_models(f"*{(close or model).split('_')[0]}*") or timm.list_models()
+        raise unknown_name(
+            NAME,
+            f"timm/{model}",
+            [f"timm/{name}" for name in family[:20]],
+            f"timm/{close}" if close else "",
+        )
+    try:
+        timm.models.get_pretrained_cfg(model)
+    except RuntimeError as error:  # for an unknown tag
+        tags = timm.list_pretrained(f"{model.partition('.')[0]}.*")
+        close = close_name(model, tags, 0.3)
+        hint = f"; did you mean 'timm/{close}'?" if close else ""
+        raise ValueError(f"{NAME}: timm/{model}: {error}{hint}") from error
     return timm
 
 
@@ -143,7 +160,7 @@ def _pretrained(
     model: str, in_channels: int, args: Mapping[str, Any], indices: list[int]
 ) -> nn.Module:
     where = f"MODEL.BOTTOM_UP.WEIGHTS: 'timm': the weights of timm/{model}"
-    if not getattr(_timm(model).models.get_pretrained_cfg(model), "has_weights", False):
+    if not getattr(require_model(model).models.get_pretrained_cfg(model), "has_weights", False):
         raise ValueError(f"{where} do not exist: timm publishes none; give a file")
     try:
         network, _ = _create(model, in_channels, args, out_indices=indices, pretrained=True)

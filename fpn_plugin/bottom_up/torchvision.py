@@ -111,10 +111,24 @@ class TorchvisionBackbone(AdaptedBackbone):
         freeze_norm_statistics(self.model)
 
 
+def has_model(model: str) -> bool:
+    """Whether torchvision has a classification network of that name."""
+    return model in models.list_models(module=models)
+
+
+def require_model(model: str) -> None:
+    """Refuse a name that torchvision does not have.
+
+    Raises:
+        KeyError: with the nearest.
+    """
+    if not has_model(model):
+        known = [f"torchvision/{name}" for name in models.list_models(module=models)]
+        raise unknown_name("MODEL.BOTTOM_UP.NAME", f"torchvision/{model}", known)
+
+
 def _create(model: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
-    known = models.list_models(module=models)
-    if model not in known:
-        raise unknown_name("MODEL.BOTTOM_UP.NAME: torchvision/<model>", model, known)
+    require_model(model)
     try:
         if not pretrained:
             return models.get_model(model, weights=None, **{**_DEFAULTS.get(model, {}), **args})

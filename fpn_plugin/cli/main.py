@@ -17,6 +17,7 @@ from fpn_plugin.cli import (
     train,
     visualize,
 )
+from fpn_plugin.cli.mistakes import mistakes
 
 COMMANDS = {
     "train": train,
@@ -38,13 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its arguments (default: those of the process).
 
     Returns:
-        the exit code.
+        the exit code: 0, or what the command's help says.
+
+    Raises:
+        SystemExit: 2 for a mistake of the user, whose message is on standard error; also that of
+            argparse. An unexpected error is raised as it is.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name not in COMMANDS:
         _parser().parse_args([name])  # prints the help, or the commands that there are
     command = COMMANDS[name]
-    return command.run(command.parse_args(arguments)) or 0
+    args = command.parse_args(arguments)
+    with mistakes(name, args.traceback):
+        return command.run(args) or 0
 
 
 def _parser() -> argparse.ArgumentParser:

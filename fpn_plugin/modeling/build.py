@@ -13,6 +13,7 @@ from torch import nn
 
 from fpn_plugin.config.heads import AUTO_KEYS
 from fpn_plugin.config.settings import is_names
+from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.config.validate import RecordingConfig, plugin_config
 from fpn_plugin.modeling.bottom_up import accept_small_maps
 from fpn_plugin.modeling.python_config import attached, build_part
@@ -41,6 +42,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     name, known = cfg.MODEL.META_ARCHITECTURE, [name for name, _ in META_ARCH_REGISTRY]
     if name not in known:
         raise unknown_name("MODEL.META_ARCHITECTURE", name, known)
+    refuse_unread_keys(cfg)
     recording = RecordingConfig(cfg)
     try:
         model = build_detectron2_model(recording)

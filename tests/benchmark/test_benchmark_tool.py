@@ -62,7 +62,7 @@ def test_an_inconclusive_ratio_is_refused(
 ) -> None:
     args = ["--config-file", configs["fpn"], "--baseline", configs["base"], "--what", "neck"]
     args += ["--image-size", 64, 64, "--rounds", 2, "--max-spread", 0, "--min-sample", 0, "--quiet"]
-    assert call(*args, "--report", tmp_path) == 2
+    assert call(*args, "--report", tmp_path) == 3
     report = json.loads((tmp_path / "report.json").read_text())
     (row,) = report["timings"]["neck"]["ratios"]
     assert row["value"] is row["low"] is row["high"] is None and row["verdict"] == "too wide"

@@ -228,7 +228,7 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"model": "resnet19"}, "MODEL.BOTTOM_UP.NAME: torchvision.*'resnet19'.*mean 'resnet18'"),
+        ({"model": "resnet19"}, "MODEL.BOTTOM_UP.NAME: .*'torchvision/resnet19'.*mean 'torchvision/resnet18'"),
         (
             {"model": "vit_b_16"},
             "NAME: torchvision/vit_b_16 gives no maps.*height.*timm/vit_.*TOPOLOGY: simple",
