@@ -27,8 +27,8 @@ _SUFFIX, _BOTTOM_UP = "IN_FEATURES", "MODEL.FPN.IN_FEATURES"
 def build_model(cfg: CfgNode) -> nn.Module:
     """Detectron2's `build_model`, with a check of the maps that the heads read.
 
-    Where a Python config is attached, what it says is built instead, on `MODEL.DEVICE`. Which keys are read is seen while the model is built: a section that no head reads may say
-    anything.
+    Which keys are read is seen while the model is built: a section that no head reads may say
+    anything. Where a Python config is attached, what it says is built instead.
 
     Raises:
         ValueError: (KeyError for an unknown meta-architecture) naming the key, its value and the

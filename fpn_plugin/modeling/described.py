@@ -18,7 +18,7 @@ from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.torchvision import TorchvisionBackbone
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER
-from fpn_plugin.config.files import merge_overrides
+from fpn_plugin.config.files import find_config_file, merge_overrides
 from fpn_plugin.config.resolve import choose_device, load_config
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.python_config import (
@@ -26,6 +26,7 @@ from fpn_plugin.modeling.python_config import (
     TOOLS_PARTS,
     attach,
     build_part,
+    dataset_names,
     is_python_config,
     pretrained_networks,
     read_python_config,
@@ -88,7 +89,7 @@ def load_model_config(
 ) -> CfgNode:
     """The config of a model, of a YAML or a Python file; resolved, not frozen.
 
-    A Python config is run. What it says stands in YAML's keys; :func:`build_model` builds its model.
+    A Python config is run. What it says stands in YAML's keys, and its model is built from it.
 
     Args:
         opts: the user's overrides: `KEY VALUE` pairs, for a Python config `path.key=value`.
@@ -99,6 +100,7 @@ def load_model_config(
         FileNotFoundError, KeyError, ValueError: as :func:`fpn_plugin.config.load_config` and
             :func:`read_python_config` raise them.
     """
+    path = find_config_file(path) if path else path
     if not is_python_config(path):
         return load_config(argparse.Namespace(config_file=path, opts=[*opts, *keys], **flags))
     cfg = describe(read_python_config(path, opts, TOOLS_PARTS))
@@ -133,9 +135,7 @@ def _config_keys(python: DictConfig) -> dict[str, Any]:
     network = next(pretrained_networks(python.model), None)
     keys["MODEL.BOTTOM_UP.WEIGHTS"] = network.get("weights", "") if network is not None else ""
     for split in ("train", "test"):
-        names = _plain(OmegaConf.select(python, f"dataloader.{split}.dataset.names"))
-        names = [names] if isinstance(names, str) else names or []
-        keys[f"DATASETS.{split.upper()}"] = tuple(names)
+        keys[f"DATASETS.{split.upper()}"] = tuple(dataset_names(python, split))
     return {**keys, **_resize(python)}
 
 

@@ -1,8 +1,8 @@
 """Detectron2's Python configs (LazyConfig): reading them, building from them, and parts for them.
 
-A Python config is code, which is run when it is read. The config.yaml in the folder of its run names
-code too (`_target_`), and such a file may come from a stranger: it is read as plain data, and only
-those targets are called that :func:`require_trusted` knows.
+A Python config is code, which is run when it is read. The config.yaml in the folder of its run
+names code too (`_target_`), and such a file may come from a stranger: it is read as plain data, and
+only those targets are called that :func:`require_trusted` knows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.checkpoint.load import load_weights
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.yaml_files import read_yaml
@@ -71,8 +72,8 @@ def put_pyramid(model: DictConfig, **settings: Any) -> None:
     network = OmegaConf.select(model, "backbone.bottom_up")
     if network is None:
         raise ValueError(
-            "put_pyramid: the model has no backbone.bottom_up, the network that the pyramid goes on:"
-            " set model.backbone = LazyCall(PyramidBackbone)(bottom_up=…, …) instead"
+            "put_pyramid: the model has no backbone.bottom_up, the network that the pyramid goes"
+            " on: set model.backbone = LazyCall(PyramidBackbone)(bottom_up=…, …) instead"
         )
     model.backbone = LazyCall(PyramidBackbone)(
         bottom_up=network,
@@ -134,11 +135,8 @@ def read_python_config(
         ValueError: naming the file, if the config lacks one of its parts, if a YAML file has a key
             twice or names other code, or for a bad override.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--config-file {path!r} does not exist")
-    if not path.endswith(_SUFFIXES):
-        cfg = LazyConfig.load(path)
-    elif trust:
+    path = find_config_file(path)
+    if trust or not path.endswith(_SUFFIXES):
         cfg = LazyConfig.load(path)
     else:
         content = read_yaml(path, objects=True)
@@ -235,6 +233,15 @@ def device_of(cfg: DictConfig) -> str:
     return "cpu" if is_missing else str(cfg.train.device)
 
 
+def dataset_names(cfg: DictConfig, split: str) -> list[str]:
+    """The registered datasets of a split: train or test."""
+    dataset = OmegaConf.select(cfg, f"dataloader.{split}.dataset")
+    if not isinstance(dataset, DictConfig):
+        return []
+    names = dataset.get("names") or dataset.get("dataset_name") or []  # of load_coco_json
+    return [names] if isinstance(names, str) else list(names)
+
+
 # A config in YAML's keys, which a Python config is attached to
 
 
@@ -290,7 +297,7 @@ def pretrained_networks(node: Any) -> Iterator[DictConfig]:
 
 
 def build_backbone(cfg: CfgNode) -> nn.Module:
-    """The backbone alone, with initial weights, as the config or the attached Python config says."""
+    """The backbone alone, as the config or the attached Python config says."""
     python = attached(cfg)
     if python is None:
         backbone: Backbone = build_detectron2_backbone(cfg)
