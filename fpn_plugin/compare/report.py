@@ -14,7 +14,7 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 
 from fpn_plugin.compare.plots import colour, draw_all
-from fpn_plugin.compare.tables import TASK_NAMES, all_tables, number
+from fpn_plugin.compare.tables import TASK_NAMES, all_tables, number, verdict_text
 from fpn_plugin.report.figures import page_style, save
 from fpn_plugin.report.page import html_page, html_svg, html_table, paragraph
 from fpn_plugin.report.tables import Table
@@ -65,7 +65,7 @@ def write_comparison(report: Mapping[str, Any], folder: str) -> Path:
     text = json.dumps(_without_nan(report), indent=1, allow_nan=False)
     (root / JSON).write_text(text + "\n", encoding="utf-8")
     _write_csv(root / RUNS, [_run_row(run) for run in report["runs"]])
-    _write_csv(root / GROUPS, [_group_row(group) for group in report["groups"]])
+    _write_csv(root / GROUPS, [_group_row(group, report) for group in report["groups"]])
     tables = all_tables(report)
     lines = [f"# {_title(report)}", "", report["summary"], "", *_messages(report)]
     for table in tables:
@@ -151,11 +151,17 @@ def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: run[key] for key in run if key != "metrics"}, **run["metrics"]}
 
 
-def _group_row(group: Mapping[str, Any]) -> dict[str, Any]:
+def _group_row(group: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": group["name"], "runs": len(group["runs"])}
     row.update({key: group.get(key) for key in ("parameters", "gflops", "seconds")})
     for key, metric in group["metrics"].items():
         row.update({key: metric["mean"], f"{key} spread": metric["spread"]})
+    baseline = report["baseline"]
+    for task, pairs in report["pairs"].items():
+        if pair := pairs.get(group["name"], {}).get(baseline):
+            fields = {key: pair[key] for key in ("value", "low", "high", "images")}
+            fields["verdict"] = verdict_text(report, task, group["name"], baseline)
+            row.update({f"{task}/AP against {baseline} {key}": fields[key] for key in fields})
     return row
 
 
