@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import asdict, dataclass
 from typing import Any, Mapping, Sequence
 
@@ -146,7 +148,8 @@ def _part_of(truth: COCO, images: Sequence[Any]) -> COCO:
         "images": [image for image in truth.dataset["images"] if image["id"] in kept],
         "annotations": [a for a in truth.dataset["annotations"] if a["image_id"] in kept],
     }
-    part.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):
+        part.createIndex()
     return part
 
 

@@ -55,6 +55,7 @@ class Equality:
             None if that was not measured.
         detections: the share of the reference's detections that are the same; None if none were
             compared.
+        of: how many detections the reference has.
     """
 
     verdict: str
@@ -64,6 +65,7 @@ class Equality:
     note: str = ""
     rounding: float | None = None
     detections: float | None = None
+    of: int = 0
 
 
 def compare_outputs(

@@ -370,11 +370,12 @@ def _with_detections(
     if workload.detections is None or reference.detections is None:
         return equality
     share = matched_share(reference.detections, workload.detections)
+    equality = replace(equality, detections=share, of=len(reference.detections["boxes"]))
     if half or share >= _SHARE:
-        return replace(equality, detections=share)
+        return equality
     note = f"{share:.0%} of the detections are the same"
     note = f"{equality.note}; {note}" if equality.note else note
-    return replace(equality, note=note, verdict=DIFFERS, detections=share)
+    return replace(equality, note=note, verdict=DIFFERS)
 
 
 def _peak(workload: Workload, device: str) -> int:

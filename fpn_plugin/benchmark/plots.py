@@ -40,7 +40,7 @@ def _ratio_plot(timings: Mapping[str, Any]) -> Figure:
         title = ratio is None
         number += title
         tone = COLOURS[number % len(COLOURS)]
-        size, weight = (9.5, "bold") if title else (8.5, "normal")
+        size, weight = (11, "bold") if title else (10, "normal")
         place: Any = axes.get_yaxis_transform()
         axes.text(0, y - 0.12, _short(text), transform=place, size=size, weight=weight, va="center")
         axes.fill_betweenx([y - 0.5, y + 0.5], 1 / noise, noise, color=GREY, alpha=0.25, lw=0)
@@ -54,7 +54,7 @@ def _ratio_plot(timings: Mapping[str, Any]) -> Figure:
     axes.spines["left"].set_visible(False)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.9), max(high, 1.1))
-    ticks = MaxNLocator(6).tick_values(*axes.get_xlim())
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(*axes.get_xlim())
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick > 0]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}×"))
@@ -62,7 +62,7 @@ def _ratio_plot(timings: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _short(text: str, most: int = 62) -> str:
+def _short(text: str, most: int = 58) -> str:
     """A name that fits the width of the figure."""
     return text if len(text) <= most else f"{text[:most - 1]}…"
 

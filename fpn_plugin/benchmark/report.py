@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fpn_plugin.benchmark.measure import SCHEMA
 from fpn_plugin.benchmark.plots import draw_plots
-from fpn_plugin.benchmark.tables import headline, outputs_compared, report_tables
+from fpn_plugin.benchmark.tables import ap_summary, headline, outputs_compared, report_tables
 from fpn_plugin.report.figures import page_style, save
 from fpn_plugin.report.page import html_figure, html_page, html_svg, html_table, paragraph
 from fpn_plugin.report.tables import Table
@@ -71,8 +71,8 @@ def write_report(
         plots = draw_plots(report)
         (root / HTML).write_text(_html(report, tables, plots, extra_plots or {}), encoding="utf-8")
         paths = {title: save(plot, root / f"{name}.png") for name, (title, plot) in plots.items()}
-    lines = [f"# {_title(report)}", "", headline(report), "", outputs_compared(report), ""]
-    lines += _messages(report)
+    lines = [f"# {_title(report)}", "", headline(report), ""]
+    lines += [ap_summary(report), "", outputs_compared(report), "", *_messages(report)]
     for table in tables:
         lines += [f"## {table.title}", "", table.text("github"), "", table.note, ""]
     for title, path in {**paths, **(extra_plots or {})}.items():
@@ -85,7 +85,8 @@ def terminal_text(report: Mapping[str, Any], extra_tables: Sequence[Table] = ())
     """All tables, what was refused, and at the end the result."""
     tables = [*report_tables(report), *extra_tables]
     parts = [f"{table.title}\n\n{table.text()}\n" for table in tables]
-    return "\n".join([*parts, *_messages(report), outputs_compared(report), headline(report)])
+    ends = [outputs_compared(report), ap_summary(report), headline(report)]
+    return "\n".join([*parts, *_messages(report), *ends])
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -111,6 +112,7 @@ def _html(
     parts = [
         paragraph(f"{machine['date']}, commit {commit or 'unknown'}, {where}"),
         paragraph(headline(report), "lead"),
+        paragraph(ap_summary(report)),
         paragraph(outputs_compared(report)),
         *(paragraph(f"Refused: {text}", "bad") for text in report["failures"]),
         *(paragraph(f"Note: {text}") for text in report["notes"]),

@@ -6,7 +6,7 @@ Each function takes the report of :mod:`fpn_plugin.benchmark.measure`, or a part
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from fpn_plugin.benchmark.equality import BIT_EQUAL, DIFFERS, NOT_COMPARED
 from fpn_plugin.benchmark.measure import FASTER, NO_DIFFERENCE, REFUSED, SLOWER, noise_of
@@ -43,11 +43,10 @@ _MOST = 3  # pairs in the sentence
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """What came out: how much faster, on which machine, with which outputs and AP."""
+    """What came out, in a sentence: how much faster, on which machine, with which outputs."""
     sections = [name for name in _MAIN if report["timings"].get(name, {}).get("times")]
     if not sections:
-        text = "Counts alone: nothing was timed"
-        return f"{text}. {_ap_sentence(report)}"
+        return "Counts alone: nothing was timed."
     section = sections[0]
     data, settings = report["timings"][section], report["settings"]
     height, width = settings["size"]
@@ -58,15 +57,19 @@ def headline(report: Mapping[str, Any]) -> str:
         times = [
             f"{name} takes {milliseconds(row['seconds'])} ms" for name, row in data["times"].items()
         ]
-        text = f"{', '.join(times[:_MOST])}, beside nothing that it was compared with"
-        return f"{lead}{text}. {_ap_sentence(report)}"
+        return f"{lead}{', '.join(times[:_MOST])}; there is nothing that it was compared with."
     equality = {(row["contestant"], row["reference"]): row for row in data["equality"]}
-    texts = [
-        _clause(row, equality.get((row["contestant"], row["reference"]), {}))
-        for row in rows[:_MOST]
-    ]
-    more = f"; {len(rows) - _MOST} more below" if len(rows) > _MOST else ""
-    return f"{lead}{'; '.join(texts)}{more}. {_ap_sentence(report)}"
+    texts: dict[str, list[str]] = {}
+    for row in rows[:_MOST]:
+        outputs = _verdict(equality.get((row["contestant"], row["reference"]), {}))
+        texts.setdefault(row["result"], []).append(_clause(row, outputs))
+    parts = [_joined(texts[result]) for result in (FASTER, SLOWER) if result in texts]
+    if NO_DIFFERENCE in texts:
+        parts.append(f"no difference beyond noise is shown by {_joined(texts[NO_DIFFERENCE])}")
+    if REFUSED in texts:
+        parts.append(f"too noisy for a ratio is {_joined(texts[REFUSED])}")
+    parts += [f"{len(rows) - _MOST} more are below"] if len(rows) > _MOST else []
+    return f"{lead}{'; '.join(parts)}."
 
 
 def _main_ratios(report: Mapping[str, Any], data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -82,24 +85,24 @@ def _machine(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     if "gpu" in machine:
         return str(machine["gpu"])
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{machine['cpu']} ({threads})"
+    return f"{machine['cpu']} ({_count(machine['threads'], 'thread')})"
 
 
-def _clause(row: Mapping[str, Any], equality: Mapping[str, Any]) -> str:
+def _clause(row: Mapping[str, Any], outputs: str) -> str:
     name, reference, result = row["contestant"], row["reference"], row["result"]
-    outputs = f"outputs {_verdict(equality)}"
+    outputs = f"outputs {outputs}"
     if result == REFUSED:
-        return f"{name} against {reference} is too noisy for a ratio ({outputs})"
-    numbers = f"95% interval {row['low']:.2f} … {row['high']:.2f}; {outputs}"
+        return f"{name} against {reference} ({outputs})"
+    interval = f"95% interval {row['low']:.2f} … {row['high']:.2f}; {outputs}"
     if result == FASTER:
-        return f"{name} is {row['value']:.2f} times as fast as {reference} ({numbers})"
+        return f"{name} is {row['value']:.2f} times as fast as {reference} ({interval})"
     if result == SLOWER:
-        return f"{name} is slower, {row['value']:.2f} times as fast as {reference} ({numbers})"
-    return (
-        f"{name} is neither faster nor slower than {reference} by more than noise"
-        f" ({row['value']:.2f} times as fast, {numbers})"
-    )
+        return f"{name} is slower, {row['value']:.2f} times as fast as {reference} ({interval})"
+    return f"{name} against {reference} ({row['value']:.2f} times as fast, {interval})"
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return " and ".join(texts) if len(texts) < 3 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def _verdict(equality: Mapping[str, Any]) -> str:
@@ -109,11 +112,12 @@ def _verdict(equality: Mapping[str, Any]) -> str:
     return str(verdict)
 
 
-def _ap_sentence(report: Mapping[str, Any]) -> str:
+def ap_summary(report: Mapping[str, Any]) -> str:
+    """Say what AP was compared, and what came out."""
     ap = report["ap"]
     if not ap:
         return "AP was not compared (--weights with --dataset does that)."
-    where = f"On {_test_images(ap)}"
+    where = f"{_test_images(ap)}"
     if not ap["pairs"]:
         values = [
             f"{name} has {_TASKS[task]} AP {shown(row['metrics'][f'{task}/AP'])}"
@@ -121,21 +125,30 @@ def _ap_sentence(report: Mapping[str, Any]) -> str:
             for task in _TASKS
             if f"{task}/AP" in row["metrics"]
         ]
-        return f"{where}, {'; '.join(values[:_MOST]) or 'no model has an AP'}, beside no other."
-    texts = [
-        f"{row['contestant']} has {_TASKS[row['task']]} AP {_ap_of(ap, row, 'contestant')} and"
-        f" {row['reference']} {_ap_of(ap, row, 'reference')} ({_ap_verdict(row, ap)})"
-        for row in ap["pairs"]
-    ]
+        return f"On {where}, {_joined(values) or 'no model has an AP'}; no two were compared."
+    lead = f"On {where}"
+    verdicts = {_ap_verdict(row, ap) for row in ap["pairs"]}
+    if len(verdicts) == 1 and ap["pairs"][0]["verdict"] == TOO_FEW:
+        lead += f", {verdicts.pop()} for a verdict"
+        verdicts = set()
+    texts = []
+    for row in ap["pairs"]:
+        text = f"{row['contestant']} has {_TASKS[row['task']]} AP {_ap_of(ap, row, 'contestant')}"
+        text += f" and {row['reference']} {_ap_of(ap, row, 'reference')}"
+        texts.append(f"{text} ({_ap_verdict(row, ap)})" if verdicts else text)
     more = f"; {len(texts) - _MOST} more below" if len(texts) > _MOST else ""
-    return f"{where}, {'; '.join(texts[:_MOST])}{more}."
+    return f"{lead}{', ' if verdicts else ': '}{'; '.join(texts[:_MOST])}{more}."
 
 
 def _test_images(ap: Mapping[str, Any]) -> str:
-    images = f"{ap['images']} images"
+    images = _count(ap["images"], "image")
     if ap["images"] < ap["total"]:
-        images += f" of {ap['total']}"
-    return f"{images} of {ap['dataset']} with {ap['objects']} objects"
+        images = f"{ap['images']} of the {ap['total']} images"
+    return f"{images} of {ap['dataset']} with {_count(ap['objects'], 'object')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _ap_of(ap: Mapping[str, Any], row: Mapping[str, Any], whose: str) -> str:
@@ -288,7 +301,7 @@ def _format_equality(row: Mapping[str, Any]) -> str:
             parts.append(f"autocast alone {row['rounding']:.1e}")
         parts += [row["note"]] if row["note"] else []
     if row and row["detections"] is not None and row["verdict"] not in (DIFFERS, NOT_COMPARED):
-        parts.append(f"{row['detections']:.0%} of the detections the same")
+        parts.append(f"{row['detections']:.0%} of {_count(row['of'], 'detection')} the same")
     return ", ".join(parts)
 
 

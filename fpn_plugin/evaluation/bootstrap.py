@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Iterable, Sequence
 
 import numpy as np
@@ -16,10 +17,11 @@ import numpy as np
 _RECALLS = np.linspace(0.0, 1.0, 101)  # as in pycocotools
 _CONFIDENCE = 95  # percent of the draws within an interval
 
-MIN_IMAGES = 20
-"""Images with a hit that a verdict needs. Few images drawn with replacement are too much alike: in
-500 simulated pairs of detectors for each number of images, the interval that is said to hold the
-true difference 95 times in 100 held it 86 times with 6 images, 88 with 12, 91 with 20, 94 with 30."""
+MIN_IMAGES = 10
+"""Images with a hit that a verdict needs. Six images have 462 different draws in all, and an interval
+would be made of the two or three most extreme of a thousand; ten have 92,378. In 400 simulated pairs
+of detectors with 10 images each, and with 12, the interval that is said to hold the true difference
+95 times in 100 held it 94 times."""
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 TIE, TOO_FEW, UNKNOWN = "tie", "too few images", "unknown"
@@ -48,7 +50,7 @@ class Difference:
 
     Attributes:
         value: on the images as they are.
-        low: the lower end of the 95% interval; nan where the images are too few.
+        low: the lower end of the 95% interval (an expanded percentile interval); nan where the images are too few.
         high: its upper end.
         better: the share of draws in which the first is better; a tie counts half.
         significant: whether the verdict is BETTER or WORSE.
@@ -157,6 +159,22 @@ def images_with_hits(scores: Iterable[Sequence[Matches]]) -> int:
     return len(set().union(*(image[hits].tolist() for image, hits in pairs)))
 
 
+def _tail(images: int) -> float:
+    """The percentage of draws beyond each end of an interval, smaller for few images.
+
+    Draws of few images differ too little from each other: as many as 10 in 100 intervals between
+    the 2.5% ends missed the truth in the simulations with 10 or 12 images. So the ends go out as
+    far as Student's t and the variance's bias demand (the expanded percentile interval of
+    Hesterberg, arXiv:1411.5279).
+    """
+    normal, freedom = NormalDist(), images - 1
+    z = normal.inv_cdf(0.5 + _CONFIDENCE / 200)
+    # the quantile of Student's t, by Cornish and Fisher's expansion: to 0.1% for 9 degrees
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return 100 * normal.cdf(-t * math.sqrt(images / freedom))
+
+
 def difference(
     aps: tuple[float, float], ours: np.ndarray, theirs: np.ndarray, images: int
 ) -> Difference:
@@ -172,7 +190,7 @@ def difference(
     if math.isnan(value) or images < MIN_IMAGES or not len(differences):
         verdict = UNKNOWN if math.isnan(value) else TOO_FEW
         return Difference(value, math.nan, math.nan, math.nan, False, verdict, images)
-    tail = (100 - _CONFIDENCE) / 2
+    tail = _tail(images)
     low, high = (float(end) for end in np.percentile(differences, [tail, 100 - tail]))
     better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
     if shown(aps[0]) == shown(aps[1]):

@@ -107,11 +107,11 @@ def test_a_tiny_example_worked_out_by_hand() -> None:
         assert average_precision(first, np.array(weights)) == pytest.approx(ap_of_first)
     draws = np.array(list(wanted))
     ours, theirs = ap_of_draws(both, draws), ap_of_draws(first, draws)
-    result = difference((100.0, half), ours, theirs, MIN_IMAGES)
+    result = difference((100.0, half), ours, theirs, 10**6)  # so many as to have 2.5% beyond
     # differences of 0, 100 - half and 100: better in two draws, equal in one
     assert result.better == pytest.approx(2.5 / 3)
-    assert result.low == pytest.approx(0.05 * (100 - half))
-    assert result.high == pytest.approx(100 - 0.05 * half)
+    assert result.low == pytest.approx(0.05 * (100 - half), rel=1e-3)
+    assert result.high == pytest.approx(100 - 0.05 * half, rel=1e-3)
 
 
 def test_a_false_detection_that_ranks_first_halves_the_precision() -> None:
@@ -155,6 +155,14 @@ def test_draws_without_objects_say_nothing() -> None:
     assert (result.low, result.high, result.better) == (1.0, 1.0, 1.0)
     nothing = difference((2.0, 1.0), np.array([math.nan]), np.array([math.nan]), 99)
     assert math.isnan(nothing.low) and nothing.verdict == "too few images"
+
+
+def test_intervals_of_few_images_are_wider() -> None:
+    """By Student's t (2.262 for 10 images) and the root of 10/9, 0.855% of a normal distribution."""
+    draws = np.random.default_rng(0).normal(0, 1, 10**6)
+    few, many = (difference((1.0, 0.5), draws, np.zeros(10**6), n) for n in (10, 10**6))
+    assert few.high == pytest.approx(2.262 * (10 / 9) ** 0.5, rel=0.01)
+    assert many.high == pytest.approx(1.96, rel=0.01)
 
 
 @pytest.mark.parametrize(
