@@ -184,7 +184,8 @@ def read_runs(folders: Sequence[str], configs: Sequence[BenchmarkConfig]) -> lis
     """The last AP of each training run, and the config with the run's `MODEL` section.
 
     Returns:
-        "folder", "contestant" (the config's name), and "AP" by task ("bbox", "segm", …) of each.
+        "folder", "contestant" (the config's name), "dataset" (the test sets), and "AP" by task
+        ("bbox", "segm", …) of each.
 
     Raises:
         FileNotFoundError: if a folder has no metrics.json or config.yaml.
@@ -202,7 +203,8 @@ def _read_run(folder: Path, configs: Sequence[BenchmarkConfig]) -> dict[str, Any
         ap.update({key[: -len("/AP")]: metrics[key] for key in metrics if key.endswith("/AP")})
     if not ap:
         raise ValueError(f"{RUNS} {str(folder)!r}: its metrics.json holds no AP")
-    model = recorded_config(str(folder))["MODEL"]
+    recorded = recorded_config(str(folder))
+    model, test_sets = recorded["MODEL"], recorded.get("DATASETS", {}).get("TEST") or []
     differences = {config.name: model_differences(model, config.cfg) for config in configs}
     nearest = min(differences, key=lambda name: len(differences[name]))
     if differences[nearest]:
@@ -210,7 +212,12 @@ def _read_run(folder: Path, configs: Sequence[BenchmarkConfig]) -> dict[str, Any
             f"{RUNS} {str(folder)!r} was trained with another model than any config's; the nearest"
             f" is {nearest}, which differs in {', '.join(differences[nearest][:5])}"
         )
-    return {"folder": str(folder), "contestant": nearest, "AP": ap}
+    return {
+        "folder": str(folder),
+        "contestant": nearest,
+        "dataset": list(test_sets),
+        "AP": ap,
+    }
 
 
 def model_differences(recorded: Mapping[str, Any], cfg: CfgNode) -> list[str]:

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.benchmark.configs import find_baseline, model_differences
 from fpn_plugin.benchmark.models import find_below
+from fpn_plugin.benchmark.timing import OK
 from fpn_plugin.checkpoint.run_folder import CONFIG, flatten, recorded_config
 from fpn_plugin.compare.runs import Group
 from fpn_plugin.engine.setup import load_config
@@ -30,7 +31,7 @@ class Latencies:
     """What a benchmark measured.
 
     Attributes:
-        what: "inference", "backbone" or "neck", and on what: for a table's header.
+        what: "inference", "backbone" or "neck", of what and on which machine: for a table's note.
         seconds: by group.
         notes: groups that the benchmark did not measure, and its configs that cannot be read.
     """
@@ -78,9 +79,12 @@ def read_latencies(path: str, groups: list[Group]) -> Latencies:
         raise ValueError(f"{BENCHMARK} {path!r} is no report.json of `fpn benchmark`") from error
     if not timed:
         raise ValueError(f"{BENCHMARK} {path!r} holds no times: it was run with --what counts")
-    times = report["timings"][timed[0]]["times"]
+    times = dict(report["timings"][timed[0]]["times"])
     seconds: dict[str, float] = {}
     notes = []
+    for name in [name for name, row in times.items() if row.get("verdict", OK) != OK]:
+        notes.append(f"{BENCHMARK}: the time of {name} was refused, its samples spread too far")
+        del times[name]
     for name, model in models.items():
         try:
             cfg = _load_config(find_baseline(model["config"]), model["overrides"])
@@ -95,6 +99,9 @@ def read_latencies(path: str, groups: list[Group]) -> Latencies:
     batch = report["settings"].get("batch", 1)
     images = "an image" if batch == 1 else f"{batch} images"
     what = f"{timed[0]} of {images} of {size[0]} × {size[1]}"
+    machine = report.get("machine", {})
+    if processor := machine.get("gpu") or machine.get("cpu"):
+        what += f" on {processor}, {machine.get('date', '')[:10]}".rstrip(", ")
     return Latencies(what, seconds, tuple(notes))
 
 
