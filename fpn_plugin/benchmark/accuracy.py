@@ -17,7 +17,6 @@ from pycocotools.coco import COCO
 from fpn_plugin.benchmark.models import BenchmarkModel, prepare
 from fpn_plugin.data.classes import adopt_classes, check_test_classes
 from fpn_plugin.data.coco_format import needed_splits, register_own
-from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.evaluation.bootstrap import (
     average_precision,
     difference,
@@ -26,6 +25,7 @@ from fpn_plugin.evaluation.bootstrap import (
 )
 from fpn_plugin.evaluation.coco_metrics import detection_limit
 from fpn_plugin.evaluation.scores import METRICS, Score, load_truth, score_results, support_of
+from fpn_plugin.modeling.python_config import test_mapper
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.images import all_records
 
@@ -157,7 +157,7 @@ def _part_of(truth: COCO, images: Sequence[Any]) -> COCO:
 def _detect(model: BenchmarkModel, data: TestData, bar: Bar) -> list[dict[str, Any]] | None:
     """A model's detections in COCO's format; None if it gives none at all."""
     cfg = model.config.cfg
-    ready, mapper = prepare(model.model, cfg, training=False), Mapper(cfg, is_train=False)
+    ready, mapper = prepare(model.model, cfg, training=False), test_mapper(cfg)
     results: list[dict[str, Any]] = []
     bar.begin(f"AP on {data.name}: {model.name}", len(data.records))
     for done, record in enumerate(data.records, 1):

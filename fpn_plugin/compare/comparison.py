@@ -157,6 +157,11 @@ def _head(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
 def _notes_on_runs(groups: Sequence[Group]) -> list[str]:
     """What a reader should know of the runs before believing the numbers."""
     notes = []
+    if len({group.runs[0].is_python for group in groups}) > 1:
+        notes.append(
+            "Some runs are of YAML and some of Python configs: of their keys only those are"
+            " compared that both have. Keys of optimizer, lr_multiplier and the heads may differ."
+        )
     for group in groups:
         for seed, count in count_seeds(group.runs).items():
             if count > 1:

@@ -12,7 +12,6 @@ not go on at the same place in the data. Loaders with Detectron2's DatasetMapper
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import os
 from typing import Any, Sequence
@@ -50,7 +49,7 @@ from fpn_plugin.engine.run_folder import (
     remove_old_run,
 )
 from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
-from fpn_plugin.engine.step import make_step_trainer
+from fpn_plugin.engine.step import build_python_optimizer, make_step_trainer
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 from fpn_plugin.modeling import python_config
 from fpn_plugin.modeling.precision import choose_dtype
@@ -151,7 +150,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     """
     resumes = resume and bool(find_checkpoint(cfg.train.output_dir))
     model = build_model(cfg, first_weights=not resumes)
-    optimizer = _build_optimizer(cfg, model)
+    optimizer = build_python_optimizer(cfg, model)
     loader = instantiate(cfg.dataloader.train)
     _record_classes(cfg)
     # DDP refuses device_ids on the CPU; with None it chooses the device itself
@@ -249,14 +248,6 @@ def _hooks(
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
     return chosen
-
-
-def _build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the model; the config stays one that can be written down."""
-    settings = copy.deepcopy(cfg.optimizer)
-    settings.params.model = model
-    optimizer: torch.optim.Optimizer = instantiate(settings)
-    return optimizer
 
 
 def _last_results(trainer: SimpleTrainer, folder: str) -> dict[str, Any]:

@@ -7,19 +7,25 @@ else from the config. A key that nothing says stays at its default.
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import os
+import tempfile
 from typing import Any, Mapping, Sequence
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.modeling import Backbone
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.torchvision import TorchvisionBackbone
+from fpn_plugin.checkpoint.run_folder import CONFIG, flatten, is_python_record, recorded_config
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER
 from fpn_plugin.config.files import find_config_file, merge_overrides
 from fpn_plugin.config.resolve import choose_device, load_config
+from fpn_plugin.config.settings import make_settings, pyramid_keys
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.python_config import (
     TARGET,
@@ -137,6 +143,57 @@ def _config_keys(python: DictConfig) -> dict[str, Any]:
     for split in ("train", "test"):
         keys[f"DATASETS.{split.upper()}"] = tuple(dataset_names(python, split))
     return {**keys, **_resize(python)}
+
+
+def run_keys(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a run's config, full and with dots; what it wrote down of a Python config has
+    those of YAML configs beside its own, as far as they follow without running it.
+
+    Args:
+        recorded: the run's config.yaml.
+    """
+    if not is_python_record(recorded):
+        return flatten(recorded)
+    python = OmegaConf.create(dict(recorded), flags={"allow_objects": True})
+    keys = json.loads(json.dumps(_config_keys(python)))  # tuples become lists, as YAML has them
+    if str(OmegaConf.select(python, f"model.backbone.{TARGET}")).endswith("PyramidBackbone"):
+        arguments = {
+            name: _plain(OmegaConf.select(python, f"model.backbone.{name}"))
+            for name in python.model.backbone
+            if name.upper() in pyramid_keys()
+        }
+        settings = make_settings(**arguments).as_keys()
+        keys |= {f"MODEL.FPN.{key}": _plain(value) for key, value in settings.items()}
+    return {**keys, **flatten(recorded)}
+
+
+@functools.lru_cache(maxsize=None)
+def shared_keys() -> frozenset[str]:
+    """The keys that :func:`run_keys` gives for runs of both kinds of configs."""
+    data = ("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST")
+    pyramid = [f"MODEL.FPN.{key}" for key in pyramid_keys()]
+    return frozenset((*_FROM_CONFIG, *data, *pyramid))
+
+
+def changed_parts(
+    recorded: Mapping[str, Any], python: DictConfig, parts: Sequence[str]
+) -> list[str]:
+    """The keys in which a run of a Python config differs from one.
+
+    Args:
+        recorded: what the run wrote down.
+        parts: those that are compared.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # as a run writes it
+        LazyConfig.save(python, os.path.join(folder, CONFIG))
+        current = recorded_config(folder)
+    before, now = ({part: config.get(part, {}) for part in parts} for config in (recorded, current))
+    old, new = flatten(before), flatten(now)
+    return [
+        key
+        for key in {**old, **new}
+        if not key.endswith(".weights") and old.get(key) != new.get(key)
+    ]
 
 
 def _resize(python: DictConfig) -> dict[str, Any]:

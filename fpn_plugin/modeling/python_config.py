@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -168,6 +169,11 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             LazyConfig.apply_overrides(cfg, [text])
         except Exception as error:  # of the grammar, of OmegaConf, or a path through a value
             raise ValueError(f"override {text!r}: {str(error).partition(chr(10))[0]}") from error
+
+
+def is_override(text: str) -> bool:
+    """Whether a text is `path.key=value`, and no part of a `KEY VALUE` pair."""
+    return re.match(r"[~+]*[\w.\[\]]+=", text) is not None
 
 
 def require_trusted(cfg: DictConfig, part: str, path: str) -> None:
