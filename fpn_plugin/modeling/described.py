@@ -142,6 +142,9 @@ def _config_keys(python: DictConfig) -> dict[str, Any]:
     keys["MODEL.BOTTOM_UP.WEIGHTS"] = network.get("weights", "") if network is not None else ""
     for split in ("train", "test"):
         keys[f"DATASETS.{split.upper()}"] = tuple(dataset_names(python, split))
+    places = ("model.roi_heads.box_predictor.test_topk_per_image", "model.max_detections_per_image")
+    limits = [_plain(OmegaConf.select(python, place)) for place in places]
+    keys["TEST.DETECTIONS_PER_IMAGE"] = next((n for n in limits if n is not None), 100)
     return {**keys, **_resize(python)}
 
 
