@@ -23,9 +23,9 @@ from fpn_plugin.cli import (
     show,
     study,
     train,
-    train_lazy,
     visualize,
 )
+from fpn_plugin.cli.mistakes import mistakes
 from fpn_plugin.registry import close_name
 from fpn_plugin.version import __version__
 
@@ -37,11 +37,9 @@ as its model_zoo does: COCO-InstanceSegmentation/mask_rcnn_R_50_BiFPN_1x.yaml
 fpn COMMAND --help                      what a command does, and its flags
 fpn demo trees --output output/demo     see a detector train, also on a CPU"""
 _READER_IS_GONE = 128 + 13  # what a shell says of a command that SIGPIPE has ended
-from fpn_plugin.cli.mistakes import mistakes
 
 COMMANDS = {
     "train": train,
-    "train-lazy": train_lazy,
     "show": show,
     "visualize": visualize,
     "benchmark": benchmark,

@@ -12,12 +12,12 @@ import argparse
 from typing import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
 
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
-from fpn_plugin.config import load_config
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
+from fpn_plugin.modeling.described import load_model_config
+from fpn_plugin.modeling.python_config import build_backbone
 from fpn_plugin.visualize import complexity, draw, fusion_weights
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
@@ -48,7 +48,7 @@ def build(cfg: CfgNode) -> PyramidBackbone:
 def run(args: argparse.Namespace) -> None:
     if args.draw:
         draw.check_extension(args.draw)
-    cfg = load_config(args)
+    cfg = load_model_config(args.config_file, args.opts)
     backbone = build(cfg)
     if args.weights:
         fusion_weights.load_backbone(backbone, args.weights)
