@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Sequence
 
+from fpn_plugin import plugins
 from fpn_plugin.cli import (
     benchmark,
     compare,
@@ -46,7 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         _parser().parse_args([name])  # prints the help, or the commands that there are
     command = COMMANDS[name]
-    return command.run(command.parse_args(arguments)) or 0
+    args = command.parse_args(arguments)
+    _load_plugins(args)
+    return command.run(args) or 0
+
+
+def _load_plugins(args: argparse.Namespace) -> None:
+    """Import what the command line names, before anything needs it."""
+    plugins.trust(args.trust_imports)
+    plugins.load(args.imports, "--import")
+    plugins.load(plugins.named_by_overrides(getattr(args, "opts", [])), plugins.KEY)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from omegaconf import DictConfig, OmegaConf
 
+from fpn_plugin import plugins
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import merge_config_file, merge_overrides
@@ -48,9 +49,11 @@ def resolve_config(
         the config that was given, changed in place.
 
     Raises:
-        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
+        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid; also
+            if `IMPORTS` names what is not imported, see :func:`fpn_plugin.plugins.require`.
     """
     node = plugin_config(cfg)
+    resolve_imports(node)
     if node.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
         validate_config(node)
     else:
@@ -84,6 +87,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
         merge_config_file(cfg, args.config_file)
     merge_overrides(cfg, list(args.opts or []))
+    resolve_imports(cfg, args.config_file)
     for flag in DATA_FLAGS:
         if path := getattr(args, flag, ""):
             cfg.DATASETS.OWN[flag.upper()] = path
@@ -91,6 +95,21 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     is_resumed = getattr(args, "resume", False) and not args.overwrite
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if is_resumed else ""
     return resolve_config(cfg, checkpoint, getattr(args, "eval_only", False))
+
+
+def resolve_imports(cfg: CfgNode, file: str = "") -> None:
+    """Set `IMPORTS` to what is imported for this config, in place.
+
+    Args:
+        file: that the config is from, for messages.
+
+    Raises:
+        ValueError: for what is not imported, and may not be: see
+            :func:`fpn_plugin.plugins.require`.
+    """
+    names = plugins.require(cfg.IMPORTS, file or plugins.KEY)
+    if names != list(cfg.IMPORTS):
+        cfg.IMPORTS = names
 
 
 def choose_device(cfg: CfgNode) -> None:

@@ -15,6 +15,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.plugins import Loaded
 
 # what the errors of gloo and NCCL say when another process is gone
 _LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
@@ -61,14 +62,16 @@ def launch_ranks(
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(SharedLocks(), main, *arguments),
+            args=(Loaded(), SharedLocks(), main, *arguments),  # in the order of their unpickling
             timeout=timedelta(minutes=args.rank_timeout),
         )
     except (ProcessExitedException, ProcessRaisedException) as error:
         raise RankError(_describe(error, args)) from error
 
 
-def _run_rank(locks: SharedLocks, main: Callable[..., Any], *arguments: Any) -> None:
+def _run_rank(
+    loaded: Loaded, locks: SharedLocks, main: Callable[..., Any], *arguments: Any
+) -> None:
     """Run `main` in one of the processes, or in the only one.
 
     torch sends SIGINT to ranks whose parent died. A shell has background jobs ignore that signal,
