@@ -1,5 +1,5 @@
-"""A user's own code: the modules and files that `--import`, the key `IMPORTS` and installed packages
-name are imported here, and nowhere else.
+"""A user's own code: the modules and files that `--import`, the key `IMPORTS` and installed
+packages name are imported here, and nowhere else.
 
 Only what the user has named is run: on a command line, by :func:`load`, or by installing a package
 that has the entry-point group `fpn_plugin.plugins`. What stands in a file (`IMPORTS` of a config,

@@ -20,7 +20,7 @@ class ArgumentError(ValueError):
 
 
 # how a name of one's own comes to be known
-OWN_NAMES = "one of your own is known once its file is imported: --import FILE.py"
+HOW_TO_ADD = "one of your own is known once its file is imported: --import FILE.py"
 
 
 class UnknownNameError(KeyError):
@@ -68,7 +68,7 @@ def unknown_name(
     Args:
         where: the argument, config key, node or registry that holds the name.
         meant: what it may be instead; "" for the nearest of the choices.
-        advice: what else can be done: `OWN_NAMES` where users may add names.
+        advice: what else can be done: `HOW_TO_ADD` where users may add names.
     """
     known = sorted(choices)
     close = meant or close_name(str(name), known)
@@ -128,7 +128,7 @@ class Registry(Generic[T]):
             UnknownNameError: (a KeyError) naming `where`, the name and the choices.
         """
         if name not in self._objects:
-            raise unknown_name(where or self.kind, name, self._objects, advice=OWN_NAMES)
+            raise unknown_name(where or self.kind, name, self._objects, advice=HOW_TO_ADD)
         return self._objects[name]
 
     def names(self) -> list[str]:

@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().parse_args([name])  # prints the help, or the commands that there are
     command = COMMANDS[name]
     args = command.parse_args(arguments)
-    _load_plugins(args)
+    load_plugins(args)
     return command.run(args) or 0
 
 
-def _load_plugins(args: argparse.Namespace) -> None:
+def load_plugins(args: argparse.Namespace) -> None:
     """Import what the command line names, before anything needs it."""
     plugins.trust(args.trust_imports)
     plugins.load(args.imports, "--import")

@@ -26,6 +26,7 @@ from fpn_plugin.compare.runs import Group, Run
 from fpn_plugin.data.coco_records import mask_truth, read_truth
 from fpn_plugin.evaluation.coco_metrics import COCO_LIMIT, detection_limit, prepare_truth
 from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precision
+from fpn_plugin.registry import HOW_TO_ADD
 from fpn_plugin.report.progress import Bar
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -55,7 +56,7 @@ def load_truth(run: Run) -> COCO | str:
     path = run.truth
     if not path:
         if run.dataset not in DatasetCatalog.list():
-            return f"the dataset {run.dataset!r} is not registered here"
+            return f"the dataset {run.dataset!r} is not registered here ({HOW_TO_ADD})"
         metadata = MetadataCatalog.get(run.dataset)
         if metadata.get("evaluator_type", None) not in ("coco", "coco_panoptic_seg"):
             return f"the dataset {run.dataset!r} is not evaluated by COCO's rules"

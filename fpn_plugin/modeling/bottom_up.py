@@ -27,7 +27,7 @@ from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.config.validate import deformable_stages, plugin_config
 from fpn_plugin.modeling.deformable import build_deformable_resnet
 from fpn_plugin.pyramid.norms import accept_single_values
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,8 @@ def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
         )
     known = [builder for builder, _ in BACKBONE_REGISTRY if builder not in HOLDERS]
     if name not in known:
-        raise unknown_name(NAME, name, [*known, *(f"{library}/<model>" for library in LIBRARIES)])
+        choices = [*known, *(f"{library}/<model>" for library in LIBRARIES)]
+        raise unknown_name(NAME, name, choices, advice=HOW_TO_ADD)
     return BACKBONE_REGISTRY.get(name)
 
 
