@@ -2,6 +2,7 @@
 """Package metadata: version ranges and extras. Exact versions with hashes are in
 requirements.txt."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -33,7 +34,7 @@ EXTRAS["dev"] = [
 
 setup(
     name="fpn_plugin",
-    version="0.1.0",
+    version=runpy.run_path(str(HERE / "fpn_plugin" / "version.py"))["__version__"],
     description="Feature pyramids for Detectron2: topology, fusion and backbone by config",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -1,9 +1,29 @@
-"""Where data and weights live on disk, found as Detectron2 finds its built-in datasets."""
+"""Where configs, data and weights live on disk, found as Detectron2 finds its own."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import detectron2
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def configs_dir() -> Path:
+    """The folder of this plugin's configs: in the installed package, or of the checkout."""
+    return _shipped("configs")
+
+
+def zoo_dir() -> Path:
+    """The folder of Detectron2's configs, as its `model_zoo` finds it."""
+    return Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
+
+
+def _shipped(folder: str) -> Path:
+    """A folder that stands beside the package in a checkout, and that a wheel has inside of it."""
+    installed = _PACKAGE / folder
+    return installed if installed.is_dir() else _PACKAGE.parent / folder
 
 
 def dataset_root() -> Path:

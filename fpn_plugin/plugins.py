@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -335,7 +336,7 @@ def _stem(name: str) -> str:
 
 
 def _refusal(place: str, missing: Sequence[str]) -> str:
-    words = " ".join(flags(missing))
+    words = shlex.join(flags(missing))
     return (
         f"{place}: {', '.join(missing)}: code, which is run only if you say so: add"
         f" {words} (this alone), --trust-imports (whatever the files name), or"

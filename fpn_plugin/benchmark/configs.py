@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines, recorded_config
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.engine.run_folder import METRICS
 from fpn_plugin.engine.setup import load_config
 
@@ -101,6 +100,7 @@ def gather_configs(
     """
     baselines: dict[str, BenchmarkConfig] = {}
     configs: list[BenchmarkConfig] = []
+    files = [find_config_file(file) for file in files]
     for file, name in zip(files, short_names(files)):
         cfg = load(file, opts, device)
         references: tuple[str, ...] = ()
@@ -149,22 +149,15 @@ def load(file: str, opts: Sequence[str], device: str) -> CfgNode:
 
 
 def find_baseline(name: str) -> str:
-    """The path of a config file, or of a config of Detectron2's zoo with or without `.yaml`.
+    """The path of a config file, or of a config by its name: first Detectron2's, then ours.
 
     Raises:
         FileNotFoundError: if it is neither.
     """
-    if os.path.isfile(name):
-        return name
-    for candidate in (name, f"{name}.yaml"):
-        try:
-            return model_zoo.get_config_file(candidate)
-        except RuntimeError:  # "not available in Model Zoo"
-            continue
-    raise FileNotFoundError(
-        f"{BASELINE} {name!r} is neither a file nor a config of Detectron2's zoo such as"
-        f" {_BY_FLAG['MASK_ON'].removesuffix('.yaml')}; or say {BASELINE} none"
-    )
+    try:
+        return find_config_file(name, BASELINE, zoo_first=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (or say {BASELINE} none)") from None
 
 
 def short_names(files: Sequence[str]) -> list[str]:

@@ -6,20 +6,84 @@ Files have Detectron2's format with `_BASE_`; nothing that stands in them is exe
 from __future__ import annotations
 
 import ast
+import logging
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
 
 from fpn_plugin import plugins
 from fpn_plugin.config.defaults import ARGS, GONE
 from fpn_plugin.config.heads import spell_auto
+from fpn_plugin.paths import configs_dir, zoo_dir
 from fpn_plugin.registry import UnknownNameError, close_name, unknown_name
 from fpn_plugin.yaml_files import read_yaml
 
+logger = logging.getLogger(__name__)
+
 BASE = "_BASE_"
+CONFIG_FILE = "--config-file"
+_SUFFIXES = (".yaml", ".py")
+
+
+def find_config_file(
+    name: str, key: str = CONFIG_FILE, folder: str = "", zoo_first: bool = False
+) -> str:
+    """The path of a config: of a file, or of one that this plugin or Detectron2 has by that name.
+
+    Names are as `model_zoo` has them, such as
+    `COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml`; `configs/` may stand before them, and
+    `.yaml` may be left out. A file comes first, then this plugin's config.
+
+    Args:
+        key: what names the config, for messages.
+        folder: that relative paths start from; "" for the current one.
+        zoo_first: whether Detectron2's config comes before this plugin's.
+
+    Raises:
+        FileNotFoundError: with similar names.
+    """
+    file = os.path.join(folder, os.path.expanduser(name))
+    file = os.path.normpath(file) if folder else file
+    if os.path.isfile(file):
+        return file
+    roots = {"this plugin's": configs_dir(), "Detectron2's": zoo_dir()}
+    stem = os.path.normpath(name).removeprefix(f"configs{os.sep}")
+    is_name = not os.path.isabs(stem) and os.pardir not in Path(stem).parts
+    found = {}
+    for owner in list(roots)[:: -1 if zoo_first else 1]:
+        for path in (roots[owner] / stem, roots[owner] / f"{stem}.yaml"):
+            if owner not in found and is_name and path.is_file():
+                found[owner] = str(path)
+    if not found:
+        hint = _similar_names(stem, list(roots.values()))
+        raise FileNotFoundError(
+            f"{key} {name!r}: there is no file {file}, and neither this plugin nor Detectron2 has"
+            f" a config of this name{hint}"
+        )
+    (owner, path), *others = found.items()
+    other = f"; {others[0][0]} of this name is {others[0][1]}" if others else ""
+    logger.info("%s %s: taking %s, %s%s", key, name, owner, path, other)
+    return path
+
+
+def _similar_names(name: str, roots: Sequence[Path]) -> str:
+    """The nearest name in each folder of configs, as a question."""
+    near = []
+    stem = Path(name).stem if name.endswith(_SUFFIXES) else Path(name).name
+    for root in roots:
+        names = [
+            path.relative_to(root).as_posix()
+            for suffix in reversed(_SUFFIXES)  # of two files of one name, the last is YAML
+            for path in sorted(root.rglob(f"*{suffix}"))
+        ]
+        by_stem = {Path(each).stem: each for each in names}
+        same = by_stem.get(close_name(stem, list(by_stem)), "")
+        near.append(close_name(name, names, 0.95) or same or close_name(name, names))
+    meant = " or ".join(dict.fromkeys(filter(None, near)))
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
@@ -183,19 +247,11 @@ def _read_with_base(path: str, above: Sequence[str]) -> dict[str, Any]:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not base:
             raise ValueError(f"{path}: {BASE} {base!r} is no path of a file")
-        _overlay(merged, _read_with_base(_base_path(base, path), (*above, path)), path)
+        if "://" not in base:  # else an address
+            base = find_config_file(base, f"{path}: {BASE}", os.path.dirname(path))
+        _overlay(merged, _read_with_base(base, (*above, path)), path)
     _overlay(merged, content, path)
     return merged
-
-
-def _base_path(base: str, path: str) -> str:
-    """Relative to the file that names it, unless it is absolute or an address."""
-    if "://" in base:
-        return base
-    full = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base)))
-    if not PathManager.isfile(full):
-        raise FileNotFoundError(f"{path}: {BASE} {base!r}: there is no file {full}")
-    return full
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any], path: str, prefix: str = "") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -13,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from fpn_plugin import plugins
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
-from fpn_plugin.config.files import merge_config_file, merge_overrides
+from fpn_plugin.config.files import find_config_file, merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
 from fpn_plugin.config.validate import (
@@ -72,7 +71,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     """The config of a file, `KEY VALUE` pairs and the data flags; resolved, not frozen.
 
     Args:
-        args: of :func:`fpn_plugin.engine.setup.argument_parser`.
+        args: of :func:`fpn_plugin.engine.setup.argument_parser`; where `config_file` is the name of
+            a config, it becomes the path.
 
     Raises:
         FileNotFoundError: if the config file, or its `_BASE_`, does not exist.
@@ -83,8 +83,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_fpn_config(cfg)
     if args.config_file:
-        if not os.path.isfile(args.config_file):
-            raise FileNotFoundError(f"--config-file {args.config_file!r} does not exist")
+        args.config_file = find_config_file(args.config_file)
         merge_config_file(cfg, args.config_file)
     merge_overrides(cfg, list(args.opts or []))
     resolve_imports(cfg, args.config_file)

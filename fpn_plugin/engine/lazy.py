@@ -32,6 +32,7 @@ from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
 from fpn_plugin.checkpoint.load import load_weights
 from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
@@ -97,6 +98,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """
     setup_logger(name="fpn_plugin")
     check_flags(args)
+    args.config_file = find_config_file(args.config_file)
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only:
         _prepare_eval(cfg, args)
@@ -113,14 +115,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A Python config with its overrides.
 
     Args:
+        path: or the name of a config, as :func:`find_config_file` takes them.
         overrides: `path.key=value` each.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the config lacks one of its parts, or a YAML file has a key twice.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--config-file {path!r} does not exist")
+    path = find_config_file(path)
     if path.endswith((".yaml", ".yml")):
         check_repeated_keys(path)
     cfg = LazyConfig.load(path)

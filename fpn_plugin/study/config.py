@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fpn_plugin import plugins
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.evaluation.size_bins import check_edges
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.yaml_files import read_yaml
@@ -32,7 +33,7 @@ class _StudyFile:
     """The keys of a study file, with their types and defaults.
 
     Attributes:
-        base: the config file of runs that name none.
+        base: the config, a file or a name, of runs that name none.
         overrides: config keys for all runs.
         runs: by name, a mapping of config keys, or `config` (a file) and `overrides`.
         the others: as in :class:`Study`.
@@ -203,13 +204,13 @@ def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
 
 
 def _config_file(path: Path, key: str, value: Any) -> Path:
-    """A config file, relative to the study file."""
+    """A config file, relative to the study file, or a config by its name."""
     if not isinstance(value, str) or not value:
         raise _error(path, key, value, _WANTED["base"])
-    file = (path.parent / value).resolve()
-    if not file.is_file():
-        raise StudyError(f"{path}: {key}: {value!r} does not exist (looked at {file})")
-    return file
+    try:
+        return Path(find_config_file(value, f"{path}: {key}:", str(path.parent.resolve())))
+    except FileNotFoundError as error:
+        raise StudyError(str(error)) from error
 
 
 def _overrides_of_run(path: Path, where: str, run: dict[str, Any]) -> list[str]:
