@@ -129,7 +129,7 @@ UNSAFE_CALLS = {
     "import_module": ("fpn_plugin/plugins.py", "fpn_plugin/evaluation/build.py"),
     "__import__": None,
     "exec_module": None,
-    "run_path": None,
+    "run_path": ("setup.py",),  # the version
 }
 
 
