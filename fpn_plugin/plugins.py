@@ -13,6 +13,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import shlex
 import sys
@@ -22,6 +23,8 @@ from types import ModuleType
 from typing import Any, Iterable, NamedTuple, Sequence
 
 from fpn_plugin.registry import close_name
+
+logger = logging.getLogger(__name__)
 
 GROUP = "fpn_plugin.plugins"
 KEY = "IMPORTS"
@@ -254,7 +257,8 @@ def _not_found(name: str, where: str) -> str:
     files = {file.stem: file for file in folder.glob("*.py")} if folder.is_dir() else {}
     close = files.get(close_name(Path(name).stem or name, list(files)))
     hint = f" (did you mean {os.path.relpath(close)}?)" if close else ""
-    return f"{where} {name or repr(name)}: {looked}{hint}"
+    advice = "" if where == _FLAG else f"; if it has moved, give {_FLAG} of where it is now"
+    return f"{where} {name or repr(name)}: {looked}{hint}{advice}"
 
 
 def _module_name(path: Path, name: str) -> tuple[str, str]:
@@ -328,7 +332,10 @@ def _find_loaded(name: str) -> str:
                 return str(path)
     elif _module_of(Path(os.path.expanduser(name))):
         return os.path.abspath(os.path.expanduser(name))
-    return next((other for other in named() if _stem(other) == _stem(name)), "")
+    moved = next((other for other in named() if _stem(other) == _stem(name)), "")
+    if moved:
+        logger.info("%s %s: taking %s, which %s names", KEY, name, moved, _FLAG)
+    return moved
 
 
 def _stem(name: str) -> str:
@@ -336,9 +343,12 @@ def _stem(name: str) -> str:
 
 
 def _refusal(place: str, missing: Sequence[str]) -> str:
-    words = shlex.join(flags(missing))
+    present = [name for name in missing if not _is_path(name) or os.path.isfile(name)]
+    words = shlex.join(flags(present))
+    if gone := [os.path.basename(name) for name in missing if name not in present]:
+        words += f"{' ' if words else ''}{_FLAG} of where {', '.join(gone)} is now"
     return (
-        f"{place}: {', '.join(missing)}: code, which is run only if you say so: add"
-        f" {words} (this alone), --trust-imports (whatever the files name), or"
+        f"{place}: {', '.join(missing)}: that is code, which runs only if you say so: add"
+        f" {words} (this alone), --trust-imports (all that the files name), or"
         f' {KEY} "[]" (none of it); in Python call fpn_plugin.plugins.load({list(missing)!r}) first'
     )

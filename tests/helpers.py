@@ -65,6 +65,7 @@ def own_imports() -> Iterator[None]:
     names = [dict(vars(r).get("_objects", vars(r).get("_obj_map"))) for r in registries]
     modules, path, trusted = set(sys.modules), list(sys.path), plugins._trusted
     loaded = dict(plugins._loaded)
+    plugins._has_installed = False
     try:
         with own_datasets():
             yield

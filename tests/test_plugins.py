@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import pickle
 import sys
 from pathlib import Path
@@ -132,6 +131,11 @@ def test_a_config_imports_nothing_unless_it_is_trusted(own_folder: Path) -> None
         moved = load("--import", "other/evil.py", *TWICE, config="child.yaml")
         assert moved.IMPORTS == [str(own_folder / "other" / "evil.py")]
     assert not Path("ran").exists()
+    write({"gone.yaml": base.replace("evil.py", "gone.py")})
+    with pytest.raises(ValueError, match="add --import of where gone.py is now"):
+        load(config="gone.yaml")
+    with pytest.raises(ValueError, match="gone.py: there is no file .*if it has moved"):
+        load("--trust-imports", config="gone.yaml")
     assert load("--trust-imports", *TWICE, config="child.yaml").IMPORTS == [file]
     assert Path("ran").exists()
 
@@ -185,25 +189,34 @@ def test_a_started_process_imports_the_same_first(own_folder: Path) -> None:
     assert FUSIONS.get("twice") is fusion and plugins._loaded == loaded and plugins._trusted
 
 
+def install(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What installing a package with an entry point leaves."""
+    folder = Path(f"site/{name}-1.0.dist-info")
+    write({f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"})
+    write({f"{folder}/entry_points.txt": f"[{plugins.GROUP}]\nmine = {value}\n"})
+    monkeypatch.syspath_prepend(str(folder.parent.resolve()))
+
+
 @pytest.mark.parametrize("value", ["installed_fusions", "installed_fusions:register"])
 def test_installed_packages_offer_theirs(
     value: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write({"installed_fusions.py": f"def register():\n    pass\n{FUSION}"})
-    entry = importlib.metadata.EntryPoint("mine", value, plugins.GROUP)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
-    monkeypatch.syspath_prepend(str(own_folder))
+    body = FUSION
+    if ":" in value:
+        body = "def register():\n" + "".join(f"    {line}\n" for line in FUSION.splitlines())
+    write({"site/installed_fusions.py": body})
+    install("installed", value, monkeypatch)
     assert load(*TWICE).IMPORTS == []  # it is there wherever it is installed
 
 
 def test_a_broken_installed_package_is_named(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write({"broken_package.py": "1 / 0"})
-    entry = importlib.metadata.EntryPoint("mine", "broken_package", plugins.GROUP)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
-    monkeypatch.syspath_prepend(str(own_folder))
-    with pytest.raises(ImportError, match="(?s)'mine'.*broken_package.*ZeroDivisionError"):
+    write({"site/broken_package.py": "1 / 0"})
+    install("broken", "broken_package", monkeypatch)
+    with pytest.raises(
+        ImportError, match="(?s)package 'broken'.*broken_package.*ZeroDivisionError"
+    ):
         load()
 
 
