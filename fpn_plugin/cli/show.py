@@ -12,12 +12,14 @@ import argparse
 from typing import Sequence
 
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
 
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.modeling.python_config import build_backbone
+from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 from fpn_plugin.visualize import complexity, draw, fusion_weights
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
@@ -38,9 +40,12 @@ def build(cfg: CfgNode) -> PyramidBackbone:
     """The backbone, on the CPU and without weights."""
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONE_REGISTRY:
+        known = [builder for builder, _ in BACKBONE_REGISTRY]
+        raise unknown_name("MODEL.BACKBONE.NAME", name, known, advice=HOW_TO_ADD)
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
-        name = cfg.MODEL.BACKBONE.NAME
         raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid; use build_pyramid_backbone")
     return backbone
 
