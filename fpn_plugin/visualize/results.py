@@ -29,9 +29,9 @@ from fpn_plugin.visualize.images import (
     without_unreadable,
 )
 from fpn_plugin.visualize.objects import (
-    MOST_LABELS,
     ImageObject,
     draw_objects,
+    highest_score,
     objects_of_annotations,
 )
 
@@ -163,7 +163,6 @@ def draw_pair(
     names, lines = class_names([dataset]), skeleton([dataset])
     truth = objects_of_annotations(annotations, names, lines)
     detected = objects_of_annotations(detections, names, lines)
-    labels = max(len(truth), len(detected)) <= MOST_LABELS
     height, width = (_SIDE * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
     size = np.array([2 * width + _GAP, height + _TITLE_HEIGHT])
     halves = (
@@ -177,7 +176,7 @@ def draw_pair(
             axes = figure.add_axes((left / size[0], 0, width / size[0], height / size[1]))
             axes.spines[:].set_visible(False)
             axes.set_title(f" {title}", loc="left", fontsize=10, color="#1e2832")
-            draw_objects(axes, pixels, objects, _class_colours(objects, dataset), labels)
+            draw_objects(axes, pixels, objects, class_colours(objects, [dataset]))
     return figure
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from models import write_detector
