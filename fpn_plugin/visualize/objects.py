@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
@@ -111,8 +113,22 @@ def _labelled_points(keypoints: Sequence[float] | None) -> np.ndarray | None:
     return np.where(points[:, 2:] > 0, points[:, :2], np.nan)
 
 
+def class_name(category: int, names: Sequence[str]) -> str:
+    """The name of a class; one without is called by its number."""
+    return names[category] if category < len(names) else f"class {category}"
+
+
+def count_classes(objects: Sequence[ImageObject], names: Sequence[str], most: int = 3) -> str:
+    """How many objects of which class there are, such as "3 tree, 1 car"; at most so many named."""
+    counts = Counter(obj.category for obj in objects).most_common()
+    texts = [f"{count} {class_name(category, names)}" for category, count in counts[:most]]
+    if rest := counts[most:]:
+        texts.append(f"{sum(count for _, count in rest)} of {len(rest)} other classes")
+    return ", ".join(texts) or "0"
+
+
 def _label(category: int, names: Sequence[str], score: float | None) -> str:
-    name = names[category] if category < len(names) else f"class {category}"
+    name = class_name(category, names)
     return name if score is None else f"{name} {100 * score:.0f}%"
 
 
@@ -122,7 +138,6 @@ def draw_objects(
     """A photo with objects on it, each in its colour, labelled where that hides no other one.
 
     Args:
-        axes: of a figure with a canvas, on which texts are measured.
         pixels: `(H, W, 3)`, RGB, 0 to 255.
     """
     height, width = pixels.shape[:2]
@@ -153,6 +168,17 @@ def highest_score(scores: Sequence[float]) -> str:
     return f"the highest is {max(scores):.2g}" if len(scores) else "nothing is detected at all"
 
 
+def nothing_found(scores: Sequence[float], score: float, threshold: str = "") -> str:
+    """A message for people where no detection in any image reaches the score that is shown.
+
+    Args:
+        threshold: the model's own, which explains why there may be none at all.
+    """
+    why = f" above {threshold}" if threshold and not len(scores) else ""
+    hint = "; give a lower --score" if len(scores) else ""
+    return f"No detection has a score ≥ {score:g}: {highest_score(scores)}{why}{hint}"
+
+
 def _draw_labels(
     axes: Axes, objects: Sequence[ImageObject], colours: Sequence[str], size: tuple[int, int]
 ) -> None:
@@ -164,7 +190,7 @@ def _draw_labels(
     Args:
         size: width and height of the photo.
     """
-    measure = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    measure = FigureCanvasAgg(axes.get_figure()).get_renderer()
     window = axes.get_window_extent(measure)
     zoom = np.array([size[0] / window.width, size[1] / window.height])  # pixels of the photo
     font = FontProperties(size=_LABEL_SIZE)

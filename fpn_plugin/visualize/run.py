@@ -27,6 +27,7 @@ from fpn_plugin.data.classes import (
 )
 from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.data.deep_images import check_rule
+from fpn_plugin.modeling.build import score_threshold
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -47,7 +48,7 @@ from fpn_plugin.visualize.images import (
     without_unreadable,
 )
 from fpn_plugin.visualize.maps import map_rows
-from fpn_plugin.visualize.objects import ImageObject
+from fpn_plugin.visualize.objects import ImageObject, nothing_found
 from fpn_plugin.visualize.picture import (
     Level,
     Selection,
@@ -113,7 +114,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         ValueError: for another bad argument, naming it; at the end, if some images cannot be read.
     """
     if settings.results:
-        return _draw_results(settings)
+        return _draw_results(settings, bar)
     if not 0 <= settings.score <= 1:
         raise ValueError(f"--score: {settings.score} is not from 0 to 1")
     needed = needed_splits(settings.dataset)
@@ -159,7 +160,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
     return written
 
 
-def _draw_results(settings: Settings) -> list[Path]:
+def _draw_results(settings: Settings, bar: Bar) -> list[Path]:
     """The ground truth beside the detections of an evaluation; no model is built."""
     deep_images = "percentile"
     if settings.config_file:
@@ -179,6 +180,7 @@ def _draw_results(settings: Settings) -> list[Path]:
         settings.num,
         settings.score,
         deep_images,
+        bar.say,
     )
 
 
@@ -222,16 +224,21 @@ def _draw_images(
 ) -> list[Selection]:
     """Draw the images into files; without `files` only find their objects."""
     selections = []
+    scores: list[float] = []
     bar.begin("Images", len(records))
     for number, record in enumerate(records):
         image = inspect_image(detector.model, detector.mapper, record)
         selections.append(select_objects(image, names, settings.score, lines))
+        scores += image.detections.scores.tolist()
         if files:
             rows = map_rows(detector.model.backbone, image.maps)
             figure = draw_image(image, selections[-1], rows, settings.score)
             figure.savefig(settings.output / files[number], dpi=_DPI)
         bar.step(number + 1)
     bar.end()
+    if max(scores, default=-1.0) < settings.score:
+        threshold = "{} {:g}".format(*score_threshold(detector.cfg))
+        bar.say(nothing_found(scores, settings.score, threshold))
     return selections
 
 
