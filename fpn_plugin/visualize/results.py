@@ -39,6 +39,7 @@ from fpn_plugin.visualize.objects import (
 
 # in inches: the longer side of each half, what is above it, and between both
 _SIDE, _TITLE_HEIGHT, _GAP = 6.0, 0.27, 0.06
+_DPI, _MOST_SIDE = 130, 10.0  # of a photo alone: dots per inch, until the longer side is so long
 _LEAST_PIXELS = 800  # of the longer side, if the image has not more
 # bright, because a dark line vanishes on a photo
 _COLOURS = (
@@ -188,6 +189,30 @@ def draw_pair(
             axes.spines[:].set_visible(False)
             axes.set_title(f" {title}", loc="left", fontsize=10, color="#1e2832")
             draw_objects(axes, pixels, objects, class_colours(objects, [dataset]))
+    return figure
+
+
+def photo_figure(
+    pixels: np.ndarray, objects: Sequence[ImageObject], colours: Sequence[str], least: int = 0
+) -> Figure:
+    """A photo with objects on it and nothing else, in its own size.
+
+    Args:
+        pixels: `(H, W, 3)`, RGB, 0 to 255.
+        least: the longer side of the figure in pixels, if the photo's is shorter.
+    """
+    height, width = pixels.shape[:2]
+    longer = max(height, width, least)
+    zoom = longer / max(height, width)
+    # texts have the same size in inches: readable on small photos, and growing with large ones
+    dpi = longer / min(longer / _DPI, _MOST_SIDE)
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        size = ((round(side * zoom) + 0.01) / dpi for side in (width, height))
+        figure = Figure(tuple(size), dpi=dpi)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.spines[:].set_visible(False)
+        draw_objects(axes, pixels, objects, colours)
+        axes.set_aspect("auto")
     return figure
 
 

@@ -127,7 +127,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         records = records_of(find_images(settings.inputs), datasets, cfg)
     pictures = dict(zip(_names(records), records)) if settings.pictures else {}
     others = [*([GRAPH] if settings.pictures else []), SIZES, *([PAGE] if settings.html else [])]
-    _check_output(settings, [*pictures, *others])
+    check_output(settings.output, [*pictures, *others], settings.overwrite)
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg, allow_partial=settings.allow_partial)
     records, faults = without_unreadable(records, lambda record: detector.mapper(dict(record)))
@@ -201,16 +201,22 @@ def _names(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _check_output(settings: Settings, names: Sequence[str]) -> None:
-    if settings.output.exists() and not settings.output.is_dir():
-        raise NotADirectoryError(f"--output {str(settings.output)!r} is a file, not a folder")
-    present = [name for name in names if (settings.output / name).exists()]
-    if present and not settings.overwrite:
+def check_output(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Make the folder of `--output`, where none of the files may be.
+
+    Raises:
+        FileExistsError: if one is there, unless `overwrite`.
+        NotADirectoryError: if the folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output {str(folder)!r} is a file, not a folder")
+    present = [name for name in names if (folder / name).exists()]
+    if present and not overwrite:
         raise FileExistsError(
-            f"--output {str(settings.output)!r} holds {', '.join(present[:3])}"
+            f"--output {str(folder)!r} holds {', '.join(present[:3])}"
             f"{', …' if len(present) > 3 else ''}; give --overwrite, or another folder"
         )
-    settings.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _draw_images(
