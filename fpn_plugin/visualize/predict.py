@@ -90,7 +90,7 @@ class Source:
     """Something to look at.
 
     Attributes:
-        record: of an image, as in a dataset; or with the `file_name` of a video, or a camera's name.
+        record: of an image, as in a dataset; of others with the `file_name` alone.
         output: the name of the file that is written of it.
         camera: its number; None for a file.
     """
@@ -184,23 +184,27 @@ class ResultFile:
         """Append the detections of an image, as COCO's evaluator has them, and `more` of each."""
         if self._file is None:
             return
-        for result in instances_to_coco_json(instances, image_id):
-            category = result["category_id"]
-            if category < len(self._ids):
-                result["category_id"] = self._ids[category]
-            self._file.write("[" if self._empty else ", ")
-            self._file.write(json.dumps({**result, **more}))
+        results = instances_to_coco_json(instances, image_id)
+        for result in results:
+            if result["category_id"] < len(self._ids):
+                result["category_id"] = self._ids[result["category_id"]]
+        if results:
+            text = ", ".join(json.dumps({**result, **more}) for result in results)
+            self._file.write(f"{'[' if self._empty else ', '}{text}")  # at once, for ctrl-C
             self._empty = False
 
     def __enter__(self) -> ResultFile:
         self._file = open(self._part, "w", encoding="utf-8") if self._part else None
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._file and self._part and self._path:
             self._file.write("[]" if self._empty else "]")
             self._file.close()
-            os.replace(self._part, self._path)
+            if error:
+                self._part.unlink()
+            else:
+                os.replace(self._part, self._path)
 
 
 def predict(settings: Settings, bar: Bar, show: Callable[[str], object]) -> int:
@@ -251,7 +255,7 @@ def predict(settings: Settings, bar: Bar, show: Callable[[str], object]) -> int:
         show(line)
     _summarize(tally, artist, settings.score, f"{key} {threshold:g}", bar)
     if tally.faults:
-        show(f"{len(tally.faults)} files cannot be read: {'; '.join(tally.faults)}")
+        show(f"Not read: {'; '.join(tally.faults)}")
     return code or int(bool(tally.faults))
 
 
@@ -386,62 +390,61 @@ def _predict_source(
     """Predict on an image, or on all frames of a video; a file that cannot be read is noted."""
     draws = not artist.settings.json_only
     path = artist.settings.output / source.output
-    try:
-        if source.is_video:
-            found = _predict_video(source, predictor, artist, results, tally, stages)
+    if source.is_video:
+        try:
+            video = Video(Path(source.name) if source.camera is None else source.camera)
+        except ValueError as error:
+            tally.faults.append(f"{source.name} ({error})")
         else:
-            model_input = predictor.mapper(dict(source.record))
-            pixels = artist.read(source.name) if draws else None
+            _predict_video(video, source, predictor, artist, results, tally, stages)
+        return
+    try:
+        model_input = predictor.mapper(dict(source.record))
+        pixels = artist.read(source.name) if draws else None
     except READ_ERRORS as error:
         tally.faults.append(f"{source.name} ({read_fault(error)})")
         stages.step()
         return
-    if not source.is_video:
-        output = predictor.predict(model_input)
-        instances = detections_of(output, (model_input["height"], model_input["width"]))
-        found = tally.add(instances, artist.settings.score)
-        if pixels is not None:
-            drawn = artist.draw(pixels, output, instances, _LEAST_PIXELS)
-            Image.fromarray(drawn).save(path, quality=90)
-        names = {} if "image_id" in source.record else {"file_name": source.name}
-        results.add(instances, source.record.get("image_id", tally.images), **names)
-        stages.step()
-    if draws:
+    output = predictor.predict(model_input)
+    instances = detections_of(output, (model_input["height"], model_input["width"]))
+    found = tally.add(instances, artist.settings.score)
+    if pixels is not None:
+        drawn = artist.draw(pixels, output, instances, _LEAST_PIXELS)
+        Image.fromarray(drawn).save(path, quality=90)
         tally.lines.append(f"{path}: {found} found")
+    names = {} if "image_id" in source.record else {"file_name": source.name}
+    results.add(instances, source.record.get("image_id", tally.images), **names)
+    stages.step()
 
 
 def _predict_video(
+    video: Video,
     source: Source,
     predictor: Predictor,
     artist: Artist,
     results: ResultFile,
     tally: Tally,
     stages: _Stages,
-) -> int:
-    """Predict on all frames; ctrl-C leaves a whole file.
-
-    Raises:
-        ValueError: if it cannot be opened.
-    """
-    draws, path, found = not artist.settings.json_only, source.output, 0
-    with contextlib.ExitStack() as stack:
-        video = stack.enter_context(
-            Video(Path(source.name) if source.camera is None else source.camera)
-        )
-        clock = wall_clock if video.is_camera else None
-        writer = stack.enter_context(VideoWriter(artist.settings.output / path, video.rate, clock))
+) -> None:
+    """Predict on all frames; ctrl-C leaves a whole file."""
+    path, found = artist.settings.output / source.output, 0
+    clock = wall_clock if video.is_camera else None
+    with video, VideoWriter(path, video.rate, clock) as writer:
         stages.begin(Path(source.name).name, video.count)
-        for number, pixels in enumerate(video):
-            output = predictor.predict(predictor.frame_input(pixels))
-            instances = detections_of(output, pixels.shape[:2])
-            found += tally.add(instances, artist.settings.score)
-            if draws:
-                writer.write(artist.draw(pixels, output, instances))
-            results.add(instances, tally.images, file_name=source.name, frame=number)
-            stages.step()
+        try:
+            for number, pixels in enumerate(video):
+                output = predictor.predict(predictor.frame_input(pixels))
+                instances = detections_of(output, pixels.shape[:2])
+                found += tally.add(instances, artist.settings.score)
+                if not artist.settings.json_only:
+                    writer.write(artist.draw(pixels, output, instances))
+                results.add(instances, tally.images, file_name=source.name, frame=number)
+                stages.step()
+        finally:
+            if not artist.settings.json_only:
+                tally.lines.append(f"{path}: {found} found in {video.read} frames")
     if fault := video.fault():
         tally.faults.append(f"{source.name} ({fault})")
-    return found
 
 
 def _summarize(tally: Tally, artist: Artist, score: float, threshold: str, bar: Bar) -> None:
