@@ -190,7 +190,8 @@ def _draw_labels(
     Args:
         size: width and height of the photo.
     """
-    measure = FigureCanvasAgg(axes.get_figure()).get_renderer()
+    figure: Any = axes.figure
+    measure = FigureCanvasAgg(figure).get_renderer()
     window = axes.get_window_extent(measure)
     zoom = np.array([size[0] / window.width, size[1] / window.height])  # pixels of the photo
     font = FontProperties(size=_LABEL_SIZE)
@@ -206,11 +207,13 @@ def _draw_labels(
             if not text or place is None:
                 continue
             texts = np.vstack([texts, place])
-            axes.add_patch(
-                Rectangle(place[:2], *(place[2:] - place[:2]), color=colours[i], alpha=0.85, lw=0)
-            )
+            (left, top), (right, bottom) = place[:2], place[2:]
+            box = Rectangle((left, top), right - left, bottom - top)
+            box.set(facecolor=colours[i], alpha=0.85, linewidth=0)
+            axes.add_patch(box)
+            middle = (left + right) / 2, (top + bottom) / 2
             style: dict[str, Any] = {"va": "center_baseline", "ha": "center", "clip_on": True}
-            axes.text(*(place[:2] + place[2:]) / 2, text, fontproperties=font, **style)
+            axes.text(*middle, text, fontproperties=font, **style)
             break
 
 

@@ -129,7 +129,7 @@ def draw_image(
     return figure
 
 
-def as_pixels(figure: Figure, dpi: int) -> np.ndarray:
+def as_pixels(figure: Figure, dpi: float) -> np.ndarray:
     """A figure as `(H, W, 3)`, 0 to 255."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
