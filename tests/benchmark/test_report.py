@@ -106,12 +106,15 @@ COPY = {"value": 1.0, "low": 0.96, "high": 1.03, "width": 0.07}
     ],
 )
 def test_results_are_beyond_noise(low: float, high: float, noise: Any, result: str) -> None:
-    assert measure.result_of({"value": (low + high) / 2, "low": low, "high": high}, noise) == result
+    ratio = {"value": (low + high) / 2, "low": low, "high": high, "rounds": 6}
+    assert measure.result_of(ratio, noise) == result
+    assert measure.result_of({**ratio, "rounds": 5}, noise) == "too few rounds"
     assert measure.result_of({"value": None}, noise) == "refused"
 
 
 def test_the_result_in_a_sentence(report: dict[str, Any]) -> None:
     report = copy.deepcopy(report)
+    assert "1 rounds, fewer than 6, are too few for a verdict on fpn against" in headline(report)
     rows = report["timings"]["inference"]["ratios"]
     numbers = {"value": 2.0, "low": 1.5, "high": 2.5, "result": "faster"}
     values = {"fpn": numbers, "fpn [bf16]": {**numbers, "result": "slower"}}
@@ -129,7 +132,7 @@ def test_the_result_in_a_sentence(report: dict[str, Any]) -> None:
         f" {outputs}); fpn [bf16] is slower, 2.00 times as fast as baseline base (95% interval"
         " 1.50 … 2.50; outputs within what bfloat16 rounds); no difference beyond noise is shown by"
         " bifpn against baseline base (2.00 times as fast, 95% interval 1.50 … 2.50; outputs not"
-        " compared: other weights); 1 more are below."
+        " compared: other weights); and 1 more below."
     )
     assert ap_summary(report) == "AP was not compared (--weights with --dataset does that)."
     text = outputs_compared(report)
@@ -137,7 +140,7 @@ def test_the_result_in_a_sentence(report: dict[str, Any]) -> None:
     assert text.endswith(" times they were not, as the models have other weights.")
     for data in report["timings"].values():
         data["equality"] = [row for row in data["equality"] if row["verdict"] == "not compared"]
-    assert outputs_compared(report).startswith("No outputs were compared; ")
+    assert outputs_compared(report).startswith("No outputs were compared: the models of all ")
 
 
 def test_terminal(report: dict[str, Any]) -> None:
