@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 DEFORMABLE = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
 # Detectron2's own builders, beside BOTTOM_UP.NAME
-_RESNETS = (
+RESNET_BUILDERS = (
     "build_resnet_backbone",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
@@ -197,7 +197,7 @@ def require_compiled_operators(cfg: CfgNode) -> None:
         return
     missing = "needs Detectron2's compiled operators, which this installation lacks"
     name = cfg.MODEL.BACKBONE.NAME
-    if name in _RESNETS and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+    if name in RESNET_BUILDERS and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
         raise ValueError(
             f"{DEFORMABLE}: {list(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)} under"
             f" MODEL.BACKBONE.NAME: {name} {missing}: take build_pyramid_backbone (without a"

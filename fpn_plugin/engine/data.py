@@ -26,6 +26,7 @@ from fpn_plugin.data.coco_records import with_masks
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
+from fpn_plugin.engine.preflight import check_batch
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
 
 logger = logging.getLogger(__name__)
@@ -287,11 +288,7 @@ def _detectron2_sampler(cfg: CfgNode, dataset: Any) -> torchdata.Sampler:
 
 def _batch_per_process(cfg: CfgNode) -> int:
     total, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if total < processes or total % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {total}; "
-            f"with {processes} processes choose a multiple of {processes}"
-        )
+    check_batch("SOLVER.IMS_PER_BATCH", total, processes)
     return total // processes
 
 

@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 from typing import Any, Callable
 
+import torch
 from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -80,6 +81,30 @@ def launch_ranks(
         if getattr(error, "signal_name", None):
             failure.mistake = str(failure)
         raise failure from error
+
+
+def check_processes(args: Any, device: str) -> None:
+    """Check the flags that say how many processes run where.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    if gpus and args.num_gpus > gpus:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}: this machine has {gpus}, as far as CUDA_VISIBLE_DEVICES"
+            " lets them be seen"
+        )
+    if not 0 <= args.machine_rank < max(1, args.num_machines):
+        raise ValueError(
+            f"--machine-rank {args.machine_rank}: machines count from 0 to --num-machines - 1,"
+            f" {args.num_machines - 1}"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            "--dist-url auto: several machines need one address, such as tcp://10.0.0.1:29500, a"
+            " port of the machine of --machine-rank 0"
+        )
 
 
 def _run_rank(

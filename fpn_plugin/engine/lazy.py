@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
+from fpn_plugin.checkpoint.files import fetch, is_remote
 from fpn_plugin.checkpoint.record import make_record, plain_config, read_record
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
@@ -41,7 +42,9 @@ from fpn_plugin.engine.hooks import (
     build_writers,
     trim_metrics,
 )
+from fpn_plugin.engine.launch import check_processes
 from fpn_plugin.engine.log import begin_log, write_modules
+from fpn_plugin.engine.preflight import check_batch, refuse_synced, silence
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
@@ -93,7 +96,26 @@ def setup(args: argparse.Namespace) -> DictConfig:
         weights = {"train.init_checkpoint": cfg.train.init_checkpoint}
         claim_output_dir(folder, key, weights, args.resume, args.overwrite)
     require_file("train.init_checkpoint", cfg.train.init_checkpoint)
+    check_processes(args, device_of(cfg))
+    if is_remote(cfg.train.init_checkpoint):
+        fetch(cfg.train.init_checkpoint, "train.init_checkpoint")
+    if not args.eval_only:
+        _preflight(cfg, args.num_gpus * args.num_machines)
     return cfg
+
+
+def _preflight(cfg: DictConfig, processes: int) -> None:
+    """Check what would fail only in the processes of a run."""
+    key = "dataloader.train.total_batch_size"
+    batch = OmegaConf.select(cfg, key)
+    if processes < 2:
+        return
+    if isinstance(batch, int):
+        check_batch(key, batch, processes)
+    if device_of(cfg) == "cpu":
+        with silence():
+            model = build_part(cfg, "model", False)
+        refuse_synced(None, model)
 
 
 def _refuse_data_flags(args: argparse.Namespace) -> None:

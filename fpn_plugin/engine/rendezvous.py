@@ -44,14 +44,14 @@ def _rendezvous(
     parts = urlsplit(url)
     query = {name: int(values[0]) for name, values in parse_qs(parts.query).items()}
     rank, processes = query["rank"], query["world_size"]
-    address, place = f"{_TCP}://{parts.netloc}", (parts.hostname, parts.port)
-    if not parts.hostname or not parts.port:
+    address, host, port = f"{_TCP}://{parts.netloc}", parts.hostname, parts.port
+    if not host or not port:
         raise ValueError(f"--dist-url {address}: give a host and a port, as tcp://10.0.0.1:29500")
     waiting = _Waiting(timeout, is_told=rank == query["first"])
-    while rank > 0 and not _answers(place):
+    while rank > 0 and not _answers(host, port):
         waiting.wait(f"1 of {processes} processes at {address}, that of rank 0")
     try:
-        store = TCPStore(*place, processes, rank == 0, timeout, wait_for_workers=False)
+        store = TCPStore(host, port, processes, rank == 0, timeout, wait_for_workers=False)
     except RuntimeError as error:  # torch's errors of the network are such
         raise ValueError(
             f"--dist-url {address} cannot be used ({str(error).splitlines()[0]}): it is a port of"
@@ -98,10 +98,10 @@ class _Waiting:
         time.sleep(_POLL)
 
 
-def _answers(place: tuple[Any, Any]) -> bool:
+def _answers(host: str, port: int) -> bool:
     """Whether something listens there: a TCPStore that is asked too early complains at length."""
     try:
-        socket.create_connection(place, timeout=_PAUSE).close()
+        socket.create_connection((host, port), timeout=_PAUSE).close()
     except OSError:
         return False
     return True

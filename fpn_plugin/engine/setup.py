@@ -35,8 +35,9 @@ from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
 from fpn_plugin.engine.folder_lock import hold
-from fpn_plugin.engine.launch import add_rank_timeout
+from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
+from fpn_plugin.engine.preflight import check_model, check_reference, check_weights, silence
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
     claim_output_dir,
@@ -95,6 +96,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         adopt_keypoints(cfg, cfg.MODEL.WEIGHTS)
         register_own(cfg, alone, needed=("VAL",))
         _require_data(cfg, eval_only=True)
+        _preflight(cfg, args)
         if args.machine_rank == 0:
             cfg.OUTPUT_DIR = claim_eval_dir(cfg.OUTPUT_DIR)
         logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
@@ -104,6 +106,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # checked before the folder is created; --resume with --overwrite is refused below
         if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
             require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+        _preflight(cfg, args)
         if args.machine_rank == 0:
             hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before its content is looked at
             weights = {
@@ -115,6 +118,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
                 warn_of_changes(cfg)
     cfg.freeze()
     return cfg
+
+
+def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check what would fail only in the processes of a run."""
+    check_processes(args, cfg.MODEL.DEVICE)
+    processes = max(1, args.num_gpus * args.num_machines)
+    if not args.eval_only:
+        check_reference(cfg, processes)
+    cfg = cfg.clone()
+    cfg.defrost()
+    if (
+        args.resume
+        and not args.eval_only
+        and not args.overwrite
+        and find_checkpoint(cfg.OUTPUT_DIR)
+    ):
+        cfg.MODEL.WEIGHTS = ""  # the checkpoint has them
+    with silence():
+        cfg = _without_first_weights(cfg, args)
+    check_weights(cfg, args)
+    if processes > 1:
+        check_model(cfg, args)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fpn_plugin.cli.main import main
+from fpn_plugin.cli import benchmark
 
 ROOT = Path(__file__).parents[2]
 FLOOR = Path(__file__).parent / "floor.json"
@@ -18,7 +18,7 @@ FLOOR = Path(__file__).parent / "floor.json"
 
 def call(*args: object) -> int:
     """The tool in this process; its exit code."""
-    return main(["benchmark", *map(str, args)])
+    return benchmark.run(benchmark.parse_args(list(map(str, args))))
 
 
 def test_counts_do_not_grow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

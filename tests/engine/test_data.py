@@ -194,7 +194,7 @@ def test_images_without_a_size_in_the_record_are_grouped_too(
 
 
 def test_batch_size_error(make_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is 0"):
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH: 0 images"):
         build_train_loader(make_config(SOLVER__IMS_PER_BATCH=0))
 
 

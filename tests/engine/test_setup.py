@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 from folders import DATA, digest, run_setup
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
@@ -96,7 +97,11 @@ def test_evaluation_without_weights(tmp_path: Path, log: Any) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume"], ["--eval-only"]])
-def test_weights_that_do_not_exist(flags: list[str], tmp_path: Path, log: Any) -> None:
+def test_weights_that_do_not_exist(
+    flags: list[str], tmp_path: Path, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PathManager, "get_local_path", lambda path: str(tmp_path / "model.pth"))
+
     def weights(path: str) -> CfgNode:
         return run_setup(*flags, "OUTPUT_DIR", str(tmp_path / "run"), "MODEL.WEIGHTS", path, *DATA)
 
