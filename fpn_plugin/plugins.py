@@ -17,6 +17,7 @@ import logging
 import os
 import shlex
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -216,9 +217,11 @@ def _trace(error: BaseException) -> str:
     trace.stack[:] = [
         frame
         for frame in trace.stack
-        if frame.filename != __file__ and not frame.filename.startswith("<frozen importlib")
+        if frame.filename not in (__file__, importlib.__file__)
+        and not frame.filename.startswith("<frozen importlib")
     ]
-    return "".join(trace.format(chain=False)).rstrip("\n")
+    lines = "".join([*trace.stack.format(), *trace.format_exception_only()])
+    return textwrap.indent(lines.rstrip("\n"), "  ")  # told from the frames of a traceback itself
 
 
 def _is_path(name: str) -> bool:

@@ -14,7 +14,6 @@ from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY
 
 from fpn_plugin.benchmark.catalogue import (
     REFERENCE,
@@ -33,7 +32,6 @@ from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.modeling.python_config import build_backbone
-from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 from fpn_plugin.report.environment import collect_environment, environment_warnings
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize import complexity, draw, fusion_weights
@@ -71,9 +69,6 @@ def build(cfg: CfgNode) -> PyramidBackbone:
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
     name = cfg.MODEL.BACKBONE.NAME
-    if name not in BACKBONE_REGISTRY:
-        known = [builder for builder, _ in BACKBONE_REGISTRY]
-        raise unknown_name("MODEL.BACKBONE.NAME", name, known, advice=HOW_TO_ADD)
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
         raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid; use build_pyramid_backbone")

@@ -11,7 +11,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS
 from fpn_plugin.bottom_up.detectron2 import BUILDERS
 from fpn_plugin.config.defaults import ARGS, OWN_BUILDERS, PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import leaves
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 
 BACKBONE = "MODEL.BACKBONE.NAME"
 ARCHITECTURE = "MODEL.META_ARCHITECTURE"
@@ -45,7 +45,8 @@ def refuse_unread_keys(cfg: CfgNode) -> None:
     """
     name, changed = cfg.MODEL.BACKBONE.NAME, changed_keys(cfg)
     if name not in BACKBONE_REGISTRY:
-        raise unknown_name(BACKBONE, name, [known for known, _ in BACKBONE_REGISTRY])
+        known = [builder for builder, _ in BACKBONE_REGISTRY]
+        raise unknown_name(BACKBONE, name, known, advice=HOW_TO_ADD)
     builder = BACKBONE_REGISTRY.get(name)
     if name != PYRAMID_BUILDER and (name in OWN_BUILDERS or is_detectron2s(builder)):
         _refuse_without_pyramid(name, changed)

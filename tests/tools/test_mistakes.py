@@ -14,10 +14,10 @@ from fpn_plugin.cli import train
 from fpn_plugin.cli.main import main
 from fpn_plugin.cli.mistakes import mistakes
 from fpn_plugin.engine import launch
-from fpn_plugin.registry import Registry
+from fpn_plugin.registry import HOW_TO_ADD, Registry
 from fpn_plugin.report.mistakes import mistake_in, printed_mistake
 
-MESSAGE = "fusion: unknown name 'sun' (did you mean 'sum'?); choose from: sum"
+MESSAGE = f"fusion: unknown name 'sun' (did you mean 'sum'?); choose from: sum; {HOW_TO_ADD}"
 FUSIONS: Registry[str] = Registry("fusion")
 FUSIONS.register("sum")("sum")
 
