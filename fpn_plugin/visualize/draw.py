@@ -98,6 +98,10 @@ def draw_graph(
         CANVASES[extension](figure)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
+    if extension == ".svg":  # a font of the same widths, where a reader's machine lacks ours
+        svg = Path(path).read_text(encoding="utf-8")
+        svg = svg.replace(f"'{FONT}'", f"'{FONT}', Verdana, sans-serif")
+        Path(path).write_text(svg, encoding="utf-8")
 
 
 # What the picture says: kinds of boxes, the lines in them, the labels on arrows.
