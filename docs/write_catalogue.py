@@ -342,7 +342,7 @@ def pyramid_section(
     yield f"### {name}"
     yield f"**{text.title}** ({_linked(text.source)}). {text.sentences}"
     yield f"```text\n{text.formula}\n```"
-    yield f"![{text.title} as a graph](images/pyramids/{name}.svg)"
+    yield f"[![{text.title} as a graph](images/pyramids/{name}.svg)](images/pyramids/{name}.svg)"
     assert entry.settings is not None
     repeats = entry.settings.repeats
     settings = {
@@ -373,7 +373,7 @@ def configs_of(entries: Mapping[str, Entry]) -> dict[str, list[Path]]:
     """The configs of COCO-* by the preset that they stand on, Mask R-CNN's first."""
     found: dict[str, list[Path]] = {name: [] for name in entries}
     paths = sorted(
-        configs_dir().glob("COCO-*/*_1x.yaml"), key=lambda path: ("mask" not in path.stem, path)
+        configs_dir().glob("COCO-*/*_1x.yaml"), key=lambda path: (path.stem[:4] != "mask", path)
     )
     by_file = {path: re.findall(r"^_BASE_: .*$", path.read_text(), re.MULTILINE) for path in paths}
     for path, base in by_file.items():
@@ -446,7 +446,7 @@ def _published_line(row: Mapping[str, str]) -> str:
     numbers = [f"box AP {box}"] if box else []
     numbers += [f"mask AP {mask}"] if mask else []
     numbers += [other] if other else []
-    differs = "" if match == "exact" else f"; **{match}**: {remark}"
+    differs = ", exact" if match == "exact" else f"; **{match}**: {remark}"
     return f"{', '.join(numbers)} for `{Path(name).name}`{differs} ({source})"
 
 
