@@ -32,7 +32,6 @@ from fpn_plugin.benchmark.catalogue import (
     catalogue,
     count_costs,
     measure_latencies,
-    preset_files,
 )
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.config.files import merge_config_file
@@ -68,27 +67,32 @@ OPERATORS: dict[str, tuple[str, Registry[Any]]] = {
 HEAD = """\
 # The catalogue
 
-<!-- Written by `python docs/write_catalogue.py`; edit docstrings, configs/pyramids, docs/data or that file instead. -->
+<!-- Written by `python docs/write_catalogue.py`: edit docstrings, configs/pyramids, docs/data. -->
 
-Every pyramid that the plugin has: what it computes, what it costs, what is known of it. To put one into a config of yours, of any head and any network:
+Every pyramid that the plugin has: what it computes, what it costs, what is known of it. To put
+one into a config of yours, of any head and any network:
 
 ```
 fpn train --config-file mine_bifpn.yaml
-fpn show --config-file mine.yaml --all --latency      # all of them on your network, width and image size
+fpn show --config-file mine.yaml --all --latency    # all of them on your network and image size
 ```
 
-where `mine_bifpn.yaml` is two lines (names are looked for beside the file, then among this plugin's configs, then in Detectron2's zoo):
+where `mine_bifpn.yaml` is two lines (names are looked for beside the file, then among this
+plugin's configs, then in Detectron2's zoo):
 
 ```text
 _BASE_: [mine.yaml, pyramids/bifpn.yaml]
 OUTPUT_DIR: output/mine_bifpn
 ```
 
-Such a file sets the wiring, fusion, blocks, norm and repeats of the paper, and lets the heads read what the pyramid gives. The width, the network underneath, the
-maps that are read from it, and anchors of your own stay. Every part is a key of its own ([config.md](config.md)); what to take for what is in [choosing.md](choosing.md).
+Such a file sets the wiring, fusion, blocks, norm and repeats of the paper, and lets the heads
+read what the pyramid gives. The width, the network underneath, the maps that are read from it,
+and anchors of your own stay. Every part is a key of its own ([config.md](config.md)); what to
+take for what is in [choosing.md](choosing.md).
 
-`C_l` is the bottom-up map of level `l`, of stride `2**l` pixels; `P_l` is an output; `up` and `down` are `UPSAMPLE` and `DOWNSAMPLE`, `fuse` is `FUSE_TYPE`, `lateral` is `LATERAL`
-and `block` is `BLOCK`; `3x3 s2` is a convolution of stride 2.
+`C_l` is the bottom-up map of level `l`, of stride `2**l` pixels; `P_l` is an output; `up` and
+`down` are `UPSAMPLE` and `DOWNSAMPLE`, `fuse` is `FUSE_TYPE`, `lateral` is `LATERAL` and `block`
+is `BLOCK`; `3x3 s2` is a convolution of stride 2.
 """
 
 
@@ -304,8 +308,10 @@ def at_a_glance(
         rows.append(row)
     table = Table("", header, rows).text("github")
     note = (
-        f"The pyramid alone, with its file of `configs/pyramids` and 256 channels, on a ResNet-50's maps. Parameters and GFLOPs (10⁹ multiply-accumulates, counted by"
-        f" fvcore) for an image of {SIZE[0]} x {SIZE[1]} pixels with the padding that each needs. {times_note(times)}"
+        "The pyramid alone, with its file of `configs/pyramids` and 256 channels, on a"
+        " ResNet-50's maps. Parameters and GFLOPs (10⁹ multiply-accumulates, counted by"
+        f" fvcore) for an image of {SIZE[0]} x {SIZE[1]} pixels with the padding that each"
+        f" needs. {times_note(times)}"
     )
     return f"{table}\n\n{note}\n\n{bifpn_sentence(costs, times)}"
 
@@ -315,8 +321,11 @@ def times_note(times: Mapping[str, Any]) -> str:
         return "Times were not measured yet."
     machine, (height, width) = times["environment"], times["size"]
     return (
-        f"Times: forward pass in float32, {height} x {width} pixels, norms not folded, in turns within one process; medians over {times['rounds']} rounds and their 95%"
-        f" interval, on {machine['threads']} threads of an {machine['cpu']}, torch {machine['versions']['torch']}, {machine['date'][:10]}. On a GPU nothing was measured."
+        f"Times: forward pass in float32, {height} x {width} pixels, norms not folded, in turns"
+        f" within one process; medians over {times['rounds']} rounds and their 95%"
+        f" interval, on {machine['threads']} threads of an {machine['cpu']}, torch"
+        f" {machine['versions']['torch']}, {machine['date'][:10]}. On a GPU nothing was"
+        " measured."
     )
 
 
@@ -327,7 +336,8 @@ def bifpn_sentence(costs: Mapping[str, Any], times: Mapping[str, Any]) -> str:
         return f"{text}; many of them are small and depthwise."
     ratio = times["entries"]["bifpn"]["relative"][0]
     what = f"takes {ratio:.1f} times as long" if ratio > 1 else f"takes {ratio:.2f} of its time"
-    return f"{text} and {what} on this CPU: its convolutions are depthwise and small, and fusions, norms and activations cost as much."
+    f"{text} and {what} on this CPU: its convolutions are depthwise and small, and fusions,"
+    " norms and activations cost as much."
 
 
 def pyramid_section(
@@ -417,15 +427,19 @@ def norms_text() -> str:
         if name
     )
     return (
-        "`MODEL.FPN.NORM`: `GN` (32 groups), `BN`, `SyncBN` (over all processes), `FrozenBN`, `LN` (over the channels of each place) or none; they also take a map of one pixel. "
+        "`MODEL.FPN.NORM`: `GN` (32 groups), `BN`, `SyncBN` (over all processes), `FrozenBN`,"
+        " `LN` (over the channels of each place) or none; they also take a map of one pixel. "
         f"`MODEL.FPN.ACTIVATION`: {classes}; empty: none, or what a topology prescribes."
     )
 
 
 def published_text() -> str:
     return (
-        "Box and mask AP on COCO val2017, in per cent, as their authors give them. **None of them was measured here.** `exact`: the same model, schedule and weights in Detectron2's own"
-        " zoo, whose checkpoints give the same numbers with this plugin's `fpn`. All others differ in what stands beside them, and are no promise for the config of the row."
+        "Box and mask AP on COCO val2017, in per cent, as their authors give them. **None of"
+        " them was measured here.** `exact`: the same model, schedule and weights in"
+        " Detectron2's own"
+        " zoo, whose checkpoints give the same numbers with this plugin's `fpn`. All others"
+        " differ in what stands beside them, and are no promise for the config of the row."
     )
 
 
