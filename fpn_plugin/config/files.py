@@ -14,6 +14,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
+from fpn_plugin import plugins
+from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.config.defaults import ARGS, GONE
 from fpn_plugin.config.heads import spell_auto
 from fpn_plugin.paths import configs_dir, from_folder, zoo_dir
@@ -92,6 +94,9 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     Paths of `DATASETS.OWN` are relative to the file that names them, and become absolute; all other
     paths stay as they are, as Detectron2 has it.
 
+    Args:
+        path: of the file; or of a checkpoint, for the config that its run recorded in it.
+
     Raises:
         FileNotFoundError: if a `_BASE_` does not exist.
         KeyError: for a key that does not exist.
@@ -99,7 +104,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
             a key that is gone. All name the file.
     """
     own_paths: dict[str, tuple[str, str]] = {}
-    content = _read_with_base(path, (), own_paths)
+    content = read_record(path).get("config") or _read_with_base(path, (), own_paths)
+    drop_gone_keys(content, path)
     version = content.pop("VERSION", cfg.VERSION)
     if version != cfg.VERSION:
         raise ValueError(
@@ -275,6 +281,8 @@ def _read_with_base(
     content = read_yaml(path)
     bases = content.pop(BASE, [])
     drop_gone_keys(content, path)
+    if isinstance(imports := content.get(plugins.KEY), list):
+        content[plugins.KEY] = [plugins.beside(name, path) for name in imports]
     own_paths.update(_own_paths_from_file(content, path))
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -305,12 +313,14 @@ def _own_paths_from_file(content: dict[str, Any], path: str) -> dict[str, tuple[
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Merge nested values into others, in place."""
+    """Merge nested values into others, in place; a file adds its `IMPORTS` to those below it."""
     for key, value in above.items():
         if isinstance(value, dict) and key in below:
             if not isinstance(below[key], dict):
                 raise ValueError(f"{path}: {prefix}{key} is a section here, but a value in {BASE}")
             _overlay(below[key], value, path, f"{prefix}{key}.")
+        elif f"{prefix}{key}" == plugins.KEY and isinstance(below.get(key), list):
+            below[key] = [*below[key], *value] if isinstance(value, list) else value
         else:
             below[key] = value
 
