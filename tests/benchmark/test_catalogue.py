@@ -48,7 +48,7 @@ def test_what_a_network_cannot_have_is_a_row_with_the_reason(
     assert "asff: MODEL.FPN.TOPOLOGY: 'asff' needs at least 2 levels" in notes
     assert "simple: MODEL.FPN.IN_FEATURES: the network gives no 'res4', but res5" in notes
     # its own pyramid is none of the catalogue's, and costs what `fpn show` says of it
-    cfg: CfgNode = show.load_config(show.parse_args(["--config-file", str(mine), *SMALL]))
+    cfg: CfgNode = show.load_model_config(str(mine), SMALL)
     cost = measure(show.build(cfg), (64, 64)).pyramid
     assert rows["this"][:2] == ["this", "config"] and f"{cost.parameters:,}" in rows["this"]
     assert f"{cost.flops / 1e9:.2f}" in rows["this"]
