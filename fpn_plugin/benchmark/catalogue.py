@@ -170,8 +170,9 @@ def measure_latencies(
     Raises:
         ValueError: if FPN is not among them.
     """
-    able = {entry.name: entry for entry in entries if entry.pyramid is not None}
-    if REFERENCE not in able:
+    pyramids = {entry.name: entry.pyramid for entry in entries if entry.pyramid is not None}
+    inputs = {entry.name: entry.inputs() for entry in entries}
+    if REFERENCE not in pyramids:
         reason = next((entry.reason for entry in entries if entry.name == REFERENCE), "")
         raise ValueError(f"--latency is relative to {REFERENCE}, which cannot be built: {reason}")
 
@@ -180,7 +181,7 @@ def measure_latencies(
         return pyramid(inputs)
 
     works: dict[str, Work] = {
-        name: partial(forward, entry.pyramid, entry.inputs()) for name, entry in able.items()
+        name: partial(forward, pyramid, inputs[name]) for name, pyramid in pyramids.items()
     }
     pairs = [(name, REFERENCE) for name in works]
     timed = time_interleaved(works, pairs, clock_for("cpu"), plan, on_round)

@@ -55,7 +55,7 @@ class PyramidSettings:
 
     topology: str = _setting(
         "fpn",
-        "one of [the catalogue](../README.md), or several joined by `+`, each on the maps that the"
+        "one of [the catalogue](catalogue.md), or several joined by `+`, each on the maps that the"
         " one before gives: `fpn+pafpn+bfp`",
         TOPOLOGIES,
     )

@@ -98,6 +98,10 @@ def draw_graph(
         CANVASES[extension](figure)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, metadata={"Date": None} if extension == ".svg" else None)
+    if extension == ".svg":  # a font of the same widths, where a reader's machine lacks ours
+        svg = Path(path).read_text(encoding="utf-8")
+        svg = svg.replace(f"'{FONT}'", f"'{FONT}', Verdana, sans-serif")
+        Path(path).write_text(svg, encoding="utf-8")
 
 
 # What the picture says: kinds of boxes, the lines in them, the labels on arrows.
@@ -194,6 +198,7 @@ class _GraphFigure:
         """All of it: the levels' bands, arrows on them, boxes on the arrows, title and legend."""
         width = self.grid.right + 0.2
         above, below = (0.35 if title else 0.05), (0.42 if width > _NARROW else 0.6)
+        below *= _legend_scale(width)
         figure = Figure(figsize=(width, self.grid.top + above + below), facecolor="white")
         self.axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         self.axes.set_xlim(0, width)
@@ -332,7 +337,12 @@ class _GraphFigure:
             loc="lower center",
             ncols=-(-len(handles) // 2) if narrow else len(handles),
             frameon=False,
-            fontsize=DETAIL_SIZE,
+            fontsize=DETAIL_SIZE * _legend_scale(figure.get_figwidth()),
             columnspacing=1.4,
             handlelength=1.6,
         )
+
+
+def _legend_scale(width: float) -> float:
+    """How much larger the legend of a wide picture is, which is seen smaller than it is."""
+    return min(max(width / _NARROW - 0.2, 1.0), 2.5)

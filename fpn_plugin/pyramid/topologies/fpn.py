@@ -47,8 +47,15 @@ def top_down(
 def fpn(inputs: Levels, style: Style) -> Graph:
     """Feature Pyramid Network, Lin et al. 2017, arXiv:1612.03144.
 
-    `M_l = fuse(lateral_l, up(M_{l+1}))`, `P_l = block(M_l)`. The names of the convolutions are
-    Detectron2's.
+    From the coarsest map down, each level adds what comes from above, upsampled, to a 1x1 lateral
+    of its own bottom-up map, so that fine maps know what coarse ones have seen. It is Detectron2's:
+    the names of the convolutions, the numbers and the checkpoints are the same.
+
+    ::
+
+        M_top = lateral_top
+        M_l   = fuse(lateral_l, up(M_{l+1}))
+        P_l   = block(M_l)
     """
     return graph_of(inputs, *top_down(inputs, style))
 
@@ -57,8 +64,15 @@ def fpn(inputs: Levels, style: Style) -> Graph:
 def fapn(inputs: Levels, style: Style) -> Graph:
     """Feature-aligned pyramid, Huang et al. 2021, arXiv:2108.07058.
 
-    FPN with feature selection (`fsm`) on each bottom-up map, and feature alignment (`fam`) in place
-    of upsampling.
+    FPN with feature selection (`fsm`) as the lateral of each bottom-up map, and feature alignment
+    (`fam`) in place of upsampling: a deformable convolution moves what comes from above to where
+    the finer map has it. On a CPU these convolutions are by far the most expensive part.
+
+    ::
+
+        M_top = fsm(C_top)
+        M_l   = fuse(fsm(C_l), fam(M_{l+1}))
+        P_l   = block(M_l)
     """
     selecting = Style(op("fsm"), style.block)
     return graph_of(inputs, *top_down(inputs, selecting, "fapn", op("fam")))
@@ -66,7 +80,15 @@ def fapn(inputs: Levels, style: Style) -> Graph:
 
 @TOPOLOGIES.register("channel_mapper")
 def channel_mapper(inputs: Levels, style: Style) -> Graph:
-    """The baseline without fusion: each map is brought to the common width, nothing passes."""
+    """Channel mapper, the baseline without fusion.
+
+    Each bottom-up map is brought to the common width by one block, and nothing passes between
+    levels. What another pyramid gains over it is what fusion brings.
+
+    ::
+
+        P_l = block(C_l)
+    """
     nodes = [
         node(f"mapper{level}", level, [name], block=style.block)
         for level, name in by_level(inputs).items()
@@ -78,8 +100,16 @@ def channel_mapper(inputs: Levels, style: Style) -> Graph:
 def simple(inputs: Levels, style: Style) -> Graph:
     """ViTDet's simple pyramid, Li et al. 2022, arXiv:2203.16527.
 
-    From one map: x4 and x2 by transposed convolutions that halve the channels, x1, and x1/2 by max
-    pooling; each then 1x1 and 3x3, both with a norm (layer norm in the paper: `norm="LN"`).
+    All levels are made from one map, of stride 16: x4 and x2 by transposed convolutions that halve
+    the channels, x1, and x1/2 by max pooling, each followed by 1x1 and 3x3 with a norm (layer norm
+    in the paper: `norm="LN"`). It is for networks without stages, such as a plain ViT.
+
+    ::
+
+        P_2 = block(lateral(deconv(GELU(LN(deconv(C_4))))))
+        P_3 = block(lateral(deconv(C_4)))
+        P_4 = block(lateral(C_4))
+        P_5 = block(lateral(maxpool(C_4)))
 
     Raises:
         ValueError: if there is not exactly one input, or it is too fine.

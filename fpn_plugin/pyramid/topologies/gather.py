@@ -23,10 +23,16 @@ INNER_LEVELS["bfp"] = 0  # its authors' P6 is made only where it is asked for
 
 @TOPOLOGIES.register("hrfpn")
 def hrfpn(inputs: Levels, style: Style) -> Graph:
-    """HRNetV2p, Sun et al. 2019, arXiv:1904.04514.
+    """HRNet's pyramid HRNetV2p, Sun et al. 2019, arXiv:1904.04514.
 
-    All maps bilinearly to the finest, concatenated as they are, 1x1; that map average-pooled to
-    each level, and a block.
+    All maps are brought bilinearly to the finest, concatenated as they are, and reduced by a 1x1;
+    that one map is average-pooled to each level, where a block follows. Everything happens at the
+    finest level, which makes it costly on wide networks.
+
+    ::
+
+        X   = 1x1(concat(C_min, up(C_{min+1}), …))
+        P_l = block(avgpool(X, 2**(l-min)))
     """
     maps = by_level(inputs)
     finest = min(maps)
@@ -46,11 +52,17 @@ def hrfpn(inputs: Levels, style: Style) -> Graph:
 
 @TOPOLOGIES.register("bfp")
 def bfp(inputs: Levels, style: Style) -> Graph:
-    """Libra R-CNN's balanced pyramid, Pang et al. 2019, arXiv:1904.02701, after another pyramid.
+    """Libra R-CNN's balanced pyramid, Pang et al. 2019, arXiv:1904.02701.
 
-    All levels at P4 (where there is none, at the middle one), averaged, refined by one non-local
-    block, and added back to each level. The paper's is `fpn+bfp`; its authors' code makes P6 before
-    (`inner_levels=1`, `downsample="subsample"`), so that it takes part.
+    After another pyramid: all its levels are gathered at P4 (where there is none, at the middle
+    one), averaged, refined by one non-local block, and added back to each. The paper's is
+    `fpn+bfp`; its authors' code makes P6 before (`inner_levels=1`, `downsample="subsample"`), so
+    that it takes part.
+
+    ::
+
+        B   = non_local(mean over l of resize(P_l))
+        O_l = P_l + resize(B)
     """
     need_levels("bfp", inputs, 2, style.inner_levels)
     maps = by_level(inputs)
@@ -75,10 +87,15 @@ def _moved(name: str, source: int, target: int) -> Edge:
 
 @TOPOLOGIES.register("asff")
 def asff(inputs: Levels, style: Style) -> Graph:
-    """Adaptively spatial feature fusion, Liu et al. 2019, arXiv:1911.09516, after another pyramid.
+    """Adaptively spatial feature fusion, Liu et al. 2019, arXiv:1911.09516.
 
-    Every output takes all levels, resampled to it, fused per place by learned weights (`asff`),
-    then a block. The paper's is on an FPN: `fpn+asff`.
+    After another pyramid: every output takes all its levels, resampled to it, weighted at each
+    place by weights that are computed from the maps (`asff`), then a block. The paper's is on an
+    FPN: `fpn+asff`.
+
+    ::
+
+        O_l = block(Σ_k α_k · resize(P_k)),   α = softmax over k, at each pixel
     """
     need_levels("asff", inputs, 2)
     maps = by_level(inputs)

@@ -51,11 +51,18 @@ def _laterals(prefix: str, inputs: Levels, style: Style) -> tuple[list[Node], Ma
 
 @TOPOLOGIES.register("nas_fpn")
 def nas_fpn(inputs: Levels, style: Style) -> Graph:
-    """NAS-FPN, Ghiasi et al. 2019, arXiv:1904.07392, one of its (seven) repeats.
+    """NAS-FPN, Ghiasi et al. 2019, arXiv:1904.07392.
 
-    Seven merging cells on five levels. Each: both inputs to the level, `sum` (`fuse_type`) or
-    global attention, ReLU, block (3x3 with bias), norm. A level's output is its last node, and
-    every node of that level that nothing read joins its fusion.
+    Seven merging cells on five levels, found by architecture search; this is one of its (seven)
+    repeats. A level's output is its last cell, and every node of that level that nothing read joins
+    its fusion.
+
+    ::
+
+        cell(a, b) = norm(block(ReLU(op(resize(a), resize(b)))))
+        op         = fuse, or global_attention (gp)
+        cells      = (4, gp, P4, P6) (4, fuse, P4, c0) (3, fuse, P3, c1) (4, fuse, c1, c2)
+                     (5, gp, c2, c3) (7, gp, c1, c4) (6, gp, c4, c5)
 
     Raises:
         ValueError: if there are not five levels.
@@ -98,11 +105,15 @@ def _nas_edge(source: tuple[int, str], level: int) -> Edge:
 def fpg(inputs: Levels, style: Style) -> Graph:
     """Feature Pyramid Grids, Chen et al. 2020, arXiv:2004.03580.
 
-    Nine bottom-up pathways side by side. The node of a pathway and a level sums: 3x3 s2 of the
-    finer level in its pathway, 1x1 of its level and up and 3x3 of the coarser level in the pathway
-    before, and 1x1 of its level's lateral; the outputs are blocks on the last pathway. All these
-    convolutions are act-conv-norm. Early nodes of fine levels are left out and pass the pathway
-    before on.
+    Nine bottom-up pathways side by side: each node sums what comes from the finer level of its
+    pathway, from its own and the coarser level of the pathway before, and from its level's lateral.
+    All convolutions are act-conv-norm. Early nodes of fine levels are left out and pass the pathway
+    before on; the outputs are blocks on the last pathway.
+
+    ::
+
+        N_{p,l} = 3x3 s2(N_{p,l-1}) + 1x1(N_{p-1,l}) + 3x3(up(N_{p-1,l+1})) + 1x1(lateral_l)
+        P_l     = block(N_{9,l})
     """
     need_levels("fpg", inputs, 2, style.inner_levels)
     nodes, maps = _laterals("fpg", inputs, style)

@@ -25,9 +25,15 @@ from fpn_plugin.pyramid.topologies.fpn import top_down
 
 @TOPOLOGIES.register("pafpn")
 def pafpn(inputs: Levels, style: Style) -> Graph:
-    """Path aggregation, Liu et al. 2018, arXiv:1803.01534.
+    """PANet's path aggregation, Liu et al. 2018, arXiv:1803.01534.
 
-    On FPN's `P_l`: `N_min = P_min`, `N_{l+1} = ReLU(block(fuse(P_{l+1}, ReLU(3x3 s2(N_l)))))`.
+    A bottom-up path after FPN's top-down one: the fine maps' detail reaches the coarse levels in a
+    few convolutions instead of through the whole network. With the paper's ReLU.
+
+    ::
+
+        N_min   = P_min   (P: FPN's outputs)
+        N_{l+1} = ReLU(block(fuse(P_{l+1}, ReLU(3x3 s2(N_l)))))
     """
     nodes, maps = top_down(inputs, style)
     act = style.act("relu")
@@ -43,11 +49,16 @@ def pafpn(inputs: Levels, style: Style) -> Graph:
 
 @TOPOLOGIES.register("pafpn_mmdet")
 def pafpn_mmdet(inputs: Levels, style: Style) -> Graph:
-    """Path aggregation as MMDetection has it.
+    """Path aggregation, as MMDetection has it.
 
-    The bottom-up path sums before the output convolutions, which are outside the recursion:
-    `I_min = P_min`, `I_{l+1} = fuse(P_{l+1}, 3x3 s2(I_l))`, then `N_min = I_min`,
-    `N_l = block(I_l)`; no activation.
+    The bottom-up path sums before the output convolutions, which are outside of the recursion, and
+    there is no activation. It has the same parameters as `pafpn`, in another order.
+
+    ::
+
+        I_min   = P_min   (P: FPN's outputs)
+        I_{l+1} = fuse(P_{l+1}, 3x3 s2(I_l))
+        N_min   = I_min,   N_l = block(I_l)
     """
     nodes, maps = top_down(inputs, style)
     levels = sorted(maps)
@@ -99,11 +110,17 @@ INNER_LEVELS["bifpn"] = INNER_LEVELS["qufpn"] = 5
 
 @TOPOLOGIES.register("bifpn")
 def bifpn(inputs: Levels, style: Style) -> Graph:
-    """EfficientDet's weighted bi-directional pyramid, Tan et al. 2020, arXiv:1911.09070, one cell.
+    """EfficientDet's weighted bi-directional pyramid, Tan et al. 2020, arXiv:1911.09070.
 
-    Each node: fuse, swish, block; the paper's fuse is `fast_normalized`, its block `separable`, its
-    norm BN, and it repeats the cell. Where the inputs' channels differ from the width, every edge
-    has a projection of its own.
+    One cell is a top-down path and a bottom-up path that reads the inputs again; the paper repeats
+    it, fuses by learned weights (`fast_normalized`) and convolves separably. Where the inputs'
+    channels differ from the width, every edge has a projection of its own. It counts few operations
+    but has many small ones.
+
+    ::
+
+        T_top = X_top,  T_l = block(swish(fuse(X_l, up(T_{l+1}))))
+        P_min = T_min,  P_l = block(swish(fuse(X_l, T_l, down(P_{l-1}))))
     """
     need_levels("bifpn", inputs, 2, style.inner_levels)
     maps = by_level(inputs)
@@ -114,9 +131,16 @@ def bifpn(inputs: Levels, style: Style) -> Graph:
 
 @TOPOLOGIES.register("qufpn")
 def qufpn(inputs: Levels, style: Style) -> Graph:
-    """BiFPN's cell and its mirror from the same inputs, added level by level (google/automl).
+    """Quad FPN, google/automl.
 
-    The additions are always fast-normalised; fuse, block and norm otherwise as in `bifpn`.
+    BiFPN's cell and its mirror (bottom-up first, then top-down) from the same inputs, added level
+    by level. The additions are always fast-normalised; fuse, block and norm otherwise as in
+    `bifpn`.
+
+    ::
+
+        A = BiFPN's cell (top-down, bottom-up),  B = its mirror (bottom-up, top-down)
+        P_l = block(swish(fast_normalized(A_l, B_l)))
     """
     need_levels("qufpn", inputs, 3, style.inner_levels)
     maps = by_level(inputs)
