@@ -118,6 +118,7 @@ def test_the_tool_measures_ap(
         (NAME, 5, "", ValueError, "--dataset accuracy_val: AP of random weights says nothing"),
         ("acuracy_val", 5, "w.pth", KeyError, "--dataset.*'acuracy_val'.*accuracy_val"),
         (NAME, 0, "w.pth", ValueError, "--num 0"),
+        ("own_val", 5, "w.pth", ValueError, "--dataset own_val: .*DATASETS.OWN.VAL_JSON"),
     ],
 )
 def test_mistakes(
