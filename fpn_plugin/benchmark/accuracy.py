@@ -117,7 +117,8 @@ def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -
     entries: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         test = model.config.cfg.INPUT
-        entry = {"metrics": {}, "size": [test.MIN_SIZE_TEST, test.MAX_SIZE_TEST], "note": ""}
+        metrics: dict[str, float] = {}
+        entry = {"metrics": metrics, "size": [test.MIN_SIZE_TEST, test.MAX_SIZE_TEST], "note": ""}
         entries[name] = entry
         results = _detect(model, data, bar) if model.trained else None
         if results is None:
@@ -129,7 +130,7 @@ def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -
         elif model.config.cfg.MODEL.KEYPOINT_ON:
             entry["note"] = "boxes alone: AP of keypoints is not measured"
         for task, score in scores[name].items():
-            entry["metrics"] |= {f"{task}/{key}": score.metrics[key] for key in METRICS}
+            metrics |= {f"{task}/{key}": score.metrics[key] for key in METRICS}
     support = support_of(truth)["AP"]
     return {
         "dataset": data.name,
