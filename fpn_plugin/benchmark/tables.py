@@ -18,7 +18,7 @@ from fpn_plugin.benchmark.measure import (
     TOO_FEW_ROUNDS,
     noise_of,
 )
-from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, shown
+from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, UNKNOWN, shown
 from fpn_plugin.report.tables import Table
 
 TITLES = {
@@ -175,6 +175,8 @@ def _ap_verdict(row: Mapping[str, Any], ap: Mapping[str, Any]) -> str:
     if row["verdict"] == TOO_FEW:
         few = "" if row["images"] == ap["images"] else f" of {ap['images']} with a hit"
         return f"too few images ({row['images']}{few})"
+    if row["verdict"] == UNKNOWN:
+        return UNKNOWN
     interval = f"difference {row['low']:+.1f} … {row['high']:+.1f}"
     return f"{'tie as shown' if row['verdict'] == TIE else row['verdict']}, {interval}"
 
@@ -362,13 +364,13 @@ def _ap_pairs_table(report: Mapping[str, Any]) -> Table:
     rows = []
     for row in ap["pairs"]:
         ratio = by_pair.get((row["contestant"], row["reference"]))
-        few = row["verdict"] == TOO_FEW
+        unknown = row["verdict"] in (TOO_FEW, UNKNOWN)
         rows.append(
             [
                 *(row["contestant"], row["reference"], _TASKS[row["task"]]),
                 *(_ap_of(ap, row, "contestant"), _ap_of(ap, row, "reference")),
-                f"{row['value']:+.2f}",
-                "–" if few else f"{row['low']:+.2f} … {row['high']:+.2f}",
+                "–" if row["verdict"] == UNKNOWN else f"{row['value']:+.2f}",
+                "–" if unknown else f"{row['low']:+.2f} … {row['high']:+.2f}",
                 _ap_verdict(row, ap).partition(", difference")[0],
                 f"{_format_ratio(ratio)[0]} ({ratio['result']})" if ratio else "–",
             ]
