@@ -72,6 +72,8 @@ def read_test_data(name: str, num: int, configs: Sequence[CfgNode], weights: str
     if num < 1:
         raise ValueError(f"{NUM} {num} is not a number of images of 1 or more")
     own = [cfg for cfg in configs if cfg.DATASETS.OWN.VAL_JSON] if name == "own_val" else []
+    if name == "own_val" and not own:
+        raise ValueError(f"{DATASET} {name}: no config has a DATASETS.OWN.VAL_JSON")
     if len({cfg.DATASETS.OWN.VAL_JSON for cfg in own}) > 1:
         files = ", ".join(dict.fromkeys(cfg.DATASETS.OWN.VAL_JSON for cfg in own))
         raise ValueError(
@@ -115,7 +117,8 @@ def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -
     entries: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         test = model.config.cfg.INPUT
-        entry = {"metrics": {}, "size": [test.MIN_SIZE_TEST, test.MAX_SIZE_TEST], "note": ""}
+        metrics: dict[str, float] = {}
+        entry = {"metrics": metrics, "size": [test.MIN_SIZE_TEST, test.MAX_SIZE_TEST], "note": ""}
         entries[name] = entry
         results = _detect(model, data, bar) if model.trained else None
         if results is None:
@@ -124,8 +127,10 @@ def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -
         scores[name] = score_results(results, truth, limit)
         if not scores[name]:
             entry["note"] = "it found nothing at all"
+        elif model.config.cfg.MODEL.KEYPOINT_ON:
+            entry["note"] = "boxes alone: AP of keypoints is not measured"
         for task, score in scores[name].items():
-            entry["metrics"] |= {f"{task}/{key}": score.metrics[key] for key in METRICS}
+            metrics |= {f"{task}/{key}": score.metrics[key] for key in METRICS}
     support = support_of(truth)["AP"]
     return {
         "dataset": data.name,

@@ -201,6 +201,7 @@ def _new_report(settings: Settings, configs: Sequence[BenchmarkConfig]) -> dict[
         "contestants": {
             config.name: {
                 "config": config.source,
+                "role": config.role,
                 "overrides": list(config.overrides),
                 "references": list(config.references),
             }

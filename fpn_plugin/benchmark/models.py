@@ -97,9 +97,12 @@ def build_models(
         misfits = find_misfits(model, checkpoint)
         if weights:
             title = f"{WEIGHTS} {weights!r} ({config.name})"
-            if config.role == "baseline":
-                title += f"; without a baseline: {BASELINE} none;"
-            require_fit(title, model, misfits, allow_partial=allow_partial)
+            try:
+                require_fit(title, model, misfits, allow_partial=allow_partial)
+            except ValueError as error:
+                if config.role != "baseline":
+                    raise
+                raise ValueError(f"{error}; to leave the baseline out: {BASELINE} none") from None
         _set_statistics(model, loaded, inputs)
         for name, value in model.state_dict().items():
             pool.setdefault(name, value)

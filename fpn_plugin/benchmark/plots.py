@@ -32,7 +32,7 @@ def _ratio_plot(timings: Mapping[str, Any]) -> Figure:
         ratios = [row for row in data["ratios"] if row["value"]]
         noise = noise_of(data.get("noise", {}))
         rows += [(TITLES[section], None, noise)] if ratios else []
-        rows += [(f"{r['contestant']} / {r['reference']}", r, noise) for r in ratios]
+        rows += [(f"{r['contestant']} / {_short_reference(r)}", r, noise) for r in ratios]
     figure, axes = new_figure(0.8 + 0.42 * len(rows))
     axes.set_xscale("log")
     number = -1
@@ -63,7 +63,12 @@ def _ratio_plot(timings: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _short(text: str, most: int = 58) -> str:
+def _short_reference(ratio: Mapping[str, Any]) -> str:
+    reference = str(ratio["reference"])
+    return "its baseline" if reference.startswith("baseline ") else reference
+
+
+def _short(text: str, most: int = 64) -> str:
     """A name that fits the width of the figure."""
     return text if len(text) <= most else f"{text[:most - 1]}…"
 

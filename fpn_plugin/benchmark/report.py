@@ -21,6 +21,7 @@ JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 COMPARE = "--compare"
 SCHEMAS = (1, SCHEMA)
 """Of reports that counts and ratios can be compared with."""
+_MOST_NAMED = 4  # in a title
 _PLOTS = ("ratios.png", "share.png", "latency_ap.png")
 BYTES_ROOM = 0.1
 """Peak bytes may differ by so much at least: layouts are the processor's choice."""
@@ -90,7 +91,10 @@ def terminal_text(report: Mapping[str, Any], extra_tables: Sequence[Table] = ())
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return f"Benchmark of {', '.join(report['contestants']) or 'this machine'}"
+    names = [name for name, row in report["contestants"].items() if row["role"] != "baseline"]
+    if len(names) > _MOST_NAMED:
+        return f"Benchmark of {len(names)} configs and variants"
+    return f"Benchmark of {', '.join(names) or 'this machine'}"
 
 
 def _messages(report: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from fpn_plugin.benchmark.measure import (
     TOO_FEW_ROUNDS,
     noise_of,
 )
-from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, shown
+from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, UNKNOWN, shown
 from fpn_plugin.report.tables import Table
 
 TITLES = {
@@ -175,6 +175,8 @@ def _ap_verdict(row: Mapping[str, Any], ap: Mapping[str, Any]) -> str:
     if row["verdict"] == TOO_FEW:
         few = "" if row["images"] == ap["images"] else f" of {ap['images']} with a hit"
         return f"too few images ({row['images']}{few})"
+    if row["verdict"] == UNKNOWN:
+        return UNKNOWN
     interval = f"difference {row['low']:+.1f} … {row['high']:+.1f}"
     return f"{'tie as shown' if row['verdict'] == TIE else row['verdict']}, {interval}"
 
@@ -332,24 +334,26 @@ def _ap_table(report: Mapping[str, Any]) -> Table:
         if any(f"{task}/AP" in row["metrics"] for row in ap["models"].values())
     ]
     keys = [f"{task}/{name}" for task in tasks for name in ("AP", "AP50")]
-    rows = [
-        [
-            name,
-            *(shown(row["metrics"][key]) if key in row["metrics"] else "–" for key in keys),
-            milliseconds(times[name]["seconds"]) if name in times else "–",
-            "{}…{}".format(*row["size"]),
-            row["note"],
-        ]
-        for name, row in ap["models"].items()
-    ]
     heads = [f"{_TASKS[task]} {name}" for task in tasks for name in ("AP", "AP50")]
-    header = ["", *heads, f"ms, {_PHRASES[section]}" if section else "ms", "AP at", ""]
+    columns: list[tuple[str, list[str]]] = [("", list(ap["models"]))]
+    models = list(ap["models"].values())
+    for head, key in zip(heads, keys):
+        values = [row["metrics"].get(key) for row in models]
+        columns.append((head, ["–" if value is None else shown(value) for value in values]))
+    if section:
+        cells = [milliseconds(times[n]["seconds"]) if n in times else "–" for n in ap["models"]]
+        columns.append((f"ms, {_PHRASES[section]}", cells))
+    columns.append(("AP at", ["{}…{}".format(*row["size"]) for row in models]))
+    if any(row["note"] for row in models):
+        columns.append(("", [row["note"] for row in models]))
+    header, *_ = zip(*columns)
+    rows = [list(row) for row in zip(*(cells for _, cells in columns))]
     height, width = report["settings"]["size"]
     note = (
         f"{ap['limit']} detections of a category in an image count. AP at: the sides to which"
-        f" images are resized (INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST); times are for {height} ×"
-        f" {width}."
+        " images are resized (INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST)"
     )
+    note += f"; times are for {height} × {width}." if section else "."
     return Table(f"AP on {_test_images(ap)}", header, rows, note)
 
 
@@ -360,13 +364,13 @@ def _ap_pairs_table(report: Mapping[str, Any]) -> Table:
     rows = []
     for row in ap["pairs"]:
         ratio = by_pair.get((row["contestant"], row["reference"]))
-        few = row["verdict"] == TOO_FEW
+        unknown = row["verdict"] in (TOO_FEW, UNKNOWN)
         rows.append(
             [
                 *(row["contestant"], row["reference"], _TASKS[row["task"]]),
                 *(_ap_of(ap, row, "contestant"), _ap_of(ap, row, "reference")),
-                f"{row['value']:+.2f}",
-                "–" if few else f"{row['low']:+.2f} … {row['high']:+.2f}",
+                "–" if row["verdict"] == UNKNOWN else f"{row['value']:+.2f}",
+                "–" if unknown else f"{row['low']:+.2f} … {row['high']:+.2f}",
                 _ap_verdict(row, ap).partition(", difference")[0],
                 f"{_format_ratio(ratio)[0]} ({ratio['result']})" if ratio else "–",
             ]

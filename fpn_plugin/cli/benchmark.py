@@ -3,6 +3,7 @@
 fpn benchmark --config-file configs/… [--config-file …] [--baseline FILE|zoo-name|none]
     [--what counts,neck,backbone,inference,train] [--report DIR] [KEY VALUE …]
 fpn benchmark --config-file F --variant 'bf16: SOLVER.AMP.ENABLED True' …     levers, each alone
+fpn benchmark … --baseline none --weights model_final.pth --dataset trees_val   AP beside the speed
 fpn benchmark --config-file F --baseline none --what counts --compare old.json
 
 Exit code 1: a count grew beyond --threshold; 3: a ratio was refused, or outputs differ.

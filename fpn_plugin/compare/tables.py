@@ -234,7 +234,7 @@ def _significance(report: Mapping[str, Any], task: str) -> Table:
     rows = [
         [
             name,
-            f"{pair['value']:+.2f}",
+            _UNKNOWN if math.isnan(pair["value"]) else f"{pair['value']:+.2f}",
             _UNKNOWN if math.isnan(pair["low"]) else f"{pair['low']:+.2f} … {pair['high']:+.2f}",
             _share(pair, 1),
             verdict_text(report, task, name, baseline),

@@ -21,7 +21,12 @@ from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precisi
 from fpn_plugin.registry import HOW_TO_ADD
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}
+_AREAS: dict[str, list[float]] = {
+    "all": [0, 1e5**2],
+    "s": [0, 32**2],
+    "m": [32**2, 96**2],
+    "l": [96**2, 1e5**2],
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def support_of(truth: COCO, edges: Sequence[float] = ()) -> dict[str, Support]:
     objects: dict[str, int] = defaultdict(int)
     images: dict[str, set[Any]] = defaultdict(set)
     bins = dict(zip([f"AP@{name}" for name in bin_names(edges)], area_ranges(edges)))
-    sizes = {name: _AREAS[name[2:]] for name in METRICS[3:]} | bins
+    sizes = {**{name: _AREAS[name[2:]] for name in METRICS[3:]}, **bins}
     names = {key: category["name"] for key, category in truth.cats.items()}
     for annotation in truth.dataset.get("annotations", []):
         if annotation.get("iscrowd"):

@@ -18,7 +18,7 @@ from PIL import Image
 from fpn_plugin.benchmark import accuracy
 from fpn_plugin.benchmark.accuracy import measure_ap, read_test_data
 from fpn_plugin.benchmark.models import BenchmarkModel
-from fpn_plugin.benchmark.report import write_report
+from fpn_plugin.benchmark.report import terminal_text, write_report
 from fpn_plugin.benchmark.tables import ap_summary
 from fpn_plugin.cli.main import main
 from fpn_plugin.data.coco_format import register_coco_format
@@ -112,12 +112,32 @@ def test_the_tool_measures_ap(
     assert "too few images (" in capsys.readouterr().out
 
 
+def test_images_without_objects_have_no_ap(
+    truth: dict[str, Any],
+    models: dict[str, BenchmarkModel],
+    report: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = read_test_data(NAME, 2, [models["fpn"].config.cfg], "weights.pth")
+    crowds = [{**annotation, "iscrowd": 1} for annotation in truth["annotations"]]
+    data.truth.dataset["annotations"] = crowds
+    image = data.records[0]["image_id"]
+    results = [result for result in detect(truth, 0.1) if result["image_id"] == image]
+    monkeypatch.setattr(accuracy, "_detect", lambda *_: results)
+    trained = {name: replace(models[name], trained=True) for name in ("baseline base", "fpn")}
+    ap = measure_ap(trained, data, Bar(quiet=True))
+    assert [row["verdict"] for row in ap["pairs"]] == ["unknown"]
+    text = terminal_text({**report, "ap": ap})
+    assert "nan" not in text and "fpn has box AP – and baseline base – (unknown)" in text
+
+
 @pytest.mark.parametrize(
     "name, num, weights, error, text",
     [
         (NAME, 5, "", ValueError, "--dataset accuracy_val: AP of random weights says nothing"),
         ("acuracy_val", 5, "w.pth", KeyError, "--dataset.*'acuracy_val'.*accuracy_val"),
         (NAME, 0, "w.pth", ValueError, "--num 0"),
+        ("own_val", 5, "w.pth", ValueError, "--dataset own_val: .*DATASETS.OWN.VAL_JSON"),
     ],
 )
 def test_mistakes(

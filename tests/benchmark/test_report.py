@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import inspect
 
 from fpn_plugin.benchmark import measure
 from fpn_plugin.benchmark.configs import gather_configs
@@ -141,6 +142,14 @@ def test_the_result_in_a_sentence(report: dict[str, Any]) -> None:
     for data in report["timings"].values():
         data["equality"] = [row for row in data["equality"] if row["verdict"] == "not compared"]
     assert outputs_compared(report).startswith("No outputs were compared: the models of all ")
+
+
+def test_the_page_fits_a_narrow_window(report: dict[str, Any], tmp_path: Path) -> None:
+    inspection = inspect(write_report(report, str(tmp_path / "out")), 420)
+    assert inspection.complaints == []
+    assert inspection.needed <= inspection.width == 420
+    assert len(inspection.drawings) == 2  # the ratios, and the pyramid's share
+    assert all(300 < drawing <= 420 for drawing in inspection.drawings)
 
 
 def test_terminal(report: dict[str, Any]) -> None:

@@ -162,6 +162,17 @@ def test_few_images_have_no_winner(make: Any, tmp_path: Path, capsys: Any) -> No
     assert "too few images (1 of 6 with a hit)" in (tmp_path / "report/configs.csv").read_text()
 
 
+def test_a_test_set_without_objects_has_no_ap(make: Any, tmp_path: Path) -> None:
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    crowds = [{**annotation, "iscrowd": 1} for annotation in truth["annotations"]]
+    (tmp_path / "truth.json").write_text(json.dumps({**truth, "annotations": crowds}))
+    folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
+    report = report_on(folders, tmp_path / "report", size_bins=[16])
+    assert report["pairs"]["bbox"]["pafpn"]["fpn"]["verdict"] == "unknown"
+    text = (tmp_path / "report" / "compare.md").read_text()
+    assert "nan" not in text and "**" not in text and report["summary"].startswith("No box AP")
+
+
 @pytest.mark.parametrize("images", [10])
 def test_a_metric_of_few_objects_has_no_best(make: Any, tmp_path: Path) -> None:
     """Large objects in one image only: the other sizes have a best config, that has none."""
