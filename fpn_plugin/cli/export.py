@@ -1,9 +1,11 @@
-"""Export a trained model to a file that runs without this plugin and without Detectron2: its
-bottom-up network and pyramid (--what backbone), or the whole detector.
+"""Export a trained model to TorchScript, torch.export or ONNX.
 
-fpn export --config-file F --weights W --format onnx --output output/fpn.onnx
-fpn export --config-file F --weights W --format torch_export --output output/fpn.pt2
-fpn export --config-file F --weights W --what detector --format torchscript --output output/m.ts \\
+The file has its bottom-up network and pyramid (--what backbone), or the whole detector, and runs
+without this plugin and without Detectron2.
+
+fpn export --weights W --format onnx --output output/fpn.onnx
+fpn export --weights W --format torch_export --output output/fpn.pt2
+fpn export --weights W --what detector --format torchscript --output output/m.ts \\
     --input photo.jpg
 
 Before it says that it is done, the file is run on three sizes and compared with the model. What the
@@ -19,17 +21,18 @@ from pathlib import Path
 from typing import Sequence
 
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
-from fpn_plugin.cli.arguments import command_parser, own_arguments
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, own_arguments, parse
 from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.model import WHAT
 from fpn_plugin.report.progress import Bar
+from fpn_plugin.visualize.detector import CONFIG_HELP
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("export", __doc__)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="of the model")
+    add("--config-file", default="", metavar="FILE", help=CONFIG_HELP)
     add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     add("--format", required=True, choices=list(FORMATS))
     add("--output", required=True, type=Path, metavar="FILE", help="ends in .ts, .pt2 or .onnx")
@@ -43,9 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace a file that is there")
     add("--allow-partial", action="store_true", help=PARTIAL_HELP.replace("evaluate", "export"))
     add("--quiet", action="store_true", help="no progress; only the differences and the file")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    # intermixed: overrides may stand after other arguments
-    return parser.parse_intermixed_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    return parse(parser, argv)
 
 
 def run(args: argparse.Namespace) -> None:

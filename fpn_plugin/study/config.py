@@ -11,7 +11,10 @@ from typing import Any, Dict, List, Optional, Sequence
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fpn_plugin import plugins
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.evaluation.size_bins import check_edges
+from fpn_plugin.paths import from_folder
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.yaml_files import read_yaml
 
@@ -31,7 +34,7 @@ class _StudyFile:
     """The keys of a study file, with their types and defaults.
 
     Attributes:
-        base: the config file of runs that name none.
+        base: the config, a file or a name, of runs that name none.
         overrides: config keys for all runs.
         runs: by name, a mapping of config keys, or `config` (a file) and `overrides`.
         the others: as in :class:`Study`.
@@ -94,6 +97,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
     """Read and check a study file.
 
     Args:
+        path: of the file, or the name of a study among this plugin's configs.
         opts: `KEY VALUE …` for every run, which replace what the file sets.
 
     Raises:
@@ -101,8 +105,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
         ValueError: naming the file, the key and the value, for anything wrong in it.
         KeyError: for a key or a name that does not exist, with the choices.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no study file {str(path)!r}")
+    path = Path(find_config_file(str(path), "the study"))
     content = _load(path)
     values = _with_defaults(path, content)
     for key in ("output", "runs"):
@@ -202,13 +205,13 @@ def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
 
 
 def _config_file(path: Path, key: str, value: Any) -> Path:
-    """A config file, relative to the study file."""
+    """A config file, relative to the study file, or a config by its name."""
     if not isinstance(value, str) or not value:
         raise _error(path, key, value, _WANTED["base"])
-    file = (path.parent / value).resolve()
-    if not file.is_file():
-        raise StudyError(f"{path}: {key}: {value!r} does not exist (looked at {file})")
-    return file
+    try:
+        return Path(find_config_file(value, f"{path}: {key}:", str(path.parent.resolve())))
+    except FileNotFoundError as error:
+        raise StudyError(str(error)) from error
 
 
 def _overrides_of_run(path: Path, where: str, run: dict[str, Any]) -> list[str]:
@@ -227,5 +230,9 @@ def _words(path: Path, where: str, overrides: Any) -> list[str]:
     for key, value in _mapping(path, where, overrides).items():
         if value is None or not _CONFIG_KEY.fullmatch(key):
             raise _error(path, f"{where}.{key}", value, "value for a config key (KEY.OF.CONFIG: 1)")
+        if key == plugins.KEY and isinstance(value, list):
+            value = [plugins.beside(name, str(path)) for name in value]
+        if key.startswith("DATASETS.OWN."):  # as in every file: relative to it
+            value = from_folder(str(value), str(path.parent))
         words += [key, str(value)]
     return words

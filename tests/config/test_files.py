@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import add_fpn_config
 from fpn_plugin.config import load_config
-from fpn_plugin.config.files import merge_config_file, merge_overrides
+from fpn_plugin.config.files import find_config_file, merge_config_file, merge_overrides
 from fpn_plugin.engine import lazy
 from fpn_plugin.engine.setup import argument_parser
 from fpn_plugin.yaml_files import evaluate, read_yaml
@@ -268,3 +268,116 @@ def test_lists_inside_of_lists_that_grow_without_end() -> None:
 def test_a_wrong_key_gets_the_right_one(key: str, meant: str) -> None:
     with pytest.raises(KeyError, match=f"'{key}' .did you mean '{meant}'"):
         merge_overrides(ours(), [key, "x"])
+
+
+BOTH = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
+
+
+@pytest.mark.parametrize(
+    "name, root",
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_BiFPN_1x.yaml", ROOT / "configs"),
+        ("configs/lazy/faster_rcnn_trees_FPN.py", ROOT / "configs"),
+        ("./configs/quickstart/faster_rcnn_trees_FPN", ROOT / "configs"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml", ZOO),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x", ZOO),
+        ("Misc/torchvision_imagenet_R_50.py", ZOO),
+        (f"{BOTH}.yaml", ROOT / "configs"),  # of both
+        (BOTH, ROOT / "configs"),
+    ],
+)
+def test_a_config_is_found_by_its_name_in_any_folder(
+    name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = find_config_file(name)
+    assert Path(found).is_relative_to(root) and Path(found).is_file()
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    assert find_config_file(name) == name  # a file comes first
+
+
+def test_the_log_says_which_of_two_configs_of_one_name_is_taken(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    ours, zoo = (str(root / f"{BOTH}.yaml") for root in (ROOT / "configs", ZOO))
+    assert find_config_file(f"{BOTH}.yaml") == ours
+    assert f"taking this plugin's, {ours}; Detectron2's of this name is {zoo}" in log.text
+    assert find_config_file(f"{BOTH}.yaml", zoo_first=True) == zoo
+
+
+@pytest.mark.parametrize(
+    "name, similar",
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_BiFPM_1x.yaml", "mask_rcnn_R_50_BiFPN_1x.yaml"),
+        ("mask_rcnn_R_50_BiFPN_1x", "COCO-InstanceSegmentation/mask_rcnn_R_50_BiFPN_1x.yaml"),
+        ("coco-detection/retinanet_r_50_fpn_3x.yaml", "COCO-Detection/retinanet_R_50_FPN_3x.yaml"),
+        ("../configs/quickstart/faster_rcnn_trees_FPN.yaml", "quickstart/faster_rcnn_trees_FPN"),
+        ("/no/such/faster_rcnn_trees_FPN.yaml", "quickstart/faster_rcnn_trees_FPN.yaml"),
+        ("quickstart", ""),
+        ("nothing/of/the/kind.yaml", ""),
+    ],
+)
+def test_a_config_that_is_not_found_names_similar_ones(
+    name: str, similar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        find_config_file(name)
+    text = str(error.value)
+    assert text.startswith(f"--config-file {name!r}: there is no file") and similar in text
+    assert "Detectron2" in text
+
+
+def test_a_base_may_be_a_configs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also below the folder that the file itself is in, and never from the current folder."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.yaml").write_text("_BASE_: [b.yaml, quickstart/Base-quickstart.yaml]\n")
+    (tmp_path / "mine" / "b.yaml").write_text("_BASE_: COCO-Detection/retinanet_R_50_FPN_3x.yaml\n")
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "Base-quickstart.yaml").write_text("SEED: 77\n")
+    monkeypatch.chdir(tmp_path)
+    cfg = merged(tmp_path / "mine" / "a.yaml")
+    assert cfg.SEED != 77 and cfg.SOLVER.OPTIMIZER == "AdamW"
+    assert cfg.SOLVER.MAX_ITER == 270000
+
+
+def load(*words: str) -> CfgNode:
+    return load_config(argument_parser().parse_args(list(words)))
+
+
+def test_own_data_in_a_file_is_beside_it_and_on_a_command_line_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("configs/base", "data", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configs/base/b.yaml").write_text(
+        "DATASETS: {OWN: {TRAIN_JSON: t.json, VAL_JSON: v.json, VAL_IMAGES: ~/images}}\n"
+    )
+    mine = tmp_path / "configs/mine.yaml"
+    mine.write_text("_BASE_: base/b.yaml\nDATASETS: {OWN: {VAL_JSON: ../data/v.json}}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["--config-file", "../configs/mine.yaml", "--train-images", "images"]
+    expected = {
+        "TRAIN_JSON": tmp_path / "configs/base/t.json",
+        "TRAIN_IMAGES": tmp_path / "elsewhere/images",
+        "VAL_JSON": tmp_path / "data/v.json",
+        "VAL_IMAGES": tmp_path / "images",
+    }
+    own = load(*words).DATASETS.OWN
+    assert own == {key: str(path) for key, path in expected.items()}
+    # what a run writes down means the same from its own folder
+    (tmp_path / "config.yaml").write_text(load(*words).dump())
+    assert load("--config-file", str(tmp_path / "config.yaml")).DATASETS.OWN == own
+    # what is there only when it is taken from the current folder
+    (tmp_path / "data/v.json").touch()
+    (tmp_path / "elsewhere/t.json").touch()
+    with pytest.raises(ValueError, match="TRAIN_JSON: 't.json' .*write '../../elsewhere/t.json'"):
+        load(*words)
+    assert load(*words, "DATASETS.OWN.TRAIN_JSON", "t.json").DATASETS.OWN.TRAIN_JSON == str(
+        tmp_path / "elsewhere/t.json"
+    )
+    (tmp_path / "configs/base/t.json").touch()
+    assert load(*words).DATASETS.OWN == own
