@@ -11,8 +11,6 @@ MASKS ?= output/demo-masks
 
 # torch's OpenMP workers spin while they wait, which makes a busy machine ten to thirty times slower
 export OMP_WAIT_POLICY ?= passive
-# Detectron2 uses torch.jit.script when it is imported, which torch announces to remove
-export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
 # caches that would otherwise be put into the home folder
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export FVCORE_CACHE ?= $(CURDIR)/.cache/fvcore

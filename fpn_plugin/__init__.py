@@ -1,11 +1,26 @@
 """Feature pyramids for Detectron2. Importing this package registers everything with Detectron2."""
 
+import builtins
 import os
+import warnings
 
 # Before torch is imported: its OpenMP workers otherwise spin while they wait, which starves a busy
 # machine, and the profiler that memory is measured with writes a greeting.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+# What Detectron2 uses, and torch and setuptools announce to remove, is said at each import: here,
+# and in the processes that this one starts, which import Detectron2 first.
+_ANNOUNCED = (
+    "ignore::FutureWarning:torch.jit._script",
+    "ignore::UserWarning:detectron2.model_zoo.model_zoo",
+)
+for _filter in _ANNOUNCED:
+    _category, _module = _filter.split(":")[2:]
+    warnings.filterwarnings("ignore", category=getattr(builtins, _category), module=_module)
+os.environ["PYTHONWARNINGS"] = ",".join(
+    filter(None, dict.fromkeys([*os.environ.get("PYTHONWARNINGS", "").split(","), *_ANNOUNCED]))
+)
 
 try:
     import detectron2  # noqa: F401

@@ -189,7 +189,7 @@ def _check_size(content: Any, path: str) -> None:
 
 
 def evaluate(text: str) -> Any:
-    """The value of arithmetic: numbers, + - * / **, lists, tuples, and `[... for x in ...]`.
+    """The value of arithmetic: numbers, `+ - * / **`, lists, tuples, and `[... for x in ...]`.
 
     Nothing can be called or looked up in the text.
 

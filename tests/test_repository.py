@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from detectron2.modeling import build_backbone
 from helpers import own_imports
 
 from fpn_plugin import add_fpn_config, resolve_config, yaml_files
-from fpn_plugin.config.files import merge_config_file
+from fpn_plugin.cli.main import COMMANDS, main
+from fpn_plugin.config.defaults import ARGS
+from fpn_plugin.config.files import find_config_file, keys, merge_config_file
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +59,44 @@ def test_the_configs_of_the_pages_build(code: str, tmp_path: Path) -> None:
     merge_config_file(cfg, str(path))
     cfg.MODEL.DEVICE, cfg.MODEL.BOTTOM_UP.WEIGHTS = "cpu", ""
     assert build_backbone(resolve_config(cfg)).output_shape()
+
+
+def commands() -> list[Any]:
+    """The lines of the pages that run `fpn`, or a file of tools/ that is the same."""
+    found = []
+    for page in PAGES:
+        for tag, code in BLOCK.findall(page.read_text()):
+            for line in code.replace("\\\n", " ").splitlines() if tag in ("", "bash", "sh") else ():
+                line = re.sub(r"^(\$ |PYTHONPATH=\S+ )", "", line)
+                if line.startswith("fpn "):
+                    words = shlex.split(line, comments=True)
+                    found.append(pytest.param(words[1:], id=f"{page.stem}-{len(found)}"))
+    return found
+
+
+@pytest.mark.parametrize("words", commands())
+def test_the_commands_of_the_pages_parse(words: list[str]) -> None:
+    name, *arguments = words
+    if name.startswith("-"):
+        with pytest.raises(SystemExit, match="^0$"):
+            main(words)
+        return
+    args = vars(COMMANDS[name].parse_args(arguments))
+    pairs = [opt for opt in args.get("opts") or [] if "=" not in opt]
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    known = keys(cfg)
+    assert [key for key in pairs[::2] if key not in known and not key.startswith(f"{ARGS}.")] == []
+    config = args.get("config_file") or ""
+    for file in [config] if isinstance(config, str) else config:
+        # names in capitals, and my/…, stand for the reader's own
+        if file and not re.match(r"[A-Z]+(\.yaml|/)|my\b|.*/config\.yaml$", file):
+            assert find_config_file(file)
+
+
+def test_there_are_commands_in_the_pages() -> None:
+    assert len(commands()) > 30
+    assert {word.values[0][0] for word in commands()} >= set(COMMANDS) - {"convert"}
 
 
 def test_every_file_in_the_pages_commands_and_links_exists() -> None:
