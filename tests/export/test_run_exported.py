@@ -109,7 +109,8 @@ def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert "with score >= 0.02" in first and last == str(picture)
     assert lines and all(line.split()[0] in ("cat", "dog") for line in lines)
     with Image.open(picture) as drawn, Image.open(photo) as plain:
-        assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+        assert drawn.size == (7 * 120, 7 * 90), "enlarged, for the texts"
+        assert drawn.tobytes() != plain.resize(drawn.size).tobytes()
     with pytest.raises(SystemExit, match="seen.png exists; give --overwrite"):
         run_exported.main()
     # a JSON that an older version wrote
