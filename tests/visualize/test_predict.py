@@ -190,9 +190,13 @@ def test_the_config_in_the_checkpoint_comes_before_the_file(folder: Path, tmp_pa
     assert read_config("", str(tmp_path / "other.pth"), []).INPUT.MIN_SIZE_TEST == 55
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(
-        FileNotFoundError, match="--config-file: give .*other.pth nor .*config.yaml"
+        FileNotFoundError, match="--config-file: give .*other.pth: neither it nor .*yaml"
     ):
         read_config("", str(tmp_path / "other.pth"), [])
+    with pytest.raises(FileNotFoundError, match="--config-file: give .*: an address has none"):
+        read_config("", "detectron2://model.pkl", [])
+    with pytest.raises(ValueError, match="no weights: .*--weights"):
+        read_config("", "", [])
 
 
 @pytest.mark.parametrize("name", ["PanopticFPN", "SemanticSegmentor", "ProposalNetwork"])
