@@ -36,6 +36,20 @@ def dataset_root() -> Path:
     return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 
 
+def download_advice(address: str, key: str, cache: str, variable: str) -> str:
+    """What to do about weights that cannot be downloaded, in two lines.
+
+    Args:
+        key: the config key or option that takes the file.
+        cache: where the file would be; "" if it is not known.
+        variable: the environment variable that moves that folder.
+    """
+    by_hand = f"Download {address} elsewhere and give the path of the file as {key}"
+    if not cache:
+        return by_hand
+    return f"{by_hand},\nor put it where it is found without a network: {cache} (${variable})"
+
+
 def find_file(path: str, key: str) -> Path:
     """A file that a config names: the path as it is, or below `dataset_root`.
 

@@ -6,9 +6,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from fpn_plugin.engine.lazy import pretrained_timm
-
-from .common import put_pyramid
+from fpn_plugin import put_pyramid
+from fpn_plugin.modeling.python_config import pretrained_timm
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 model.backbone.bottom_up = L(pretrained_timm)(

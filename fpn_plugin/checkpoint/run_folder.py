@@ -66,7 +66,13 @@ def recorded_config(folder: str) -> dict[str, Any]:
         ValueError: naming the file, if it is no plain YAML.
     """
     path = Path(folder, CONFIG)
-    return read_yaml(str(path)) if path.is_file() else {}
+    return read_yaml(str(path), objects=True) if path.is_file() else {}
+
+
+def is_python_record(config: Mapping[str, Any]) -> bool:
+    """Whether a run's config, as nested dicts, is what it wrote down of a Python config."""
+    model = config.get("model")
+    return isinstance(model, Mapping) and "_target_" in model
 
 
 def config_of_checkpoint(path: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ fpn benchmark --config-file configs/… [--config-file …] [--baseline FILE|zoo
 fpn benchmark --config-file F --variant 'bf16: SOLVER.AMP.ENABLED True' …     levers, each alone
 fpn benchmark --config-file F --baseline none --what counts --compare old.json
 
-Exit code 1: a count grew beyond --threshold; 2: a ratio was refused, or outputs differ.
+Exit code 1: a count grew beyond --threshold; 3: a ratio was refused, or outputs differ.
 """
 
 from __future__ import annotations
@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> int:
             print(f"REGRESSION {text}", file=sys.stderr)
         if regressions:
             return 1
-    return 2 if report["failures"] else 0
+    return 3 if report["failures"] else 0

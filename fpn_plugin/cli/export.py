@@ -3,9 +3,9 @@
 The file has its bottom-up network and pyramid (--what backbone), or the whole detector, and runs
 without this plugin and without Detectron2.
 
-fpn export --config-file F --weights W --format onnx --output output/fpn.onnx
-fpn export --config-file F --weights W --format torch_export --output output/fpn.pt2
-fpn export --config-file F --weights W --what detector --format torchscript --output output/m.ts \\
+fpn export --weights W --format onnx --output output/fpn.onnx
+fpn export --weights W --format torch_export --output output/fpn.pt2
+fpn export --weights W --what detector --format torchscript --output output/m.ts \\
     --input photo.jpg
 
 Before it says that it is done, the file is run on three sizes and compared with the model. What the
@@ -26,12 +26,13 @@ from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.model import WHAT
 from fpn_plugin.report.progress import Bar
+from fpn_plugin.visualize.detector import CONFIG_HELP
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("export", __doc__)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="of the model")
+    add("--config-file", default="", metavar="FILE", help=CONFIG_HELP)
     add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     add("--format", required=True, choices=list(FORMATS))
     add("--output", required=True, type=Path, metavar="FILE", help="ends in .ts, .pt2 or .onnx")

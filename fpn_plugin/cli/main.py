@@ -23,9 +23,9 @@ from fpn_plugin.cli import (
     show,
     study,
     train,
-    train_lazy,
     visualize,
 )
+from fpn_plugin.cli.mistakes import mistakes
 from fpn_plugin.registry import close_name
 from fpn_plugin.version import __version__
 
@@ -40,7 +40,6 @@ _READER_IS_GONE = 128 + 13  # what a shell says of a command that SIGPIPE has en
 
 COMMANDS = {
     "train": train,
-    "train-lazy": train_lazy,
     "show": show,
     "visualize": visualize,
     "benchmark": benchmark,
@@ -59,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its arguments (default: those of the process).
 
     Returns:
-        the exit code.
+        the exit code: 0, or what the command's help says.
+
+    Raises:
+        SystemExit: 2 for a mistake of the user, whose message is on standard error; also that of
+            argparse. An unexpected error is raised as it is.
     """
     logging.raiseExceptions = False  # else every line of a log prints one when its reader is gone
     try:
@@ -80,7 +83,9 @@ def _run(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         _refuse(name)
     command = COMMANDS[name]
-    return command.run(command.parse_args(arguments)) or 0
+    args = command.parse_args(arguments)
+    with mistakes(name, args.traceback):
+        return command.run(args) or 0
 
 
 def _reader_is_gone() -> bool:

@@ -12,12 +12,12 @@ import argparse
 from typing import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
 
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
-from fpn_plugin.config import extra_levels_for, load_config
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
+from fpn_plugin.modeling.described import load_model_config
+from fpn_plugin.modeling.python_config import build_backbone
 from fpn_plugin.visualize import complexity, draw, fusion_weights
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
@@ -48,19 +48,11 @@ def build(cfg: CfgNode) -> PyramidBackbone:
 def run(args: argparse.Namespace) -> None:
     if args.draw:
         draw.check_extension(args.draw)
-    cfg = load_config(args)
+    cfg = load_model_config(args.config_file, args.opts)
     backbone = build(cfg)
     if args.weights:
         fusion_weights.load_backbone(backbone, args.weights)
-    fpn = cfg.MODEL.FPN
-    repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
-    topology = "MODEL.FPN.GRAPH (inline)" if fpn.GRAPH else f"{fpn.TOPOLOGY}{repeats}"
-    names = {
-        "topology": topology,
-        "bottom-up": cfg.MODEL.BOTTOM_UP.NAME,
-        "extra levels": extra_levels_for(cfg),
-        **({"starts as": fpn.WARM_START_FROM.get("TOPOLOGY", "fpn")} if fpn.WARM_START else {}),
-    }
+    names = complexity.pyramid_names(cfg)
     costs = complexity.measure(backbone, tuple(args.size))
     print(complexity.settings_text(backbone, names), "", sep="\n")
     print(complexity.node_table(backbone, costs), "", sep="\n")

@@ -4,9 +4,9 @@ One figure per image: detections and masks by pyramid level, a histogram by size
 map of every level at each stage of the pyramid; and its graph, with the fusion weights that it has
 learned.
 
-fpn visualize --config-file F --weights W --input photo.jpg folder/ 'more/*.png' --output DIR --html
-fpn visualize --config-file F --weights W --dataset trees_val --num 4 --output DIR
-fpn visualize --config-file F --weights W --dataset trees_val --num 99 --output DIR --sizes-only
+fpn visualize --weights W --input photo.jpg folder/ 'more/*.png' --output DIR --html
+fpn visualize --weights W --dataset trees_val --num 4 --output DIR
+fpn visualize --weights W --dataset trees_val --num 99 --output DIR --sizes-only
 fpn visualize --results R/inference/coco_instances_results.json --dataset trees_val --output DIR
 
 The truth is drawn where it is known: with --dataset, and for an --input that is a file of a dataset
@@ -26,6 +26,7 @@ from typing import Sequence
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, own_arguments, parse
 from fpn_plugin.report.progress import Bar
+from fpn_plugin.visualize.detector import CONFIG_HELP
 from fpn_plugin.visualize.run import Settings, visualize
 
 SCORE_HELP = "detections below it are not shown (default: 0.5)"
@@ -34,7 +35,7 @@ SCORE_HELP = "detections below it are not shown (default: 0.5)"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("visualize", __doc__)
     add = parser.add_argument
-    add("--config-file", default="", metavar="FILE", help="of the model")
+    add("--config-file", default="", metavar="FILE", help=CONFIG_HELP)
     add("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     source = parser.add_mutually_exclusive_group(required=True)
     text = "images, folders or patterns"
@@ -53,8 +54,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
     add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
     args = parse(parser, argv)
-    if not args.results and not args.config_file:
-        parser.error("the following arguments are required: --config-file")
     if args.results and not args.dataset:
         parser.error("--results: give the --dataset that they are of")
     if args.results and (args.weights or args.html or not args.pictures):

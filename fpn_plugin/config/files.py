@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
+from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.config.defaults import ARGS, GONE
 from fpn_plugin.config.heads import spell_auto
 from fpn_plugin.paths import configs_dir, zoo_dir
@@ -88,13 +89,17 @@ def _similar_names(name: str, roots: Sequence[Path]) -> str:
 def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a YAML config, over the files of its `_BASE_`, into a config, in place.
 
+    Args:
+        path: of the file; or of a checkpoint, for the config that its run recorded in it.
+
     Raises:
         FileNotFoundError: if a `_BASE_` does not exist.
         KeyError: for a key that does not exist.
         ValueError: for what :func:`read_yaml` refuses, a value of another type than the key's, or
             a key that is gone. All name the file.
     """
-    content = _read_with_base(path, ())
+    content = read_record(path).get("config") or _read_with_base(path, ())
+    drop_gone_keys(content, path)
     version = content.pop("VERSION", cfg.VERSION)
     if version != cfg.VERSION:
         raise ValueError(

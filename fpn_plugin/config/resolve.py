@@ -9,11 +9,13 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from omegaconf import DictConfig, OmegaConf
 
+from fpn_plugin.bottom_up.names import check_network_name
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
-from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
+from fpn_plugin.config.defaults import OWN_BUILDERS, PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import find_config_file, merge_config_file, merge_overrides
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
+from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.config.validate import (
     check_pixels,
     plugin_config,
@@ -47,9 +49,13 @@ def resolve_config(
         the config that was given, changed in place.
 
     Raises:
-        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid.
+        ValueError: (KeyError for an unknown name) naming the key, the value and what is valid; also
+            for keys that are set but that nothing reads (:func:`refuse_unread_keys`).
     """
     node = plugin_config(cfg)
+    refuse_unread_keys(node)
+    if node.MODEL.BACKBONE.NAME in OWN_BUILDERS:
+        check_network_name(node.MODEL.BOTTOM_UP.NAME)
     if node.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:
         validate_config(node)
     else:

@@ -56,7 +56,8 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
                 raise ValueError(text)
             logger.warning("%s to keep both", text)
         return
-    _check_target(cfg, path)
+    if not path and not fpn.WARM_START_FROM:
+        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
     # a warm-started checkpoint, which is loaded as it is
     if record.get("WARM_START") and record.get("WARM_START_FROM"):
         if not checkpoint:
@@ -199,16 +200,6 @@ def _settled(recorded: Mapping[str, Any]) -> CfgNode:
     for key in pyramid_keys():
         cfg.MODEL.FPN[key] = recorded.get("FPN", {}).get(key, cfg.MODEL.FPN[key])
     return cfg
-
-
-def _check_target(cfg: CfgNode, path: str) -> None:
-    if cfg.MODEL.BACKBONE.NAME != PYRAMID_BUILDER:
-        raise ValueError(
-            f"{KEY}: True starts a pyramid of ours, but MODEL.BACKBONE.NAME is"
-            f" {cfg.MODEL.BACKBONE.NAME!r}: use {PYRAMID_BUILDER!r}"
-        )
-    if not path and not cfg.MODEL.FPN.WARM_START_FROM:
-        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
 
 
 def _check_same_target(cfg: CfgNode, recorded: Mapping[str, Any], path: str) -> None:

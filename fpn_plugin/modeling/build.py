@@ -13,8 +13,10 @@ from torch import nn
 
 from fpn_plugin.config.heads import AUTO_KEYS
 from fpn_plugin.config.settings import is_names
+from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.config.validate import RecordingConfig, plugin_config
 from fpn_plugin.modeling.bottom_up import accept_small_maps
+from fpn_plugin.modeling.python_config import attached, build_part
 from fpn_plugin.registry import unknown_name
 
 # Names of a pyramid's or a network's maps. Others are of a head's own, and say nothing here
@@ -26,16 +28,21 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """Detectron2's `build_model`, with a check of the maps that the heads read.
 
     Which keys are read is seen while the model is built: a section that no head reads may say
-    anything.
+    anything. Where a Python config is attached, what it says is built instead.
 
     Raises:
         ValueError: (KeyError for an unknown meta-architecture) naming the key, its value and the
             maps that there are.
     """
+    python = attached(cfg)
+    if python is not None:
+        model: nn.Module = build_part(python, "model", bool(cfg.MODEL.BOTTOM_UP.WEIGHTS))
+        return model.to(cfg.MODEL.DEVICE)
     cfg = plugin_config(cfg)
     name, known = cfg.MODEL.META_ARCHITECTURE, [name for name, _ in META_ARCH_REGISTRY]
     if name not in known:
         raise unknown_name("MODEL.META_ARCHITECTURE", name, known)
+    refuse_unread_keys(cfg)
     recording = RecordingConfig(cfg)
     try:
         model = build_detectron2_model(recording)

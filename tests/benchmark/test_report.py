@@ -15,15 +15,14 @@ from fpn_plugin.benchmark.configs import gather_configs
 from fpn_plugin.benchmark.inputs import Inputs
 from fpn_plugin.benchmark.measure import SCHEMA, measure_section, section_of
 from fpn_plugin.benchmark.models import build_models
+from fpn_plugin.benchmark.plots import latency_points, neck_shares
 from fpn_plugin.benchmark.report import (
     check_folder,
     compare_reports,
-    latency_points,
-    neck_shares,
-    report_tables,
     terminal_text,
     write_report,
 )
+from fpn_plugin.benchmark.tables import headline, outputs_compared, report_tables
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.report.environment import collect_environment, environment_warnings
 
@@ -54,7 +53,10 @@ def test_the_pyramids_share_of_the_whole(report: dict[str, Any]) -> None:
 
 
 def test_files(report: dict[str, Any], tmp_path: Path) -> None:
-    run = {"folder": "somewhere", "contestant": "bifpn", "AP": {"bbox": 12.5, "segm": 9.0}}
+    run = {
+        **{"folder": "somewhere", "contestant": "bifpn", "dataset": ["own_val"]},
+        "AP": {"bbox": 12.5, "segm": 9.0},
+    }
     report = {**report, "runs": [run], "notes": ["<b>bold & bad</b>"], "failures": ["<i>"]}
     page = write_report(report, str(tmp_path / "out"))
     folder = page.parent
@@ -62,15 +64,20 @@ def test_files(report: dict[str, Any], tmp_path: Path) -> None:
     assert report["schema"] == SCHEMA
     text = (folder / "report.md").read_text()
     assert "## Counts" in text and "| fpn " in text and "![" in text
-    assert sorted(path.name for path in folder.glob("*.png")) == ["latency_ap.png", "share.png"]
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    assert pictures == ["latency_ap.png", "ratios.png", "share.png"]
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == 2 and "prefers-color-scheme: dark" in html
-    assert not re.search(r"https?:|<script|<link|src=\"(?!data:)|@import|url\(", html)
+    assert html.count("<svg") == 3 and "prefers-color-scheme: dark" in html
+    plain = re.sub(r"xmlns(:\w+)?=\"[^\"]+\"|url\(#\w+\)", "", html)
+    assert not re.search(r"https?:|<script|<link|src=\"(?!data:)|@import|url\(", plain)
+    assert html.index(headline(report)[:30]) < html.index("<svg") < html.index("<table")
     for name in report["contestants"]:
         assert name in html
     assert "&lt;b&gt;bold &amp; bad" in html and "<i>" not in html
     seconds = report["timings"]["inference"]["times"]["bifpn"]["seconds"]
     assert latency_points(report) == {"bifpn, bbox": (seconds, 12.5), "bifpn, segm": (seconds, 9.0)}
+    other = {**run, "dataset": ["trees_val"]}
+    assert latency_points({**report, "runs": [run, other]}) == {}  # of other test sets
     with pytest.raises(FileExistsError, match=re.escape(f"--report {str(folder)!r}")):
         check_folder(str(folder), overwrite=False)
     check_folder(str(folder), overwrite=True)
@@ -82,7 +89,7 @@ def test_files(report: dict[str, Any], tmp_path: Path) -> None:
 def test_terminal(report: dict[str, Any]) -> None:
     text = terminal_text(report)
     assert all(table.title in text for table in report_tables(report))
-    assert "· backward" in text and "different model" in text
+    assert "· backward" in text and "not compared: other weights" in text
 
 
 def test_what_differs_is_not_timed(
@@ -99,7 +106,14 @@ def test_what_differs_is_not_timed(
     section = section_of("neck", models, inputs, trained=False)
     measured = measure_section(section, "cpu", Plan(1, 1, 0.001, 0))
     assert timed == ["baseline base"] and measured["ratios"] == []
-    assert "neck: fpn does not equal baseline base: p2 is off by" in measured["failures"][0]
+    text = (
+        "neck: the outputs of fpn differ from those of baseline base by more than rounding: p2 is"
+    )
+    assert measured["failures"][0].startswith(text)
+    report = {"timings": {"neck": measured}, "settings": {"weights": "", "seed": 0}}
+    assert outputs_compared(report) == (
+        "Outputs of random weights (--seed 0) on noise were compared once: 1 differs."
+    )
 
 
 def test_compare(report: dict[str, Any]) -> None:
