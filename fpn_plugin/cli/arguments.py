@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from fpn_plugin.config.defaults import add_fpn_config
 
 OVERRIDES_HELP = "config overrides, before or after flags"
-_COMMON = ("traceback",)
+_COMMON = ("traceback", "imports", "trust_imports")
 
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -29,8 +29,13 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that all commands have."""
+    add = parser.add_argument
     text = "show where in the code a mistake was noticed"
-    parser.add_argument("--traceback", action="store_true", help=text)
+    add("--traceback", action="store_true", help=text)
+    text = "a module or file with topologies, fusions, datasets, ... of your own (repeatable)"
+    add("--import", action="append", default=[], metavar="FILE.py", dest="imports", help=text)
+    text = "run the code that configs name in IMPORTS; without it, only what --import names"
+    add("--trust-imports", action="store_true", help=text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Sequence
 
+from fpn_plugin import plugins
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.engine.run_folder import METRICS, claim_demo_dir
 from fpn_plugin.engine.setup import load_config
@@ -67,7 +68,7 @@ def prepare(demo: str) -> None:
 def train(name: str, config: Path, flags: list[str], output: Path, opts: list[str]) -> None:
     """Run `fpn train`, and show its progress and warnings."""
     command = [sys.executable, "-m", "fpn_plugin", "train"]
-    command += ["--config-file", str(config), *flags]
+    command += [*plugins.flags(plugins.named()), "--config-file", str(config), *flags]
     command += ["OUTPUT_DIR", str(output), *opts]
     cfg = load_config(argparse.Namespace(config_file=str(config), opts=opts))
     show_training(command, name, cfg.SOLVER.MAX_ITER, output / METRICS)

@@ -14,12 +14,14 @@ from typing import Sequence
 import detectron2
 import torch
 
+from fpn_plugin import plugins
 from fpn_plugin.cli import (
     benchmark,
     compare,
     convert,
     demo,
     export,
+    predict,
     show,
     study,
     train,
@@ -41,6 +43,7 @@ _READER_IS_GONE = 128 + 13  # what a shell says of a command that SIGPIPE has en
 COMMANDS = {
     "train": train,
     "show": show,
+    "predict": predict,
     "visualize": visualize,
     "benchmark": benchmark,
     "compare": compare,
@@ -85,7 +88,15 @@ def _run(argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     args = command.parse_args(arguments)
     with mistakes(name, args.traceback):
+        load_plugins(args)
         return command.run(args) or 0
+
+
+def load_plugins(args: argparse.Namespace) -> None:
+    """Import what the command line names, before anything needs it."""
+    plugins.trust(args.trust_imports)
+    plugins.load(args.imports, "--import")
+    plugins.load(plugins.named_by_overrides(getattr(args, "opts", [])), plugins.KEY)
 
 
 def _reader_is_gone() -> bool:

@@ -13,7 +13,6 @@ only one that you trust. Its keys are others: train.init_checkpoint, train.devic
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any, Sequence
 
 from detectron2.config import CfgNode

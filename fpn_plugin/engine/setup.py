@@ -17,7 +17,13 @@ from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
-from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
+from fpn_plugin.config.resolve import (
+    DATA_FLAGS,
+    as_recorded,
+    choose_device,
+    load_config,
+    resolve_imports,
+)
 from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.data.checks import (
     check_config_datasets,
@@ -174,6 +180,7 @@ def prepare_config(cfg: CfgNode) -> CfgNode:
     """
     frozen, cfg = cfg.is_frozen(), cfg.clone()
     cfg.defrost()
+    resolve_imports(cfg)
     refuse_unread_keys(cfg)
     choose_device(cfg)
     check_data(cfg)
