@@ -17,7 +17,10 @@ from fpn_plugin.engine import launch
 from fpn_plugin.registry import Registry
 from fpn_plugin.report.mistakes import mistake_in, printed_mistake
 
-MESSAGE = "fusion: unknown name 'sun' (did you mean 'sum'?); choose from: sum"
+MESSAGE = (
+    "fusion: unknown name 'sun' (did you mean 'sum'?); choose from: sum; one of your own is known once"
+    " its file is imported: --import FILE.py"
+)
 FUSIONS: Registry[str] = Registry("fusion")
 FUSIONS.register("sum")("sum")
 
