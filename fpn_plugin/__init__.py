@@ -22,6 +22,7 @@ from fpn_plugin.config import add_fpn_config, resolve_config, validate_config  #
 from fpn_plugin.data import register_all  # noqa: E402
 from fpn_plugin.modeling import fcos  # noqa: E402, F401  (registers FCOS)
 from fpn_plugin.modeling.backbone import PyramidBackbone, build_pyramid_backbone  # noqa: E402
+from fpn_plugin.modeling.python_config import put_pyramid  # noqa: E402
 from fpn_plugin.pyramid.pyramid import Pyramid  # noqa: E402
 from fpn_plugin.version import __version__  # noqa: E402
 
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "add_fpn_config",
     "build_pyramid_backbone",
+    "put_pyramid",
     "resolve_config",
     "validate_config",
 ]

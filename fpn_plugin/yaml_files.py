@@ -61,8 +61,28 @@ _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _arithmetic)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+class _ObjectsLoader(_Loader):
+    """The same, with objects of Python as their class's name and their fields: nothing is made."""
+
+
+def _object(loader: _ObjectsLoader, suffix: str, node: yaml.Node) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(
+            problem=f"could not determine a constructor for the tag {node.tag!r}",
+            problem_mark=node.start_mark,
+        )
+    return {"_target_": suffix, **loader.construct_mapping(node, deep=True)}
+
+
+_ObjectsLoader.add_multi_constructor("tag:yaml.org,2002:python/object:", _object)
+
+
+def read_yaml(path: str, objects: bool = False) -> dict[str, Any]:
     """The keys and values of a YAML file; none for an empty file.
+
+    Args:
+        objects: whether an object of Python may stand in it, as LazyConfig writes a ShapeSpec: it
+            becomes a section of its fields with `_target_`, the name of its class.
 
     Raises:
         ValueError: naming the file, if it cannot be read, is not YAML, calls code, has a key twice,
@@ -70,7 +90,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         with PathManager.open(path, "r") as stream:
-            content = _load(stream)
+            content = _load(stream, _ObjectsLoader if objects else _Loader)
     # yaml lets the ValueError of a date such as 2000-99-99 through, and others of odd scalars
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_reason(error)}") from error
@@ -103,8 +123,8 @@ class RepeatedKeyError(yaml.constructor.ConstructorError):
     """A section has a key twice."""
 
 
-def _load(stream: Any) -> Any:
-    loader = _Loader(stream)
+def _load(stream: Any, kind: type[_Loader]) -> Any:
+    loader = kind(stream)
     try:
         node = loader.get_single_node()
         _refuse_repeated_keys(node)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""`fpn train-lazy`, from a checkout."""
+"""`fpn train`, from a checkout, by the name that Detectron2 has for Python configs."""
 
 import sys
 
-from fpn_plugin.cli.main import main
+from checkout import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(["train-lazy", *sys.argv[1:]]))
+    sys.exit(run_command("train"))

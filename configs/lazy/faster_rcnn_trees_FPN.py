@@ -1,14 +1,13 @@
 # Tree crowns in aerial photos, the twin of configs/quickstart/faster_rcnn_trees_FPN.yaml
-# Data: python datasets/prepare_trees.py; ImageNet weights: python datasets/prepare_weights.py
+# Data and ImageNet weights: fpn demo trees --data-only
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from fpn_plugin.engine.lazy import pretrained_timm
-
-from .common import put_pyramid
+from fpn_plugin import put_pyramid
+from fpn_plugin.modeling.python_config import pretrained_timm
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 model.backbone.bottom_up = L(pretrained_timm)(

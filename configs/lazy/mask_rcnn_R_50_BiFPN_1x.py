@@ -1,5 +1,6 @@
 # Mask R-CNN with EfficientDet's BiFPN, arXiv:1911.09070; the YAML twin has the same name
-from .common import put_pyramid
+from fpn_plugin import put_pyramid
+
 from .mask_rcnn_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 put_pyramid(

@@ -2,7 +2,7 @@
 from detectron2 import model_zoo
 from detectron2.layers import ShapeSpec
 
-from .common import put_pyramid
+from fpn_plugin import put_pyramid
 
 _zoo = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
 model, dataloader, train = _zoo.model, _zoo.dataloader, _zoo.train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from dataclasses import dataclass
@@ -11,10 +10,16 @@ from typing import Any, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines, recorded_config
+from fpn_plugin.checkpoint.run_folder import (
+    CONFIG,
+    is_python_record,
+    metric_lines,
+    recorded_config,
+)
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.engine.run_folder import METRICS
-from fpn_plugin.engine.setup import load_config
+from fpn_plugin.modeling.described import changed_parts, load_model_config, run_keys
+from fpn_plugin.modeling.python_config import attached, is_override, is_python_config
 
 BASELINE = "--baseline"
 RUNS = "--runs"
@@ -88,7 +93,8 @@ def gather_configs(
 
     Args:
         files: configs.
-        opts: `KEY VALUE …` for the configs and their variants, not for the baseline.
+        opts: `KEY VALUE …` for the configs and their variants, not for the baseline; for Python
+            configs `path.key=value …`.
         variants: "NAME: KEY VALUE …" each, measured beside every config.
         baseline: a file, a name of Detectron2's zoo, "none", or "auto" for :func:`zoo_name`.
         baseline_opts: `KEY VALUE …` for the baseline.
@@ -96,12 +102,16 @@ def gather_configs(
     Raises:
         FileNotFoundError: for a config or a baseline that does not exist.
         ValueError: for a variant without a name or two configs of one name, and what
-            :func:`load_config` raises.
+            :func:`load_model_config` raises.
     """
     baselines: dict[str, BenchmarkConfig] = {}
     configs: list[BenchmarkConfig] = []
     files = [find_config_file(file) for file in files]
+    kinds = {file: is_python_config(file) for file in files}
+    all_opts = opts
     for file, name in zip(files, short_names(files)):
+        if len(set(kinds.values())) > 1:  # of files of both kinds each takes its own
+            opts = [text for text in all_opts if is_override(text) == kinds[file]]
         cfg = load(file, opts, device)
         references: tuple[str, ...] = ()
         if baseline != "none":
@@ -139,9 +149,9 @@ def load(file: str, opts: Sequence[str], device: str) -> CfgNode:
     """A config for `device`, without weight files.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: what :func:`load_config` raises.
+        FileNotFoundError, KeyError, ValueError: what :func:`load_model_config` raises.
     """
-    cfg = load_config(argparse.Namespace(config_file=file, opts=list(opts)))
+    cfg = load_model_config(file, opts)
     cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
@@ -184,7 +194,8 @@ def read_runs(folders: Sequence[str], configs: Sequence[BenchmarkConfig]) -> lis
     """The last AP of each training run, and the config with the run's `MODEL` section.
 
     Returns:
-        "folder", "contestant" (the config's name), and "AP" by task ("bbox", "segm", …) of each.
+        "folder", "contestant" (the config's name), "dataset" (the test sets), and "AP" by task
+        ("bbox", "segm", …) of each.
 
     Raises:
         FileNotFoundError: if a folder has no metrics.json or config.yaml.
@@ -202,24 +213,36 @@ def _read_run(folder: Path, configs: Sequence[BenchmarkConfig]) -> dict[str, Any
         ap.update({key[: -len("/AP")]: metrics[key] for key in metrics if key.endswith("/AP")})
     if not ap:
         raise ValueError(f"{RUNS} {str(folder)!r}: its metrics.json holds no AP")
-    model = recorded_config(str(folder))["MODEL"]
-    differences = {config.name: model_differences(model, config.cfg) for config in configs}
+    recorded = recorded_config(str(folder))
+    test_sets = run_keys(recorded).get("DATASETS.TEST") or []
+    differences = {config.name: model_differences(recorded, config.cfg) for config in configs}
     nearest = min(differences, key=lambda name: len(differences[name]))
     if differences[nearest]:
         raise ValueError(
             f"{RUNS} {str(folder)!r} was trained with another model than any config's; the nearest"
             f" is {nearest}, which differs in {', '.join(differences[nearest][:5])}"
         )
-    return {"folder": str(folder), "contestant": nearest, "AP": ap}
+    return {
+        "folder": str(folder),
+        "contestant": nearest,
+        "dataset": list(test_sets),
+        "AP": ap,
+    }
 
 
 def model_differences(recorded: Mapping[str, Any], cfg: CfgNode) -> list[str]:
     """The keys in which a config's model differs from a run's.
 
     Args:
-        recorded: the `MODEL` section of the run's config.yaml.
+        recorded: the run's config.yaml.
     """
-    model = _flatten(recorded)
+    python = attached(cfg)
+    if is_python_record(recorded) != (python is not None):
+        kinds = ("Python", "YAML") if python is None else ("YAML", "Python")
+        return ["everything: the run is of a {} config, this is a {} config".format(*kinds)]
+    if python is not None:
+        return changed_parts(recorded, python, ("model",))
+    model = _flatten(recorded.get("MODEL", {}))
     return [
         f"MODEL.{key}"
         for key, value in _flatten(cfg.MODEL).items()

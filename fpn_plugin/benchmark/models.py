@@ -11,15 +11,16 @@ from typing import Any, ContextManager, Dict, Mapping, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone, build_model
+from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.resnet import CNNBlockBase
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from fpn_plugin.benchmark.configs import BenchmarkConfig
+from fpn_plugin.benchmark.configs import BASELINE, BenchmarkConfig
 from fpn_plugin.benchmark.inputs import Inputs
 from fpn_plugin.checkpoint.fit import find_misfits, require_fit
 from fpn_plugin.checkpoint.load import read_state_dict
+from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
 from fpn_plugin.modeling.speed import compile_part, prepare_for_inference, prepare_for_training
 
@@ -36,12 +37,14 @@ class BenchmarkModel:
     Attributes:
         model: on the CPU, in float32, as built: it is copied before anything is done to it.
         weights: where its weights come from, in words.
+        trained: whether a checkpoint has all of them.
         score_threshold: for inference in place of the config's own, if it is not None.
     """
 
     config: BenchmarkConfig
     model: Any
     weights: str = ""
+    trained: bool = False
     score_threshold: float | None = None
 
     @property
@@ -88,18 +91,21 @@ def build_models(
         cfg = config.cfg.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = "cpu"
-        model = build_model(cfg).eval()
+        model: Any = build_model(cfg).eval()
         loaded = _load_matching(model, pool)
         used += len(loaded & given)
+        misfits = find_misfits(model, checkpoint)
         if weights:
             title = f"{WEIGHTS} {weights!r} ({config.name})"
-            misfits = find_misfits(model, checkpoint)
+            if config.role == "baseline":
+                title += f"; without a baseline: {BASELINE} none;"
             require_fit(title, model, misfits, allow_partial=allow_partial)
         _set_statistics(model, loaded, inputs)
         for name, value in model.state_dict().items():
             pool.setdefault(name, value)
         source = f"{len(loaded & given)} tensors of {weights}" if weights else f"seed {inputs.seed}"
-        models[config.name] = BenchmarkModel(config, model, source)
+        trained = bool(weights) and not misfits.missing and not misfits.shapes
+        models[config.name] = BenchmarkModel(config, model, source, trained)
     if weights and not used:
         raise ValueError(f"{WEIGHTS}: nothing in {weights} matches any of the models")
     return models

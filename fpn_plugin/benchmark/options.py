@@ -19,14 +19,14 @@ SPREAD = {"cpu": 0.25, "cuda": 0.1}
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """All options, with Detectron2's `KEY VALUE …` at the end."""
+    """All options, with Detectron2's `KEY VALUE …`."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
     _add_configs(parser.add_argument)
     _add_measurements(parser.add_argument)
     _add_reports(parser.add_argument)
     text = "overrides, not for the baseline"
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=text)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=text)
     return parser
 
 
@@ -55,6 +55,10 @@ def _add_measurements(add: Callable[..., Any]) -> None:
     add("--min-sample", type=float, default=0.1, metavar="S", help=text)
     add("--weights", default="", metavar="FILE", help="a checkpoint for all (default: from --seed)")
     add("--allow-partial", action="store_true", help=f"--weights: {PARTIAL_HELP}")
+    text = "measure AP with these --weights on a registered dataset too, such as trees_val"
+    add("--dataset", default="", metavar="NAME", help=text)
+    text = "images of --dataset, at most, evenly spread (default: 50)"
+    add("--num", type=_positive, default=50, metavar="N", help=text)
     add("--runs", nargs="+", default=[], metavar="DIR", help="training runs, for AP and latency")
 
 
@@ -94,6 +98,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         plan=plan,
         weights=args.weights,
         allow_partial=args.allow_partial,
+        dataset=args.dataset,
+        num=args.num,
         runs=args.runs,
         seed=args.seed,
     )

@@ -100,15 +100,18 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbo
     return _build("build_vit_backbone", ViTFamily(), cfg, input_shape)
 
 
+BUILDERS = (
+    build_regnet_backbone,
+    build_swin_backbone,
+    build_mvit_backbone,
+    build_vit_backbone,
+)
+
+
 def register_builders() -> None:
     """Enter the builders of this module into `BACKBONE_REGISTRY`, if its names are free: a user may
     have registered builders of their own under them."""
-    for build in (
-        build_regnet_backbone,
-        build_swin_backbone,
-        build_mvit_backbone,
-        build_vit_backbone,
-    ):
+    for build in BUILDERS:
         if build.__name__ not in BACKBONE_REGISTRY:
             BACKBONE_REGISTRY.register(build)
 

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
 from fpn_plugin.checkpoint.record import plain_config, read_record
+from fpn_plugin.paths import from_folder
 from fpn_plugin.yaml_files import read_yaml
 
 CONFIG = "config.yaml"
@@ -26,9 +27,11 @@ LEARNED_KEYS = (
     "DATASETS.KEYPOINTS.FLIP_MAP",
     "DATASETS.KEYPOINTS.SKELETON",
 )
-# where a run runs, and what it checks, draws and saves on the way: nothing that changes its numbers
+# where a run and its user's code are, and what it checks, draws and saves on the way: nothing that
+# changes its numbers
 OUTER_KEYS = (
     "OUTPUT_DIR",
+    "IMPORTS",
     "MODEL.DEVICE",
     "DATALOADER.NUM_WORKERS",
     "DATALOADER.PERSISTENT_WORKERS",
@@ -66,7 +69,13 @@ def recorded_config(folder: str) -> dict[str, Any]:
         ValueError: naming the file, if it is no plain YAML.
     """
     path = Path(folder, CONFIG)
-    return read_yaml(str(path)) if path.is_file() else {}
+    return read_yaml(str(path), objects=True) if path.is_file() else {}
+
+
+def is_python_record(config: Mapping[str, Any]) -> bool:
+    """Whether a run's config, as nested dicts, is what it wrote down of a Python config."""
+    model = config.get("model")
+    return isinstance(model, Mapping) and "_target_" in model
 
 
 def config_of_checkpoint(path: str) -> dict[str, Any]:
@@ -112,6 +121,9 @@ def config_changes(
     """
     recorded = read_record(checkpoint).get("config") or recorded_config(folder)
     before, now = flatten(recorded), flatten(plain_config(cfg))
+    for key in before:
+        if key.startswith("DATASETS.OWN."):  # of a version that did not write them as absolute
+            before[key] = from_folder(before[key])
     keys = [key for key in now if key not in ignore]
     keys = [key for key in keys if not sections or key.split(".")[0] in sections]
     # a key that the record lacks is newer than the run

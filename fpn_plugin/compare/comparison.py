@@ -33,18 +33,16 @@ from fpn_plugin.compare.runs import (
     group_runs,
     read_runs,
 )
-from fpn_plugin.compare.scores import (
-    Scores,
-    compare_pairs,
-    load_truth,
-    score_runs,
-)
+from fpn_plugin.compare.scores import Scores, compare_pairs, score_runs
 from fpn_plugin.compare.tables import summarise
+from fpn_plugin.evaluation.bootstrap import MIN_IMAGES
+from fpn_plugin.evaluation.scores import load_truth, support_of
 from fpn_plugin.evaluation.size_bins import bin_names, check_edges, count_objects
 from fpn_plugin.report.progress import Bar
 
-SCHEMA = 2  # 1: "told" for "significant", and losses among the curves
-_FEW_IMAGES = 30  # below it a bootstrap's percentiles are unreliable
+SCHEMA = 3
+"""1: "told" for "significant", and losses among the curves. 2: no "verdict" in the pairs, whose
+intervals were given for any number of images; no "support" of the metrics."""
 
 
 def compare(
@@ -106,12 +104,13 @@ def _build_report(
     latency = read_latencies(benchmark, groups) if benchmark else None
     report = _head(runs, groups)
     report.update({"baseline": first.name, "resamples": resamples})
-    truth = load_truth(evaluated[0])
+    truth = load_truth(evaluated[0].dataset, evaluated[0].truth)
     scores: Scores = {}
     if isinstance(truth, COCO):
         images = truth.getImgIds()
         objects = dict(zip(bin_names(edges), count_objects(truth, images, edges)))
-        report.update({"images": len(images), "objects": objects})
+        support = {key: value._asdict() for key, value in support_of(truth, edges).items()}
+        report.update({"images": len(images), "objects": objects, "support": support})
         scores = score_runs(evaluated, truth, edges, report["notes"], bar)
     else:
         report["notes"].append(f"No bootstrap, and AP from metrics.json alone: {truth}.")
@@ -120,10 +119,10 @@ def _build_report(
         raise ValueError(f"none of the runs has an AP: {', '.join(run.name for run in evaluated)}")
     if isinstance(truth, COCO):
         report["pairs"] = compare_pairs(groups, scores, report, bar)
-    if report["pairs"] and report["images"] < _FEW_IMAGES:
+    if report["pairs"] and report["images"] < MIN_IMAGES:
         report["notes"].append(
-            f"{report['images']} test images are few: intervals over so few come out too narrow,"
-            " and other images may say otherwise."
+            f"{report['images']} test images are too few to say which config is better:"
+            f" {MIN_IMAGES} are needed in which one of them finds something."
         )
     _add_costs(report, groups, latency, bar)
     report["summary"] = summarise(report)
@@ -141,6 +140,7 @@ def _head(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
         "dataset": evaluated[0].dataset,
         "images": None,
         "objects": {},
+        "support": {},
         "size": list(SIZE),
         "latency": "",
         "differences": config_differences([group.runs for group in groups]),
@@ -157,6 +157,11 @@ def _head(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
 def _notes_on_runs(groups: Sequence[Group]) -> list[str]:
     """What a reader should know of the runs before believing the numbers."""
     notes = []
+    if len({group.runs[0].is_python for group in groups}) > 1:
+        notes.append(
+            "Some runs are of YAML and some of Python configs: of their keys only those are"
+            " compared that both have. Keys of optimizer, lr_multiplier and the heads may differ."
+        )
     for group in groups:
         for seed, count in count_seeds(group.runs).items():
             if count > 1:

@@ -13,12 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpn_plugin.compare.tables import TASK_NAMES, mean
-from fpn_plugin.report.figures import COLOURS, new_figure
+from fpn_plugin.report.figures import COLOURS, WIDTH, new_figure
 
 # for studies, which have many configs
 _COLOURS = (*COLOURS, "#d45fa8", "#17a2b8", "#8c6d3f", "#9fb02e", "#4f4fd0", "#e4572e")
 _STYLES, _MARKERS = ("-", "--", ":", "-."), "osD^"  # for more configs than colours
-_WIDTH = 6.2  # inches
 _SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 _COSTS = (
     ("parameters", 1e-6, "million parameters"),
@@ -48,13 +47,6 @@ def colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    """Narrower than other reports', as two stand side by side on the page."""
-    figure, axes = new_figure(height)
-    figure.set_size_inches(_WIDTH, height)
-    return figure, axes
-
-
 def _differences(report: Mapping[str, Any], task: str) -> Figure | None:
     baseline = report["baseline"]
     pairs = {
@@ -65,7 +57,7 @@ def _differences(report: Mapping[str, Any], task: str) -> Figure | None:
     if not pairs:
         return None
     numbers = {group["name"]: i for i, group in enumerate(report["groups"])}
-    figure, axes = _figure(0.9 + 0.42 * len(pairs))
+    figure, axes = new_figure(0.9 + 0.42 * len(pairs))
     for y, (name, pair) in enumerate(reversed(pairs.items())):
         tone = colour(numbers[name])
         axes.plot([pair["low"], pair["high"]], [y, y], color=tone, linewidth=3, alpha=0.45)
@@ -86,7 +78,7 @@ def _sizes(report: Mapping[str, Any], task: str) -> Figure | None:
     heights = np.array([[mean(group, key) for key in bins] for group in groups])
     if np.isnan(heights).all():
         return None
-    figure, axes = _figure(3.4)
+    figure, axes = new_figure(3.4)
     width = 0.8 / len(groups)
     for i, (group, row) in enumerate(zip(groups, heights, strict=True)):
         places = np.arange(len(bins)) - 0.4 + width * (i + 0.5)
@@ -107,7 +99,7 @@ def _curves(report: Mapping[str, Any], task: str) -> Figure | None:
     curves = {name: dict(curve["AP"].get(task, [])) for name, curve in report["curves"].items()}
     if all(len(curve) < 2 for curve in curves.values()):  # a point is no curve
         return None
-    figure, axes = _figure(3.4)
+    figure, axes = new_figure(3.4)
     for i, group in enumerate(report["groups"]):
         runs = [curves[name] for name in group["runs"] if curves[name]]
         if not runs:
@@ -136,7 +128,7 @@ def _costs(report: Mapping[str, Any]) -> Figure | None:
     known = [cost for cost in _COSTS if sum(group.get(cost[0]) is not None for group in groups) > 1]
     if not known:
         return None
-    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     for place, (cost, scale, label) in enumerate(known, 1):
         axes = figure.add_subplot(1, len(known), place)
         axes.spines[["top", "right"]].set_visible(False)

@@ -13,8 +13,9 @@ from typing import Any, Mapping, Sequence
 from jinja2 import Template
 from matplotlib.figure import Figure
 
+from fpn_plugin.benchmark.report import without_nan
 from fpn_plugin.compare.plots import colour, draw_all
-from fpn_plugin.compare.tables import TASK_NAMES, all_tables, number
+from fpn_plugin.compare.tables import TASK_NAMES, all_tables, number, verdict_text
 from fpn_plugin.report.figures import page_style, save
 from fpn_plugin.report.page import html_page, html_svg, html_table, paragraph
 from fpn_plugin.report.tables import Table
@@ -24,7 +25,6 @@ RUNS, GROUPS = "runs.csv", "configs.csv"
 # "loss.png" was drawn by earlier versions
 _PICTURES = ("difference_*.png", "sizes_*.png", "ap_*.png", "loss.png", "cost.png")
 _STYLE = """
-.lead { font-size: 1.2rem; line-height: 1.45; color: var(--text); max-width: 58rem }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.8rem, 1fr));
   gap: .8rem; margin: 1.4rem 0 }
 .card { border: 1px solid var(--line); border-top: 4px solid; border-radius: 8px;
@@ -38,7 +38,6 @@ _STYLE = """
 .tables { display: flex; flex-wrap: wrap; gap: 0 3.5rem }
 section { min-width: min(20rem, 100%); max-width: 100% }
 section p { contain: inline-size }
-svg { width: 100%; height: auto }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--back) }
 th:first-child { background: var(--head) }
 tbody tr:hover td { background: var(--head) }
@@ -62,10 +61,10 @@ def write_comparison(report: Mapping[str, Any], folder: str) -> Path:
     for pattern in _PICTURES:
         for old in root.glob(pattern):
             old.unlink()
-    text = json.dumps(_without_nan(report), indent=1, allow_nan=False)
+    text = json.dumps(without_nan(report), indent=1, allow_nan=False)
     (root / JSON).write_text(text + "\n", encoding="utf-8")
     _write_csv(root / RUNS, [_run_row(run) for run in report["runs"]])
-    _write_csv(root / GROUPS, [_group_row(group) for group in report["groups"]])
+    _write_csv(root / GROUPS, [_group_row(group, report) for group in report["groups"]])
     tables = all_tables(report)
     lines = [f"# {_title(report)}", "", report["summary"], "", *_messages(report)]
     for table in tables:
@@ -151,11 +150,17 @@ def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: run[key] for key in run if key != "metrics"}, **run["metrics"]}
 
 
-def _group_row(group: Mapping[str, Any]) -> dict[str, Any]:
+def _group_row(group: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": group["name"], "runs": len(group["runs"])}
     row.update({key: group.get(key) for key in ("parameters", "gflops", "seconds")})
     for key, metric in group["metrics"].items():
         row.update({key: metric["mean"], f"{key} spread": metric["spread"]})
+    baseline = report["baseline"]
+    for task, pairs in report["pairs"].items():
+        if pair := pairs.get(group["name"], {}).get(baseline):
+            fields = {key: pair[key] for key in ("value", "low", "high", "images")}
+            fields["verdict"] = verdict_text(report, task, group["name"], baseline)
+            row.update({f"{task}/AP against {baseline} {key}": fields[key] for key in fields})
     return row
 
 
@@ -165,13 +170,4 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(_without_nan(list(rows)))
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan: null in its place."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(child) for child in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        writer.writerows(without_nan(list(rows)))

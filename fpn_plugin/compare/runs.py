@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import yaml
 from detectron2.config import get_cfg
@@ -21,10 +21,12 @@ from fpn_plugin.checkpoint.run_folder import (
     CONFIG,
     OUTER_KEYS,
     flatten,
+    is_python_record,
     metric_lines,
     recorded_config,
 )
 from fpn_plugin.config import add_fpn_config
+from fpn_plugin.modeling.described import run_keys, shared_keys
 
 TASKS = ("bbox", "segm")
 RESULTS = "coco_instances_results.json"
@@ -34,6 +36,20 @@ _EVALUATION = re.compile(r"eval-\d+")  # what `--eval-only` calls its folders
 _TRAINING_KEYS = ("MODEL.WEIGHTS", "MODEL.BOTTOM_UP.WEIGHTS", "DATASETS.TRAIN", "SEED")
 # keys in which runs of one config may differ
 _UNCOMPARED_KEYS = ("SEED", "VERSION", "TEST.EVAL_PERIOD", *OUTER_KEYS)
+# the same for runs of Python configs, where each stands for all below it
+_PYTHON_TRAINING_KEYS = (
+    "train.init_checkpoint",
+    "train.seed",
+    "train.max_iter",
+    "dataloader.train",
+    "model.backbone.bottom_up.weights",
+)
+_PYTHON_UNCOMPARED_KEYS = (
+    *("train.seed", "train.output_dir", "train.device", "train.eval_period", "train.log_period"),
+    *("train.checkpointer", "train.classes", "train.ddp", "dataloader.evaluator"),
+    *("dataloader.train.num_workers", "dataloader.test.num_workers"),
+)
+_KIND = "config"  # where configs of both kinds are compared: YAML or Python
 _MAX_NAME_LENGTH = 32  # of a group's name made of the values that differ
 
 
@@ -51,6 +67,7 @@ class Run:
         curves: by task, AP in percent by iteration.
         results: the file with the detections of the last evaluation, if it exists.
         config_name: what the study that trained the run calls its config; "" without a study.
+        is_python: whether it was trained from a Python config.
     """
 
     name: str
@@ -63,6 +80,7 @@ class Run:
     curves: Mapping[str, Mapping[int, float]]
     results: Path | None
     config_name: str = ""
+    is_python: bool = False
 
     @property
     def seed(self) -> int:
@@ -80,7 +98,20 @@ class Run:
     @property
     def compared_config(self) -> dict[str, Any]:
         """The config without the keys in which runs of one config may differ."""
+        if self.is_python:
+            keys = _within(_python_keys(self.config), _PYTHON_UNCOMPARED_KEYS)
+            return {key: self.config[key] for key in _python_keys(self.config) if key not in keys}
         return {key: value for key, value in self.config.items() if key not in _UNCOMPARED_KEYS}
+
+    @property
+    def shared_config(self) -> dict[str, Any]:
+        """The part of the config that a run of a YAML and one of a Python config both have."""
+        kind = "Python" if self.is_python else "YAML"
+        keys = [key for key in shared_keys() if key not in _UNCOMPARED_KEYS]
+        shared = {key: self.config[key] for key in sorted(keys)}
+        if shared["MODEL.FPN.EXTRA_LEVELS"] == "auto":  # a Python config's is what it stands for
+            del shared["MODEL.FPN.EXTRA_LEVELS"]
+        return {_KIND: kind, **shared}
 
 
 @dataclass(frozen=True)
@@ -142,9 +173,16 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def config_differences(members: Sequence[Sequence[Run]]) -> dict[str, list[Any]]:
-    """By key, the value of each group of runs; only keys in which the groups differ."""
-    configs = [runs[0].compared_config for runs in members]
+    """By key, the value of each group of runs; only keys in which the groups differ.
+
+    Groups of YAML and of Python configs have few keys in common: only these are compared.
+    """
+    is_mixed = len({runs[0].is_python for runs in members}) > 1
+    first = [runs[0] for runs in members]
+    configs = [run.shared_config if is_mixed else run.compared_config for run in first]
     keys = dict.fromkeys(key for config in configs for key in config)
+    if is_mixed:
+        keys = dict.fromkeys(key for key in keys if all(key in config for config in configs))
     rows = {key: [config.get(key) for config in configs] for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
@@ -180,10 +218,14 @@ def _default_config() -> dict[str, Any]:
 def _read_run(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"RUN_DIR {str(folder)!r} has no {CONFIG}: it is no run's folder")
-    config = {**defaults, **flatten(recorded_config(str(folder)))}
+    recorded = recorded_config(str(folder))
+    is_python = is_python_record(recorded)
+    known = [key for key in defaults if not is_python or key in shared_keys()]
+    config = {**{key: defaults[key] for key in known}, **run_keys(recorded)}
     if _EVALUATION.fullmatch(folder.resolve().name):
-        parent = flatten(recorded_config(str(folder.resolve().parent)))
-        config.update({key: parent[key] for key in _TRAINING_KEYS if key in parent})
+        parent = run_keys(recorded_config(str(folder.resolve().parent)))
+        taken = _within(parent, _PYTHON_TRAINING_KEYS if is_python else _TRAINING_KEYS)
+        config.update({key: parent[key] for key in taken})
     test_sets = config["DATASETS.TEST"]
     dataset = test_sets[0] if test_sets else ""
     inference = folder / "inference"
@@ -194,13 +236,14 @@ def _read_run(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
         if "iteration" in line and (metrics := _evaluation_metrics(line, dataset))
     }
     iteration, last_metrics = list(evaluations.items())[-1] if evaluations else (-1, {})
-    val_json = config["DATASETS.OWN.VAL_JSON"]
+    val_json = config.get("DATASETS.OWN.VAL_JSON", "") if dataset == "own_val" else ""
+    val_json = val_json or config.get("dataloader.test.dataset.json_file", "")
     return Run(
         name=name,
         folder=folder,
         config=config,
         dataset=dataset,
-        truth=str(Path(val_json).resolve()) if val_json and dataset == "own_val" else "",
+        truth=str(Path(val_json).resolve()) if val_json else "",
         iteration=iteration,
         metrics=last_metrics,
         curves={
@@ -214,7 +257,18 @@ def _read_run(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
         },
         results=results if results.is_file() else None,
         config_name=read_record(folder).get("name", ""),
+        is_python=is_python,
     )
+
+
+def _python_keys(config: Mapping[str, Any]) -> list[str]:
+    """A Python config's own keys, without those of YAML configs that follow from them."""
+    return [key for key in config if key.partition(".")[0].islower()]
+
+
+def _within(keys: Iterable[str], sections: Sequence[str]) -> list[str]:
+    """The keys that are one of the sections, or below it."""
+    return [key for key in keys if any(f"{key}.".startswith(f"{each}.") for each in sections)]
 
 
 def _evaluation_metrics(line: Mapping[str, Any], dataset: str) -> dict[str, float]:

@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.compare.bootstrap import (
-    Matches,
+from fpn_plugin.compare.runs import Group, Run
+from fpn_plugin.evaluation.bootstrap import (
     average_precision,
     difference,
     draw_images,
-    matches_of,
+    images_with_hits,
 )
-from fpn_plugin.compare.runs import Group, Run
-from fpn_plugin.data.coco_records import mask_truth, read_truth
-from fpn_plugin.evaluation.coco_metrics import COCO_LIMIT, detection_limit, prepare_truth
-from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precision
+from fpn_plugin.evaluation.coco_metrics import COCO_LIMIT, detection_limit
+from fpn_plugin.evaluation.scores import Score, score_results
 from fpn_plugin.report.progress import Bar
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}
 _TOLERANCE = 0.01  # points of AP between metrics.json and what the detections give
-
-
-@dataclass(frozen=True)
-class Score:
-    """The evaluation of a run's detections.
-
-    Attributes:
-        metrics: in percent: those of METRICS, "AP-<category>" and "AP@<bin>".
-        matches: of each category.
-    """
-
-    metrics: Mapping[str, float]
-    matches: Sequence[Matches]
-
 
 Scores = Mapping[str, Mapping[str, Score]]
 """By run and task."""
-
-
-def load_truth(run: Run) -> COCO | str:
-    """The annotations of a run's test set, or the reason why there are none."""
-    path = run.truth
-    if not path:
-        if run.dataset not in DatasetCatalog.list():
-            return f"the dataset {run.dataset!r} is not registered here"
-        metadata = MetadataCatalog.get(run.dataset)
-        if metadata.get("evaluator_type", None) not in ("coco", "coco_panoptic_seg"):
-            return f"the dataset {run.dataset!r} is not evaluated by COCO's rules"
-        path = metadata.get("json_file", "")
-    if not Path(path).is_file():
-        return f"the annotations of {run.dataset!r} are not here ({path or 'no file is named'})"
-    coco = prepare_truth(read_truth(str(path)))
-    return coco if "annotations" in coco.dataset else f"{path} has no annotations"
 
 
 def score_runs(
@@ -130,12 +91,15 @@ def compare_pairs(
             continue
         aps = _mean_ap_of_draws(scored, draws, task, bar)
         values = {name: metrics[name][f"{task}/AP"]["mean"] for name in scored}
+        matches = {name: [score.matches for score in scored[name]] for name in scored}
+
+        def compare_two(first: str, second: str) -> dict[str, Any]:
+            images = images_with_hits([*matches[first], *matches[second]])
+            both = values[first], values[second]
+            return asdict(difference(both, aps[first], aps[second], images))
+
         pairs[task] = {
-            first: {
-                second: asdict(difference(values[first] - values[second], aps[first], aps[second]))
-                for second in aps
-                if second != first
-            }
+            first: {second: compare_two(first, second) for second in aps if second != first}
             for first in aps
         }
     return pairs
@@ -153,37 +117,7 @@ def _score(path: Path, truth: COCO, edges: Sequence[float], limit: int) -> dict[
             f"{str(path)!r} has detections in {len(strangers)} images that the test set does not"
             f" have, such as {sorted(strangers)[0]!r}: it is of other data"
         )
-    tasks = ["bbox"] if results else []
-    tasks += ["segm"] if any("segmentation" in result for result in results) else []
-    return {task: _evaluate(results, truth, task, edges, limit) for task in tasks}
-
-
-def _evaluate(
-    results: Sequence[dict[str, Any]], truth: COCO, task: str, edges: Sequence[float], limit: int
-) -> Score:
-    results = copy.deepcopy(list(results))  # pycocotools adds to them
-    if task == "segm":
-        for result in results:  # else the area would be the box's, as in Detectron2's evaluator
-            result.pop("bbox", None)
-    truth = mask_truth(truth) if task == "segm" else truth
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(results), task)
-        evaluation.params.maxDets = [limit]
-        evaluation.params.areaRng = [*_AREAS.values(), *area_ranges(edges)]
-        evaluation.params.areaRngLbl = [*_AREAS, *bin_names(edges)]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0]  # (IoU, recall, category, area)
-    values = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
-    values += [precision[..., i] for i in (1, 2, 3)]
-    metrics = {name: mean_precision(value) for name, value in zip(METRICS, values, strict=True)}
-    categories = truth.loadCats(evaluation.params.catIds)
-    if len(categories) > 1:
-        for i, category in enumerate(categories):
-            metrics[f"AP-{category['name']}"] = mean_precision(precision[:, :, i, 0])
-    for i, name in enumerate(bin_names(edges), len(_AREAS)):
-        metrics[f"AP@{name}"] = mean_precision(precision[..., i])
-    return Score(metrics, matches_of(evaluation))
+    return score_results(results, truth, limit, edges)
 
 
 def _mean_ap_of_draws(

@@ -10,7 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any, Callable, Mapping, Sequence
 
-from fpn_plugin.compare.scores import METRICS
+from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, shown
+from fpn_plugin.evaluation.scores import METRICS
 from fpn_plugin.report.tables import Table
 
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
@@ -57,17 +58,28 @@ def summarise(report: Mapping[str, Any]) -> str:
 
 
 def _best_config(report: Mapping[str, Any], task: str) -> str:
-    ranks = _ranking(report, task)
+    ranks, name = _ranking(report, task), TASK_NAMES[task]
     if not ranks:
-        return f"No {TASK_NAMES[task]} AP is known."
+        return f"No {name} AP is known."
     best, value = ranks[0]
     if len(ranks) == 1:
-        return f"There is one config with a {TASK_NAMES[task]} AP, {best}: {value:.1f}."
+        return f"There is one config with a {name} AP, {best}: {value:.1f}."
     second, others = ranks[1][0], [name for name, _ in ranks[1:]]
     compared = [report["baseline"]] if report["baseline"] in others else []
     compared += [second] if second not in compared else []
-    lead = f"Of {len(ranks)} configs, {best} has the highest {TASK_NAMES[task]} AP, {value:.1f}"
-    return f"{lead}: {'; '.join(_against(report, task, best, name) for name in compared)}."
+    tied = [config for config, other in ranks if shown(other) == shown(value)]
+    lead = f"Of {len(ranks)} configs, {best} has the highest {name} AP, {value:.1f}"
+    if len(tied) > 1:
+        lead = f"{' and '.join(tied)} tie for the highest {name} AP, {value:.1f}"
+        compared = [config for config in compared if config not in tied]
+    pair = report["pairs"].get(task, {}).get(best, {}).get(second)
+    if pair and pair["verdict"] == TOO_FEW:
+        return (
+            f"No config is best in {name} AP, {best} with {value:.1f} or {second} with"
+            f" {ranks[1][1]:.1f}: {_too_few(pair, report)}."
+        )
+    texts = [_against(report, task, best, config) for config in compared]
+    return f"{lead}: {'; '.join(texts)}." if texts else f"{lead}."
 
 
 def _ranking(report: Mapping[str, Any], task: str) -> list[tuple[str, float]]:
@@ -79,13 +91,23 @@ def _ranking(report: Mapping[str, Any], task: str) -> list[tuple[str, float]]:
 
 def _against(report: Mapping[str, Any], task: str, best: str, other: str) -> str:
     pair = report["pairs"].get(task, {}).get(best, {}).get(other)
+    values = dict(_ranking(report, task))
+    lead = f"{values[best] - values[other]:.1f} above {other}"
     if pair is None:
-        values = dict(_ranking(report, task))
-        return f"{values[best] - values[other]:.1f} above {other}, of unknown significance"
+        return f"{lead}, of unknown significance"
+    if pair["verdict"] == TOO_FEW:
+        return f"{lead}, without a verdict: {_too_few(pair, report)}"
     value, low, high = pair["value"], pair["low"], pair["high"]
     if pair["significant"]:
-        return f"{value:.1f} above {other} (95% interval {low:.1f} … {high:.1f})"
+        return f"{lead} (95% interval over images {low:.1f} … {high:.1f})"
     return f"the difference to {other} is inconclusive, {value:+.1f} ({low:+.1f} … {high:+.1f})"
+
+
+def _too_few(pair: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """Why there is no verdict."""
+    if pair["images"] == report["images"]:
+        return f"too few images ({pair['images']})"
+    return f"too few images ({pair['images']} of {report['images']} with a hit)"
 
 
 def _spread_of_seeds(report: Mapping[str, Any]) -> str:
@@ -93,21 +115,26 @@ def _spread_of_seeds(report: Mapping[str, Any]) -> str:
     groups = report["groups"]
     if len(groups) < 2 and len(groups[0]["runs"]) == 1:
         return ""
-    task = report["tasks"][0]
-    spreads = [
-        group["metrics"].get(f"{task}/AP", {}).get("spread", math.nan)
-        for group in groups
-        if _has_several_seeds(group["seeds"])
-    ]
-    known = [spread for spread in spreads if not math.isnan(spread)]
-    if not known:
+    texts, close = [], []
+    for task in report["tasks"]:
+        metrics = [g["metrics"] for g in groups if _has_several_seeds(g["seeds"])]
+        spreads = [each.get(f"{task}/AP", {}).get("spread", math.nan) for each in metrics]
+        known = [spread for spread in spreads if not math.isnan(spread)]
+        if not known:
+            continue
+        texts.append(f"±{max(known):.1f} in {TASK_NAMES[task]} AP")
+        ranks = _ranking(report, task)
+        if len(ranks) > 1 and ranks[0][1] - ranks[1][1] < max(known):
+            close.append(TASK_NAMES[task])
+    if not texts:
         return (
             "One seed each: what another seed of the training would change is not in these numbers."
         )
-    text = f"Seeds of one config spread by up to ±{max(known):.1f}"
-    ranks = _ranking(report, task)
-    if len(ranks) > 1 and ranks[0][1] - ranks[1][1] < max(known):
-        text += ", which is more than the two best configs differ by"
+    text = f"Seeds of one config spread by up to {' and '.join(texts)}"
+    if close:
+        text += f", which is more than the two best configs differ by in {' and '.join(close)} AP"
+    if single := [g["name"] for g in groups if not _has_several_seeds(g["seeds"])]:
+        text += f". One seed alone: {', '.join(single)}"
     return f"{text}."
 
 
@@ -121,15 +148,59 @@ def _title(task: str, rest: str = "") -> str:
 
 
 def _best(
-    columns: Mapping[int, Sequence[float]], choose: Callable[[Sequence[float]], float] = max
+    columns: Mapping[int, Sequence[float]],
+    choose: Callable[[Sequence[float]], float] = max,
+    digits: int = 1,
 ) -> set[tuple[int, int]]:
-    """Row and column of each column's best value, where there are several to choose from."""
+    """Row and column of the one best value of each column as it is shown, with so many digits.
+
+    Where several are the best, or all that are known, none is.
+    """
     best = set()
     for column, values in columns.items():
-        known = [value for value in values if not math.isnan(value)]
-        if len(known) > 1 and len(set(known)) > 1:
-            best |= {(row, column) for row, value in enumerate(values) if value == choose(known)}
+        numbers = [math.nan if math.isnan(value) else round(value, digits) for value in values]
+        known = [value for value in numbers if not math.isnan(value)]
+        if len(known) > 1 and known.count(choose(known)) == 1:
+            best.add((numbers.index(choose(known)), column))
     return best
+
+
+def _best_metrics(
+    report: Mapping[str, Any], keys: Sequence[str], first: int
+) -> set[tuple[int, int]]:
+    """Row and column of each metric's best value, where there are images enough for one.
+
+    Args:
+        first: the column of the first key.
+    """
+    columns = {
+        column: [mean(group, key) for group in report["groups"]]
+        for column, key in enumerate(keys, first)
+        if _support(report, key, "images") >= MIN_IMAGES and not _inconclusive(report, key)
+    }
+    return _best(columns)
+
+
+def _inconclusive(report: Mapping[str, Any], key: str) -> bool:
+    """Whether a metric is a task's AP, and the best one is not significantly above the next."""
+    task, _, metric = key.partition("/")
+    ranks = _ranking(report, task)
+    if metric != METRICS[0] or len(ranks) < 2:
+        return False
+    pair = report["pairs"].get(task, {}).get(ranks[0][0], {}).get(ranks[1][0])
+    return not pair or not pair["significant"]
+
+
+def _support(report: Mapping[str, Any], key: str, what: str) -> int:
+    """The "objects" or "images" that a metric such as "bbox/APs" rests on; 0 if unknown."""
+    return report.get("support", {}).get(key.partition("/")[2], {}).get(what, 0)
+
+
+_BOLD = (
+    "Bold: the highest number of a column as shown, if no other is the same and"
+    f" {MIN_IMAGES} images or more have such objects. AP itself is bold only if it is significantly"
+    " above the next; the others have no interval."
+)
 
 
 def _ap(report: Mapping[str, Any], task: str) -> Table:
@@ -139,30 +210,43 @@ def _ap(report: Mapping[str, Any], task: str) -> Table:
         [group["name"], str(len(group["runs"])), *(_with_spread(group, key) for key in keys)]
         for group in groups
     ]
-    columns = {i: [mean(group, key) for group in groups] for i, key in enumerate(keys, 2)}
     several = any(len(group["runs"]) > 1 for group in groups)
     note = "small: below 32² pixels, large: above 96²."
+    if report.get("support"):
+        counts = [
+            f"{_support(report, key, 'objects')} {_METRIC_NAMES[key.partition('/')[2]]}"
+            for key in keys[3:]
+        ]
+        note += f" Objects: {', '.join(counts)}."
     note += " Mean of the runs ± their standard deviation." if several else ""
     header = ["config", "runs", *_METRIC_NAMES.values()]
-    return Table(_title(task), header, rows, note, _best(columns))
+    best = _best_metrics(report, keys, 2)
+    return Table(_title(task), header, rows, f"{note} {_BOLD}" if best else note, best)
 
 
 def _significance(report: Mapping[str, Any], task: str) -> Table:
     baseline = report["baseline"]
-    rows = []
-    for name, pairs in report["pairs"].get(task, {}).items():
-        if baseline in pairs:
-            pair = pairs[baseline]
-            rows.append(
-                [
-                    *(name, f"{pair['value']:+.2f}", f"{pair['low']:+.2f} … {pair['high']:+.2f}"),
-                    *(f"{100 * pair['better']:.1f}%", _verdict(pair)),
-                ]
-            )
+    pairs = {
+        name: others[baseline]
+        for name, others in report["pairs"].get(task, {}).items()
+        if baseline in others
+    }
+    rows = [
+        [
+            name,
+            f"{pair['value']:+.2f}",
+            _UNKNOWN if math.isnan(pair["low"]) else f"{pair['low']:+.2f} … {pair['high']:+.2f}",
+            _share(pair, 1),
+            verdict_text(report, task, name, baseline),
+        ]
+        for name, pair in pairs.items()
+    ]
     note = (
         f"Paired bootstrap: {report['resamples']} draws of {report['images']} images with"
-        " replacement, the same for all runs; AP is the mean of a config's runs. The interval is"
-        " that of the images: what other seeds would give is not in it."
+        " replacement, the same for all runs; AP is the mean of a config's runs. The interval and"
+        " the verdict are about other images of this kind: what other seeds would give is not in"
+        f" them. There is none with fewer than {MIN_IMAGES} images in which one of the two finds an"
+        " object, and a tie where both APs are shown as the same number."
     )
     if len(rows) > 2:
         note += (
@@ -173,15 +257,32 @@ def _significance(report: Mapping[str, Any], task: str) -> Table:
     return Table(_title(task, f" against {baseline}"), header, rows, note)
 
 
-def _verdict(pair: Mapping[str, Any]) -> str:
-    if pair["significant"]:
-        return "better" if pair["low"] > 0 else "worse"
-    return "equal" if pair["low"] == pair["high"] == 0 else "inconclusive"
+def _share(pair: Mapping[str, Any], digits: int) -> str:
+    better = pair["better"]
+    return _UNKNOWN if math.isnan(better) else f"{100 * better:.{digits}f}%"
+
+
+def verdict_text(report: Mapping[str, Any], task: str, name: str, other: str) -> str:
+    """The verdict on a config against another in words, with what the seeds say of it."""
+    pair = report["pairs"][task][name][other]
+    verdict = str(pair["verdict"])
+    if verdict == TOO_FEW:
+        return _too_few(pair, report)
+    if verdict == TIE:
+        return "tie as shown"
+    if not pair["significant"]:
+        return verdict
+    both = [group for group in report["groups"] if group["name"] in (name, other)]
+    if not all(_has_several_seeds(group["seeds"]) for group in both):
+        return f"{verdict} (one seed)"
+    spread = max(group["metrics"][f"{task}/AP"]["spread"] for group in both)
+    return f"{verdict}, by less than seeds spread" if abs(pair["value"]) < spread else verdict
 
 
 def _pairs(report: Mapping[str, Any], task: str) -> Table | None:
     pairs = report["pairs"].get(task, {})
-    if len(pairs) < 3:
+    known = any(not math.isnan(pair["better"]) for row in pairs.values() for pair in row.values())
+    if len(pairs) < 3 or not known:
         return None
     names = list(pairs)
     heads = names if len(names) <= _MAX_NAMED else [str(i) for i, _ in enumerate(names, 1)]
@@ -189,10 +290,7 @@ def _pairs(report: Mapping[str, Any], task: str) -> Table | None:
     rows = [
         [
             label,
-            *(
-                _UNKNOWN if column == row else f"{100 * row_pairs[column]['better']:.0f}%"
-                for column in names
-            ),
+            *(_UNKNOWN if column == row else _share(row_pairs[column], 0) for column in names),
         ]
         for label, (row, row_pairs) in zip(labels, pairs.items(), strict=True)
     ]
@@ -202,11 +300,10 @@ def _pairs(report: Mapping[str, Any], task: str) -> Table | None:
 
 def _by_bin(report: Mapping[str, Any], task: str) -> Table:
     names = {f"{task}/AP@{name}": name for name in report["objects"]}
-    counts = ["objects", *map(str, report["objects"].values())] if names else []
     note = (
         "Bins: sides in pixels, the square root of an object's area. COCO's rules with these areas."
     )
-    return _by_key(report, _title(task, " by size"), names, counts, note)
+    return _by_key(report, _title(task, " by size"), names, note)
 
 
 def _by_category(report: Mapping[str, Any], task: str) -> Table:
@@ -222,29 +319,21 @@ def _by_category(report: Mapping[str, Any], task: str) -> Table:
 
 
 def _by_key(
-    report: Mapping[str, Any],
-    title: str,
-    names: Mapping[str, str],
-    first: Sequence[str] = (),
-    note: str = "",
+    report: Mapping[str, Any], title: str, names: Mapping[str, str], note: str = ""
 ) -> Table:
-    """A row for each config, below the row `first`, and a column for each metric.
+    """A row for each config and a column for each metric, below a row with their objects.
 
     Args:
         names: of the columns, by metric.
     """
-    rows = [list(first)] if first else []
-    best = {
-        (row + len(rows), column)
-        for row, column in _best(
-            {i: [mean(group, key) for group in report["groups"]] for i, key in enumerate(names, 1)}
-        )
-    }
-    if names:
-        rows += [
-            [group["name"], *(_with_spread(group, key) for key in names)]
-            for group in report["groups"]
-        ]
+    groups = report["groups"] if names else []
+    rows = [[group["name"], *(_with_spread(group, key) for key in names)] for group in groups]
+    best = _best_metrics(report, list(names), 1)
+    if rows and report.get("support"):
+        objects = [str(_support(report, key, "objects")) for key in names]
+        rows = [["objects", *objects], *rows]
+        best = {(row + 1, column) for row, column in best}
+    note = f"{note} {_BOLD}".strip() if best else note
     return Table(title, ["config", *names.values()], rows, note, best)
 
 
@@ -269,11 +358,16 @@ def _costs(report: Mapping[str, Any]) -> Table | None:
         f"GFLOPs: 10⁹ multiply-accumulates of the backbone with its pyramid, an image of {height} ×"
         f" {width}. Parameters of the whole detector."
     )
-    note += f" Time: {report['latency']}, from the benchmark." if report["latency"] else ""
+    if report["latency"]:
+        note += (
+            f" Time: {report['latency']}, from the benchmark. None is marked: which config is"
+            " faster is in its ratios, which have intervals."
+        )
     header = ["config", "million parameters", "GFLOPs", "milliseconds"]
     if not report["latency"]:
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return Table("Costs", header, rows, note, _best(dict(enumerate(values.values(), 1)), min))
+    counted = dict(enumerate(list(values.values())[:2], 1))
+    return Table("Costs", header, rows, note, _best(counted, min, digits=2))
 
 
 def _differences(report: Mapping[str, Any]) -> Table:

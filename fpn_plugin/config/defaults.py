@@ -64,6 +64,13 @@ GONE = {
 
 _KEYS = [
     Key(
+        "IMPORTS",
+        [],
+        "modules and files with topologies, fusions, datasets, ... [of your own](extending.md). A"
+        " run fills in what `--import` names. What a file has here is imported only with"
+        " `--import` of the same or `--trust-imports`; relative paths are relative to the file",
+    ),
+    Key(
         "MODEL.FPN.WARM_START",
         False,
         "starts from `MODEL.WEIGHTS`, a checkpoint with another pyramid or width, and at first"
@@ -221,7 +228,8 @@ _KEYS = [
         "DATASETS.OWN.TRAIN_JSON",
         "",
         "your own data in COCO's format, as the datasets `own_train` and `own_val`: the training"
-        " annotations",
+        " annotations. In a file, paths of `DATASETS.OWN` are relative to that file (all others are"
+        " relative to the current folder, as on a command line)",
     ),
     Key("DATASETS.OWN.TRAIN_IMAGES", "", "the folder of the training images"),
     Key("DATASETS.OWN.VAL_JSON", "", "the annotations to evaluate on"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Mapping
 
 from detectron2.config import CfgNode, get_cfg
 
+from fpn_plugin import plugins
 from fpn_plugin.checkpoint.files import read_state_dict
 from fpn_plugin.checkpoint.run_folder import CONFIG, config_of_checkpoint, recorded_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
@@ -19,7 +21,7 @@ from fpn_plugin.config.settings import (
     read_settings,
     settings_from_keys,
 )
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import UnknownNameError, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def resolve_warm_start(cfg: CfgNode, checkpoint: str = "", evaluates: bool = Fal
                 raise ValueError(text)
             logger.warning("%s to keep both", text)
         return
-    _check_target(cfg, path)
+    if not path and not fpn.WARM_START_FROM:
+        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
     # a warm-started checkpoint, which is loaded as it is
     if record.get("WARM_START") and record.get("WARM_START_FROM"):
         if not checkpoint:
@@ -143,11 +146,12 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming MODEL.WEIGHTS, if it is none of a detector, or its pyramid is unknown.
+        ValueError: (KeyError for an unknown name) naming MODEL.WEIGHTS, if it is none of a
+            detector, or its pyramid is unknown.
     """
     recorded = recorded_model(path)
     if recorded.get("BACKBONE", {}).get("NAME") == PYRAMID_BUILDER:
-        return pyramid_settings(_settled(recorded))
+        return _recorded_pyramid(recorded, path)
     shapes = {name: tuple(x.shape) for name, x in read_state_dict(path, WEIGHTS).items()}
     names = [name for name in shapes if name.startswith("backbone.")]
     if not names:
@@ -171,6 +175,21 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
         )
         logger.info(text, KEY, path)
     return _detectron2_fpn(shapes, above, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
+
+
+def _recorded_pyramid(recorded: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The pyramid of a run; the error for a name that is not known here says what that run had
+    imported, if it says so."""
+    try:
+        settings = read_settings(_settled(recorded))
+        settings.check()
+    except UnknownNameError as error:
+        names = config_of_checkpoint(path).get(plugins.KEY) or []
+        had = f"; the run of {path} had {shlex.join(plugins.flags(map(str, names)))}"
+        raise UnknownNameError(
+            f"{FROM}: the checkpoint's pyramid: {error}{had if names else ''}"
+        ) from error
+    return settings.as_keys()
 
 
 def recorded_model(path: str) -> Mapping[str, Any]:
@@ -199,16 +218,6 @@ def _settled(recorded: Mapping[str, Any]) -> CfgNode:
     for key in pyramid_keys():
         cfg.MODEL.FPN[key] = recorded.get("FPN", {}).get(key, cfg.MODEL.FPN[key])
     return cfg
-
-
-def _check_target(cfg: CfgNode, path: str) -> None:
-    if cfg.MODEL.BACKBONE.NAME != PYRAMID_BUILDER:
-        raise ValueError(
-            f"{KEY}: True starts a pyramid of ours, but MODEL.BACKBONE.NAME is"
-            f" {cfg.MODEL.BACKBONE.NAME!r}: use {PYRAMID_BUILDER!r}"
-        )
-    if not path and not cfg.MODEL.FPN.WARM_START_FROM:
-        raise ValueError(f"{KEY}: True, but {WEIGHTS} is '': name the checkpoint to start from")
 
 
 def _check_same_target(cfg: CfgNode, recorded: Mapping[str, Any], path: str) -> None:

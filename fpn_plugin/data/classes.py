@@ -126,9 +126,14 @@ def recorded_classes(config: Any, source: str) -> Classes | None:
         config: the run's, as nested dicts.
         source: where it is recorded, for messages.
     """
-    for key in ("DATASETS", "CLASSES"):
-        config = config.get(key) if isinstance(config, dict) else None
-    names, ids = (config.get("NAMES"), config.get("IDS")) if isinstance(config, dict) else ([], [])
+    node = config
+    # of a YAML config, and of a Python config
+    section, leaf, keys = "DATASETS", "CLASSES", ("NAMES", "IDS")
+    if isinstance(config, dict) and isinstance(config.get("train"), dict):
+        section, leaf, keys = "train", "classes", ("names", "ids")
+    for key in (section, leaf):
+        node = node.get(key) if isinstance(node, dict) else None
+    names, ids = (node.get(key) for key in keys) if isinstance(node, dict) else ([], [])
     if not isinstance(names, list) or not names:
         return None
     return Classes(tuple(map(str, names)), tuple(ids or ()), _MODEL, source)

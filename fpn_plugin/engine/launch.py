@@ -15,6 +15,9 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.engine.rendezvous import announced
+from fpn_plugin.plugins import Loaded
+from fpn_plugin.report.mistakes import mistake_in
 
 # what the errors of gloo and NCCL say when another process is gone
 _LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
@@ -22,7 +25,14 @@ _GRACE = 5.0  # seconds for the launcher to notice which process died first
 
 
 class RankError(RuntimeError):
-    """One of the processes of a run failed, and the others of this machine were stopped."""
+    """One of the processes of a run failed, and the others of this machine were stopped.
+
+    Attributes:
+        mistake: the message of the user's mistake, or of the signal that killed the process; ""
+            for an unexpected error, whose traceback is that of the cause.
+    """
+
+    mistake = ""
 
 
 def add_rank_timeout(parser: argparse.ArgumentParser) -> None:
@@ -60,15 +70,21 @@ def launch_ranks(
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(SharedLocks(), main, *arguments),
+            dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus),
+            args=(Loaded(), SharedLocks(), main, *arguments),  # in the order of their unpickling
             timeout=timedelta(minutes=args.rank_timeout),
         )
     except (ProcessExitedException, ProcessRaisedException) as error:
-        raise RankError(_describe(error, args)) from error
+        failure = RankError(_describe(error, args))
+        failure.mistake = mistake_in(getattr(error, "msg", ""))
+        if getattr(error, "signal_name", None):
+            failure.mistake = str(failure)
+        raise failure from error
 
 
-def _run_rank(locks: SharedLocks, main: Callable[..., Any], *arguments: Any) -> None:
+def _run_rank(
+    loaded: Loaded, locks: SharedLocks, main: Callable[..., Any], *arguments: Any
+) -> None:
     """Run `main` in one of the processes, or in the only one.
 
     torch sends SIGINT to ranks whose parent died. A shell has background jobs ignore that signal,

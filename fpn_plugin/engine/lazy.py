@@ -3,37 +3,34 @@
 A config has Detectron2's parts: `model`, `optimizer`, `lr_multiplier`, `dataloader` and `train`.
 This plugin adds to `train`: `channels_last`, `amp.precision` (auto, fp16 or bf16), `compile` ("",
 pyramid or backbone), `fold_norms`, `fast_roi_align` and `max_loss_ratio`, which is
-`SOLVER.MAX_LOSS_RATIO`. A resumed run goes on with the model, the optimizer and the schedule;
-unlike :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
-Loaders with Detectron2's DatasetMapper get :class:`fpn_plugin.data.mapper.Mapper`, which has
-`deep_images` too.
+`SOLVER.MAX_LOSS_RATIO`; a run records its classes in `train.classes`. A resumed run goes on with
+the model, the optimizer and the schedule; unlike :class:`fpn_plugin.engine.trainer.Trainer` it does
+not go on at the same place in the data. Loaders with Detectron2's DatasetMapper get
+:class:`fpn_plugin.data.mapper.Mapper`, which has `deep_images` too.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import os
 from typing import Any, Sequence
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetMapper
-from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
+from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
-from fpn_plugin.checkpoint.load import load_weights
-from fpn_plugin.checkpoint.record import make_record, plain_config
+from fpn_plugin.checkpoint.record import make_record, plain_config, read_record
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
-from fpn_plugin.data.mapper import Mapper
+from fpn_plugin.config.resolve import DATA_FLAGS
+from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -44,45 +41,30 @@ from fpn_plugin.engine.hooks import (
     build_writers,
     trim_metrics,
 )
+from fpn_plugin.engine.log import begin_log, write_modules
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
     claim_output_dir,
-    kept_config,
     remove_old_run,
 )
 from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
-from fpn_plugin.engine.step import make_step_trainer
+from fpn_plugin.engine.step import build_python_optimizer, make_step_trainer
+from fpn_plugin.engine.summary import log_pyramid
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
+from fpn_plugin.modeling import python_config
 from fpn_plugin.modeling.precision import choose_dtype
+from fpn_plugin.modeling.python_config import (
+    build_part,
+    dataset_names,
+    device_of,
+    read_python_config,
+)
 from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
-from fpn_plugin.yaml_files import check_repeated_keys
 
 logger = logging.getLogger(__name__)
 
-# as a class, and by the names that a dumped config may have
-_DETECTRON2_MAPPER = (
-    DatasetMapper,
-    "detectron2.data.DatasetMapper",
-    "detectron2.data.dataset_mapper.DatasetMapper",
-)
-_PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
-
-
-def pretrained_timm(
-    model: str, weights: str = "", out_features: Sequence[str] = (), **settings: Any
-) -> TimmBackbone:
-    """A timm network with the weights of a file, for a config's `bottom_up`.
-
-    Args:
-        model: timm's name for it.
-        weights: the file; "" starts from the initialisation.
-        out_features: and `settings`: of :class:`TimmBackbone`.
-    """
-    backbone = TimmBackbone(model, list(out_features), **settings)
-    if weights:
-        load_weights(backbone.model, weights, "bottom_up.weights")
-    return backbone
+pretrained_timm = python_config.pretrained_timm  # where configs and runs of before name it
 
 
 def setup(args: argparse.Namespace) -> DictConfig:
@@ -98,8 +80,11 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """
     setup_logger(name="fpn_plugin")
     check_flags(args)
+    _refuse_data_flags(args)
     args.config_file = find_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = read_python_config(args.config_file, args.opts)
+    if device_of(cfg) != cfg.train.device:
+        logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
     if args.eval_only:
         _prepare_eval(cfg, args)
     elif args.machine_rank == 0:
@@ -111,42 +96,21 @@ def setup(args: argparse.Namespace) -> DictConfig:
     return cfg
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A Python config with its overrides.
-
-    Args:
-        path: or the name of a config, as :func:`find_config_file` takes them.
-        overrides: `path.key=value` each.
+def _refuse_data_flags(args: argparse.Namespace) -> None:
+    """Refuse the flags for own data, which name keys of YAML configs.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the config lacks one of its parts, or a YAML file has a key twice.
+        ValueError: naming the flag, and what to do.
     """
-    path = find_config_file(path)
-    if path.endswith((".yaml", ".yml")):
-        check_repeated_keys(path)
-    cfg = LazyConfig.load(path)
-    _replace_mappers(cfg)
-    cfg = LazyConfig.apply_overrides(cfg, list(overrides or ()))
-    if missing := [part for part in _PARTS if part not in cfg]:
-        raise ValueError(f"{path}: the config lacks {', '.join(missing)}")
-    if device_of(cfg) != cfg.train.device:
-        logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
-    return cfg
-
-
-def device_of(cfg: DictConfig) -> str:
-    """`train.device`; the CPU in place of its default, cuda, where there is no GPU."""
-    is_missing = cfg.train.device == "cuda" and not torch.cuda.is_available()
-    return "cpu" if is_missing else str(cfg.train.device)
-
-
-def _replace_mappers(cfg: DictConfig) -> None:
-    """Let loaders have our mapper in the place of Detectron2's, of which it is a subclass."""
-    for split in ("train", "test"):
-        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
-        if isinstance(mapper, DictConfig) and mapper.get("_target_") in _DETECTRON2_MAPPER:
-            mapper._target_ = f"{Mapper.__module__}.{Mapper.__qualname__}"
+    for flag in DATA_FLAGS:
+        if path := getattr(args, flag, ""):
+            split = "train" if flag.startswith("train") else "test"
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {path!r} is for YAML configs: a Python config names"
+                f" its data in dataloader.{split}.dataset. Call register_coco_instances(NAME, {{}},"
+                f" JSON, IMAGES) in {args.config_file}, and give"
+                f" dataloader.{split}.dataset.names=NAME"
+            )
 
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -154,13 +118,24 @@ def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
     prepare_process(cfg.train.output_dir, device_of(cfg))
     folder = cfg.train.output_dir
-    with kept_config(folder, args.resume and bool(find_checkpoint(folder))):
-        default_setup(cfg, args)
+    settings = cfg.train
+    benchmark = not args.eval_only and settings.get("cudnn_benchmark", False)
+    begin_log(folder, settings.get("seed", -1), benchmark)
+    # that of a run to be resumed stays until it goes on
+    resumes = args.resume and bool(find_checkpoint(folder))
+    if comm.is_main_process() and not resumes:
+        LazyConfig.save(cfg, os.path.join(folder, CONFIG))
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
-    """The model on its device, prepared by the entries of `train` that make it faster."""
-    return prepare_for_training(instantiate(cfg.model).to(device_of(cfg)), _speed(cfg))
+def build_model(cfg: DictConfig, first_weights: bool = True) -> nn.Module:
+    """The model on its device, prepared by the entries of `train` that make it faster.
+
+    Args:
+        first_weights: whether the network underneath reads its file of weights, which a checkpoint
+            of the whole model replaces.
+    """
+    model = build_part(cfg, "model", first_weights).to(device_of(cfg))
+    return prepare_for_training(model, _speed(cfg))
 
 
 def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -179,9 +154,11 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         WorkerError: if a process that loads data died.
         OutOfMemoryError: with what to lower.
     """
-    model = build_model(cfg)
-    optimizer = _build_optimizer(cfg, model)
+    resumes = resume and bool(find_checkpoint(cfg.train.output_dir))
+    model = build_model(cfg, first_weights=not resumes)
+    optimizer = build_python_optimizer(cfg, model)
     loader = instantiate(cfg.dataloader.train)
+    _record_classes(cfg)
     # DDP refuses device_ids on the CPU; with None it chooses the device itself
     device_ids = [comm.get_local_rank()] if _device_type(cfg) == "cuda" else None
     parallel = create_ddp_model(model, device_ids=device_ids, **cfg.train.get("ddp", {}))
@@ -192,7 +169,6 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
     checkpointer.record = make_record(plain_config(cfg), model, optimizer)
     trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
-    resumes = resume and checkpointer.has_checkpoint()
     start, end = 0, cfg.train.max_iter
     if resumes:
         resume_run(checkpointer, optimizer)
@@ -203,12 +179,15 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         load_adapted(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
     else:
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
-    if overwrite and comm.is_main_process():  # only now, as nothing can refuse to start any more
-        remove_old_run(folder)
-    elif resume and comm.is_main_process():
-        trim_metrics(folder, start, end)
+    if comm.is_main_process():
+        if overwrite:  # only now, as nothing can refuse to start any more
+            remove_old_run(folder)
+        elif resume:
+            trim_metrics(folder, start, end)
         if start < end:  # else the run's stays
-            LazyConfig.save(cfg, os.path.join(folder, CONFIG))
+            LazyConfig.save(cfg, os.path.join(folder, CONFIG))  # with the classes
+            write_modules(folder, model)
+            log_pyramid(model)
     key = "dataloader.train.num_workers"
     hints = lambda: _training_hints(cfg, last_sizes(trainer.model))  # noqa: E731
     with actionable_errors("training", folder, hints, key):
@@ -227,6 +206,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     if "output_dir" not in settings:
         settings.output_dir = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
+    _check_test_classes(cfg)
     prepared = prepare_for_inference(model, _speed(cfg))
     folder, key = cfg.train.output_dir, "dataloader.test.num_workers"
     with actionable_errors("evaluating", folder, lambda: _evaluation_hints(cfg), key):
@@ -234,6 +214,27 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def _record_classes(cfg: DictConfig) -> None:
+    """Let the config say the classes of its training data, which is loaded: `train.classes`."""
+    names = dataset_names(cfg, "train")
+    classes = dataset_classes(names[0]) if names else None
+    if classes is not None:
+        cfg.train.classes = {"names": list(classes.names), "ids": list(classes.ids)}
+
+
+def _check_test_classes(cfg: DictConfig) -> None:
+    """Compare the classes of the loaded test data with those that the model was trained on.
+
+    Raises:
+        ValueError: with both lists.
+    """
+    known = recorded_classes({"train": OmegaConf.to_container(cfg.train)}, "train.classes")
+    for name in dataset_names(cfg, "test"):
+        tested = dataset_classes(name)
+        if known and tested:
+            compare_classes([known, tested])
 
 
 def _hooks(
@@ -255,14 +256,6 @@ def _hooks(
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
     return chosen
-
-
-def _build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the model; the config stays one that can be written down."""
-    settings = copy.deepcopy(cfg.optimizer)
-    settings.params.model = model
-    optimizer: torch.optim.Optimizer = instantiate(settings)
-    return optimizer
 
 
 def _last_results(trainer: SimpleTrainer, folder: str) -> dict[str, Any]:
@@ -306,6 +299,9 @@ def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
             "--eval-only: train.init_checkpoint is empty; name a checkpoint, or give --resume for"
             f" the last one in train.output_dir {folder!r}"
         )
+    recorded = read_record(cfg.train.init_checkpoint).get("config", {}).get("train", {})
+    if "classes" in recorded and "classes" not in cfg.train:
+        cfg.train.classes = recorded["classes"]
     if args.machine_rank == 0:
         cfg.train.output_dir = claim_eval_dir(folder)
     logger.info(

@@ -35,6 +35,7 @@ _DECISIVE = (
     "SOLVER.WEIGHT_DECAY_NORM",
     "model.",
     "optimizer.",
+    "train.classes.names",
 )
 # … but for these.
 _INDECISIVE = (
@@ -46,7 +47,11 @@ _INDECISIVE = (
     "optimizer.lr",
     "optimizer.params.model",
 )
-_MEANINGS = {"DATASETS.CLASSES.NAMES": "classes", "DATASETS.KEYPOINTS.NAMES": "keypoints"}
+_MEANINGS = {
+    "DATASETS.CLASSES.NAMES": "classes",
+    "DATASETS.KEYPOINTS.NAMES": "keypoints",
+    "train.classes.names": "classes",
+}
 # of an optimizer's state: tensors that have the shape of their parameter
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # of a trainer's state: what it can do without

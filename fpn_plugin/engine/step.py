@@ -14,6 +14,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.solver import build_optimizer as build_detectron2_sgd
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
+from omegaconf import DictConfig
 from torch import nn
 
 from fpn_plugin.engine.faults.divergence import (
@@ -23,6 +24,7 @@ from fpn_plugin.engine.faults.divergence import (
     divergence_rules,
 )
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
+from fpn_plugin.modeling.python_config import attached, build_part
 from fpn_plugin.registry import unknown_name
 
 
@@ -69,12 +71,16 @@ _BUILDERS: dict[str, Callable[[CfgNode, nn.Module], torch.optim.Optimizer]] = {
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `SOLVER.OPTIMIZER` names, over Detectron2's parameter groups.
+    """The optimizer that `SOLVER.OPTIMIZER` names, over Detectron2's parameter groups; that of the
+    Python config where one is attached.
 
     Raises:
         KeyError: if the name is unknown.
         ValueError: if `SOLVER.FUSED` is set and torch has no fused kernel for the parameters.
     """
+    python = attached(cfg)
+    if python is not None:
+        return build_python_optimizer(python, model)
     name = cfg.SOLVER.OPTIMIZER
     if name not in _BUILDERS:
         raise unknown_name("SOLVER.OPTIMIZER", name, _BUILDERS)
@@ -91,6 +97,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.SGD) and not cfg.SOLVER.FUSED:
         return optimizer  # build_detectron2_sgd has added the clipping
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def build_python_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a Python config, which stays one that can be written down."""
+    whole = cfg.copy()
+    whole.optimizer.params.model = model
+    optimizer: torch.optim.Optimizer = build_part(whole, "optimizer")
+    return optimizer
 
 
 class ScaledTrainer(AMPTrainer):

@@ -15,6 +15,7 @@ from torch import nn
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone
 from fpn_plugin.bottom_up.detectron2 import register_builders
+from fpn_plugin.bottom_up.names import NAME, check_network_name
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.probe import find_divisor, fits, run_in_evaluation
 from fpn_plugin.bottom_up.timm import TimmBackbone
@@ -27,12 +28,10 @@ from fpn_plugin.config.pixels import require_pixels
 from fpn_plugin.config.validate import deformable_stages, plugin_config
 from fpn_plugin.modeling.deformable import build_deformable_resnet
 from fpn_plugin.pyramid.norms import accept_single_values
-from fpn_plugin.registry import unknown_name
 
 logger = logging.getLogger(__name__)
 
 _TRUSTED = ("detectron2.modeling.", "fpn_plugin.")  # where networks have maps of the right sizes
-NAME = "MODEL.BOTTOM_UP.NAME"
 # Adapters for libraries whose networks are named <library>/<model>. These names are also values of
 # MODEL.BOTTOM_UP.WEIGHTS: the weights that the library publishes
 LIBRARIES: dict[str, Callable[..., Backbone]] = {
@@ -194,9 +193,7 @@ def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
             f"{NAME}: {name!r} is a value of MODEL.BACKBONE.NAME: it holds the network that"
             f" {NAME} names (build_resnet_backbone, timm/<model>, ...)"
         )
-    known = [builder for builder, _ in BACKBONE_REGISTRY if builder not in HOLDERS]
-    if name not in known:
-        raise unknown_name(NAME, name, [*known, *(f"{library}/<model>" for library in LIBRARIES)])
+    check_network_name(name)
     return BACKBONE_REGISTRY.get(name)
 
 

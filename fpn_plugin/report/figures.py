@@ -12,14 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLOURS = ("#3d7cc9", "#d98a1f", "#2f9e57", "#8257c7", "#c0392b", "#7b8794")
+GREY = COLOURS[5]
+WIDTH = 5.4
+"""Inches of a figure: its text has 9 pixels on a page of 420 pixels, and 15 where it is widest."""
 _TEXT, _LINE = "#1d2733", "#d9dfe6"
 # what figures are drawn in within :func:`page_style` -> the variable of the page's style sheet
 PAGE_COLOURS = {_TEXT: "--text", _LINE: "--line"}
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
-    """Make a figure of 8 x `height` inches with one plot in it."""
-    figure = Figure(figsize=(8, height), layout="constrained")
+    """Make a figure of WIDTH x `height` inches with one plot in it."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -16,8 +16,11 @@ from typing import Any, Callable, Mapping, Sequence, TextIO
 from tabulate import tabulate
 from tqdm import tqdm
 
+from fpn_plugin.report.mistakes import printed_mistake
+
 _PAUSE = 10.0  # seconds between the lines of a stage, where there is no terminal
 _POLL = 0.5  # seconds between two looks at a run's files
+_MISTAKE = 2  # a command's exit code
 _TAIL = 30  # lines of a failed run's output in the error
 _METRICS = {
     "AP": "AP",
@@ -154,7 +157,8 @@ def follow(
         on_output: gets each line of the output.
 
     Raises:
-        RuntimeError: with the end of its output, if the run fails.
+        RuntimeError: with the message of the user's mistake, or the end of its output, if the run
+            fails.
     """
     new_output, new_metrics = _NewLines(output, 0), _NewLines(metrics)
     running = True
@@ -171,7 +175,10 @@ def follow(
                 if "iteration" in values and "total_loss" in values:
                     on_metrics(values)
     if process.returncode:
-        tail = output.read_text(errors="replace").splitlines()[-_TAIL:]
+        text = output.read_text(errors="replace")
+        if process.returncode == _MISTAKE and (mistake := printed_mistake(text)):
+            raise RuntimeError(mistake)
+        tail = text.splitlines()[-_TAIL:]
         raise RuntimeError(
             f"the run ended with exit code {process.returncode}:\n" + "\n".join(tail)
         )

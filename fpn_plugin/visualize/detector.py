@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass
 from typing import Any, Sequence
@@ -12,12 +11,13 @@ from detectron2.config import CfgNode
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.checkpoint.run_folder import CONFIG
-from fpn_plugin.config import load_config
 from fpn_plugin.data.classes import adopt_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import adopt_keypoints
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.modeling.build import build_model
+from fpn_plugin.modeling.described import load_model_config
+from fpn_plugin.modeling.python_config import test_mapper
 from fpn_plugin.modeling.speed import prepare_for_training
 
 NO_WEIGHTS = "no weights: name a checkpoint by --weights or MODEL.WEIGHTS"
@@ -76,8 +76,8 @@ def read_config(
     if not path and not weights:
         raise ValueError(NO_WEIGHTS)
     path = path or find_config(weights)
-    pairs = [*opts, "MODEL.WEIGHTS", weights] if weights else list(opts)
-    cfg = load_config(argparse.Namespace(config_file=path, opts=pairs, eval_only=True))
+    keys = ["MODEL.WEIGHTS", weights] if weights else []
+    cfg = load_model_config(path, opts, keys, eval_only=True)
     checkpoint = cfg.MODEL.WEIGHTS
     if not checkpoint:
         raise ValueError(NO_WEIGHTS)
@@ -111,4 +111,4 @@ def load_detector(cfg: CfgNode, prefix: str = "", allow_partial: bool = False) -
     cfg.MODEL.COMPILE = ""
     model = prepare_for_training(build_model(cfg), cfg).eval()
     StrictCheckpointer(model, prefix, allow_partial).load(cfg.MODEL.WEIGHTS)
-    return Detector(cfg, model, Mapper(cfg, is_train=False))
+    return Detector(cfg, model, test_mapper(cfg))

@@ -3,7 +3,6 @@ finds objects of which size, one page with all; or pictures of an evaluation's r
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 from collections import Counter
@@ -16,7 +15,6 @@ from detectron2.structures import Boxes, pairwise_iou
 from PIL import Image
 
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
-from fpn_plugin.config import load_config
 from fpn_plugin.data.classes import (
     Classes,
     check_test_classes,
@@ -28,6 +26,7 @@ from fpn_plugin.data.classes import (
 from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.data.deep_images import check_rule
 from fpn_plugin.modeling.build import score_threshold
+from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -165,8 +164,8 @@ def _draw_results(settings: Settings, bar: Bar) -> list[Path]:
     deep_images = "percentile"
     if settings.config_file:
         # the weights need not be there any more
-        opts = [*settings.opts, "MODEL.WEIGHTS", ""]
-        cfg = load_config(argparse.Namespace(config_file=settings.config_file, opts=opts))
+        no_weights = ["MODEL.WEIGHTS", ""]
+        cfg = load_model_config(settings.config_file, settings.opts, no_weights)
         register_own(cfg, needed=needed_splits(settings.dataset))
         classes, deep_images = model_classes(cfg), check_rule(cfg.INPUT.DEEP_IMAGES)
     else:

@@ -50,7 +50,7 @@ def test_a_doctored_floor_fails(
         call(*args, "--report", tmp_path / "one")
     report["schema"] = 0
     old.write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="is of schema 0; this version reads 1"):
+    with pytest.raises(ValueError, match="is of schema 0; this version reads 1 and 2"):
         call(*args, "--compare", old)
 
 
@@ -62,7 +62,7 @@ def test_an_inconclusive_ratio_is_refused(
 ) -> None:
     args = ["--config-file", configs["fpn"], "--baseline", configs["base"], "--what", "neck"]
     args += ["--image-size", 64, 64, "--rounds", 2, "--max-spread", 0, "--min-sample", 0, "--quiet"]
-    assert call(*args, "--report", tmp_path) == 2
+    assert call(*args, "--report", tmp_path) == 3
     report = json.loads((tmp_path / "report.json").read_text())
     (row,) = report["timings"]["neck"]["ratios"]
     assert row["value"] is row["low"] is row["high"] is None and row["verdict"] == "too wide"
@@ -107,7 +107,7 @@ def test_as_a_user_runs_it(configs: dict[str, str], tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "baseline base" in done.stdout and "different model" in done.stdout
+    assert "baseline base" in done.stdout and "not compared: other weights" in done.stdout
     assert "neck …" in done.stderr  # plain lines: it is no terminal
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["contestants"]["fpn"]["overrides"] == ["MODEL.FPN.OUT_CHANNELS", "8"]

@@ -121,7 +121,9 @@ def test_runs(configs: dict[str, str], tmp_path: Path) -> None:
     losses, first = {"iteration": 1, "total_loss": 2.0}, {"bbox/AP": 10.0}
     folder = write_run(tmp_path, cfg, losses, first, {"bbox/AP": 12.5, "segm/AP": 9.0})
     ap = {"bbox": 12.5, "segm": 9.0}
-    assert read_runs([folder], candidates) == [{"folder": folder, "contestant": "bifpn", "AP": ap}]
+    assert read_runs([folder], candidates) == [
+        {"folder": folder, "contestant": "bifpn", "dataset": list(cfg.DATASETS.TEST), "AP": ap}
+    ]
 
 
 def test_runs_that_do_not_fit(configs: dict[str, str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from fpn_plugin.benchmark.inputs import Inputs
 from fpn_plugin.benchmark.measure import Pair, Section
 from fpn_plugin.benchmark.models import BenchmarkModel, prepare
-from fpn_plugin.benchmark.report import milliseconds
+from fpn_plugin.benchmark.tables import milliseconds
 from fpn_plugin.benchmark.timing import FirstCall, Lap
 from fpn_plugin.benchmark.workloads import Workload, neck_inputs
 from fpn_plugin.report.tables import Table

@@ -39,9 +39,9 @@ from fpn_plugin.benchmark.options import (  # noqa: E402
 from fpn_plugin.benchmark.report import (  # noqa: E402
     check_folder,
     terminal_text,
-    timing_tables,
     write_report,
 )
+from fpn_plugin.benchmark.tables import timing_tables  # noqa: E402
 from fpn_plugin.report.progress import Bar  # noqa: E402
 from fpn_plugin.report.tables import Table  # noqa: E402
 

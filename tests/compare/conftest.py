@@ -20,7 +20,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Box and mask AP of `fpn`, and of `pafpn`, whose boxes are better."""
     folder = tmp_path_factory.mktemp("study")
     truth = folder / "truth.json"
-    content = write_truth(truth)
+    content = write_truth(truth, images=10)
     folders = []
     for name, error in (("fpn", 0.4), ("pafpn", 0.1)):
         for seed in (0, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def test_the_better_config_is_significant(study: Study) -> None:
     text = study.content["summary"]
     assert text.startswith("Of 2 configs, pafpn has the highest box AP, ")
     assert "above fpn (95% interval" in text
-    assert "Seeds of one config spread by up to ±" in text
+    assert re.search(
+        r"Seeds of one config spread by up to ±\d+\.\d in box AP and ±\d+\.\d in mask", text
+    )
 
 
 def test_all_files_are_there_and_say_the_same(study: Study) -> None:
@@ -82,10 +85,11 @@ def test_all_files_are_there_and_say_the_same(study: Study) -> None:
         assert float(row["segm/APs"]) == run["metrics"]["segm/APs"]
         assert row["bbox/AP@0-4"] == ""
     with (study.report / "configs.csv").open() as file:
-        row = next(csv.DictReader(file))
+        row, other = csv.DictReader(file)
     assert (
         float(row["bbox/AP spread"]) == study.content["groups"][0]["metrics"]["bbox/AP"]["spread"]
     )
+    assert other["segm/AP against fpn verdict"] == "better"
     text = (study.report / "compare.md").read_text()
     best = f"**{study.content['groups'][1]['metrics']['bbox/AP']['mean']:.1f} ± "
     assert best in text and study.content["summary"] in text
@@ -96,7 +100,7 @@ def test_all_files_are_there_and_say_the_same(study: Study) -> None:
 
 
 def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) -> None:
-    assert study.content["objects"] == {"0-4": 0, "4-16": 18, "16-64": 17, "64-inf": 12}
+    assert study.content["objects"] == {"0-4": 0, "4-16": 30, "16-64": 29, "64-inf": 20}
     lines = (study.report / "compare.md").read_text().splitlines()
     start = lines.index("## Box AP by size")
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[start + 2 :][:5]]
@@ -105,12 +109,18 @@ def test_size_bins_have_objects_and_a_dash_where_there_are_none(study: Study) ->
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def images() -> int:
+    """Of the test set of `make`; a test that wants a verdict takes more."""
+    return 6
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> Any:
     """Makes a run whose boxes are off by `error`; its comparison has no pictures and no counts."""
     monkeypatch.setattr("fpn_plugin.compare.report.draw_all", lambda report: {})
     monkeypatch.setattr("fpn_plugin.compare.comparison.count_costs", lambda group: {})
     truth = tmp_path / "truth.json"
-    content = write_truth(truth)
+    content = write_truth(truth, images)
 
     def run(name: str, error: float | None = 0.3, *lines: Any, **keys: Any) -> str:
         results = None if error is None else detect(content, error)
@@ -119,13 +129,57 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_equal_runs_are_inconclusive(make: Any, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("images", [10])
+def test_equal_runs_tie(make: Any, tmp_path: Path, capsys: Any) -> None:
     folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
     compare(folders, str(tmp_path / "report"), resamples=20)
     text = capsys.readouterr().out
-    assert "+0.00 … +0.00" in text and "50.0%" in text and "equal" in text
-    assert "the difference to pafpn is inconclusive, +0.0 (+0.0 … +0.0)" in text
+    assert "+0.00 … +0.00" in text and "50.0%" in text and "tie as shown" in text
+    assert "fpn and pafpn tie for the highest box AP, " in text
     assert "One seed each" in text
+    assert "**" not in (tmp_path / "report" / "compare.md").read_text()  # no number is the best
+
+
+def test_few_images_have_no_winner(make: Any, tmp_path: Path, capsys: Any) -> None:
+    """An AP of 0.0 against one of 1.3, as a short training gives, in six images."""
+    folders = [make("a"), make("b", MODEL__FPN__TOPOLOGY="pafpn")]
+    for folder, kept in zip(folders, (slice(0, 0), slice(0, 6))):
+        path = Path(folder, "inference", "coco_instances_results.json")
+        results = json.loads(path.read_text())
+        stray = {**results[0], "bbox": [0, 0, 1, 1]}
+        path.write_text(json.dumps([stray, *results[kept]]))
+    compare(folders, str(tmp_path / "report"), resamples=20)
+    report = json.loads((tmp_path / "report" / "compare.json").read_text())
+    first, second = (group["metrics"]["bbox/AP"]["mean"] for group in report["groups"])
+    assert first == 0 and 0.5 < second < 10
+    pair = report["pairs"]["bbox"]["pafpn"]["fpn"]
+    assert pair["low"] is pair["better"] is None and not pair["significant"]
+    assert (pair["verdict"], pair["images"]) == ("too few images", 1)
+    files = [tmp_path / "report" / f"compare.{kind}" for kind in ("md", "html")]
+    for text in (capsys.readouterr().out, *(file.read_text() for file in files)):
+        assert text.count("too few images (1 of 6 with a hit)") == 2  # summary and table
+        assert "better on" not in text and "**" not in text and 'class="best' not in text
+    assert "too few images (1 of 6 with a hit)" in (tmp_path / "report/configs.csv").read_text()
+
+
+@pytest.mark.parametrize("images", [10])
+def test_a_metric_of_few_objects_has_no_best(make: Any, tmp_path: Path) -> None:
+    """Large objects in one image only: the other sizes have a best config, that has none."""
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    for annotation in truth["annotations"]:
+        large = annotation["area"] > 96**2
+        annotation["iscrowd"] = int(large and annotation["image_id"] > 1)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    folders = [make("a"), make("b", 0.1, MODEL__FPN__TOPOLOGY="pafpn")]
+    report = report_on(folders, tmp_path / "report")
+    assert report["support"]["APl"] == {"objects": 1, "images": 1}
+    row = next(
+        line
+        for line in (tmp_path / "report" / "compare.md").read_text().splitlines()
+        if line.startswith("| pafpn ") and "**" in line
+    )
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[2].startswith("**") and cells[6] != "–" and not cells[7].startswith("**")
 
 
 def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
@@ -134,7 +188,7 @@ def test_another_baseline(make: Any, tmp_path: Path, capsys: Any) -> None:
     assert report["baseline"] == "pafpn"
     assert "inconclusive" not in report["summary"]
     assert "Box AP against pafpn" in (tmp_path / "report" / "compare.md").read_text()
-    assert any(note.startswith("6 test images are few") for note in report["notes"])
+    assert any(note.startswith("6 test images are too few") for note in report["notes"])
     assert not any("same seed" in note for note in report["notes"])
 
 
@@ -271,15 +325,21 @@ def test_latencies_are_those_of_the_models_that_the_benchmark_measured(
     bench = {
         "contestants": contestants,
         "settings": {"size": [480, 640], "batch": 1},
+        "machine": {"cpu": "Zuse Z3", "date": "1941-05-12T00:00:00+00:00"},
         "timings": {"neck": {"times": {name: {"seconds": 0.25} for name in contestants}}},
     }
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(bench))
     report = report_on(folders, tmp_path / "report", benchmark=str(path))
     assert [group.get("seconds") for group in report["groups"]] == [0.25, None]
-    assert report["latency"] == "neck of an image of 480 × 640"
+    assert report["latency"] == "neck of an image of 480 × 640 on Zuse Z3, 1941-05-12"
     assert any("did not measure the model of pafpn" in note for note in report["notes"])
     assert any("three is left out" in note for note in report["notes"])
+    bench["timings"]["neck"]["times"]["one"]["verdict"] = "too wide"
+    path.write_text(json.dumps(bench))
+    report = report_on(folders, tmp_path / "refused", benchmark=str(path))
+    assert report["groups"][0]["seconds"] is None
+    assert any("the time of one was refused" in note for note in report["notes"])
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no report.json of `fpn benchmark`"):
         report_on(folders, tmp_path / "other", benchmark=str(path))
@@ -316,6 +376,7 @@ def test_seeds_that_were_not_set_are_several(make: Any, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("images", [10])
 def test_many_configs_have_a_row_for_each_value(make: Any, tmp_path: Path) -> None:
     kinds = ("fpn", "pafpn", "bifpn", "channel_mapper", "top_down", "panet")
     repeats = (1, 1, 2, 1, 1, 1)

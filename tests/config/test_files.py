@@ -14,8 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from fpn_plugin import add_fpn_config
 from fpn_plugin.config import load_config
 from fpn_plugin.config.files import find_config_file, merge_config_file, merge_overrides
-from fpn_plugin.engine import lazy
 from fpn_plugin.engine.setup import argument_parser
+from fpn_plugin.modeling.python_config import read_python_config
 from fpn_plugin.yaml_files import evaluate, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_a_key_twice_is_refused_in_a_base_and_in_python_configs_dumps(tmp_path: 
     base, above = tmp_path / "base.yaml", tmp_path / "x.yaml"
     base.write_text("SEED: 1\nSEED: 2\n")
     above.write_text("_BASE_: base.yaml\n")
-    for read in (merged, lambda path: lazy.load_config(str(path.with_name("base.yaml")))):
+    for read in (merged, lambda path: read_python_config(str(path.with_name("base.yaml")))):
         with pytest.raises(ValueError, match="base.yaml: has a key twice, line 2: SEED"):
             read(above)
 
@@ -341,3 +341,43 @@ def test_a_base_may_be_a_configs_name(tmp_path: Path, monkeypatch: pytest.Monkey
     cfg = merged(tmp_path / "mine" / "a.yaml")
     assert cfg.SEED != 77 and cfg.SOLVER.OPTIMIZER == "AdamW"
     assert cfg.SOLVER.MAX_ITER == 270000
+
+
+def load(*words: str) -> CfgNode:
+    return load_config(argument_parser().parse_args(list(words)))
+
+
+def test_own_data_in_a_file_is_beside_it_and_on_a_command_line_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("configs/base", "data", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configs/base/b.yaml").write_text(
+        "DATASETS: {OWN: {TRAIN_JSON: t.json, VAL_JSON: v.json, VAL_IMAGES: ~/images}}\n"
+    )
+    mine = tmp_path / "configs/mine.yaml"
+    mine.write_text("_BASE_: base/b.yaml\nDATASETS: {OWN: {VAL_JSON: ../data/v.json}}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["--config-file", "../configs/mine.yaml", "--train-images", "images"]
+    expected = {
+        "TRAIN_JSON": tmp_path / "configs/base/t.json",
+        "TRAIN_IMAGES": tmp_path / "elsewhere/images",
+        "VAL_JSON": tmp_path / "data/v.json",
+        "VAL_IMAGES": tmp_path / "images",
+    }
+    own = load(*words).DATASETS.OWN
+    assert own == {key: str(path) for key, path in expected.items()}
+    # what a run writes down means the same from its own folder
+    (tmp_path / "config.yaml").write_text(load(*words).dump())
+    assert load("--config-file", str(tmp_path / "config.yaml")).DATASETS.OWN == own
+    # what is there only when it is taken from the current folder
+    (tmp_path / "data/v.json").touch()
+    (tmp_path / "elsewhere/t.json").touch()
+    with pytest.raises(ValueError, match="TRAIN_JSON: 't.json' .*write '../../elsewhere/t.json'"):
+        load(*words)
+    assert load(*words, "DATASETS.OWN.TRAIN_JSON", "t.json").DATASETS.OWN.TRAIN_JSON == str(
+        tmp_path / "elsewhere/t.json"
+    )
+    (tmp_path / "configs/base/t.json").touch()
+    assert load(*words).DATASETS.OWN == own

@@ -17,9 +17,10 @@ from tiny import TRAIN, VAL
 
 from fpn_plugin.checkpoint.finite import DivergedError
 from fpn_plugin.checkpoint.run_folder import metric_lines
-from fpn_plugin.cli import train_lazy
+from fpn_plugin.cli import train
 from fpn_plugin.engine import lazy
 from fpn_plugin.engine.resume import ResumeError
+from fpn_plugin.modeling.python_config import read_python_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
@@ -43,8 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> Any:
     flags = [argument for argument in arguments if argument.startswith("--")]
     keys = [argument for argument in arguments if not argument.startswith("--")]
     line = ["--config-file", str(CONFIG), *flags, *SMALL, *NAMES]
-    args = train_lazy.parse_args([*line, f"train.output_dir={output}", *keys])
-    return train_lazy.train(lazy.setup(args), args)
+    args = train.parse_args([*line, f"train.output_dir={output}", *keys])
+    return train.train_python(lazy.setup(args), args)
 
 
 def iterations(output: Path) -> list[int]:
@@ -123,8 +124,7 @@ def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path:
         sys.executable,
         "-m",
         "fpn_plugin",
-        "train-lazy",
-        "--config-file",
+        "train",
         str(config),
         "--num-gpus",
         "2",
@@ -169,13 +169,13 @@ def test_mistakes(
 def test_a_config_without_a_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "part.py").write_text("model = dict()\ntrain = dict(device='cpu')\n")
     with pytest.raises(ValueError, match="lacks optimizer, lr_multiplier, dataloader"):
-        lazy.load_config(str(tmp_path / "part.py"))
+        read_python_config(str(tmp_path / "part.py"))
     with pytest.raises(FileNotFoundError, match="--config-file 'none.py'"):
-        lazy.load_config("none.py")
+        read_python_config("none.py")
 
 
 def test_channels_last() -> None:
-    cfg: DictConfig = lazy.load_config(str(CONFIG), SMALL)
+    cfg: DictConfig = read_python_config(str(CONFIG), SMALL)
     model = lazy.build_model(cfg)
     weight = model.backbone.get_submodule("fpn_output2").weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -204,11 +204,11 @@ def test_a_pyramid_starts_as_another_one(
         "model.backbone.warm_from.in_features = ['res2', 'res3', 'res4', 'res5']",
         "model.backbone.topology = 'pafpn'",
     )
-    before = lazy.build_model(lazy.load_config(str(CONFIG), SMALL))
+    before = lazy.build_model(read_python_config(str(CONFIG), SMALL))
     (tmp_path / "old").mkdir()
     torch.save({"model": before.state_dict()}, tmp_path / "old" / "model.pth")
     extra = [f"train.init_checkpoint={tmp_path / 'old' / 'model.pth'}", "train.max_iter=1"]
-    cfg = lazy.load_config(str(config), [*SMALL, *NAMES, *extra])
+    cfg = read_python_config(str(config), [*SMALL, *NAMES, *extra])
     cfg.train.output_dir = str(tmp_path / "run")
     lazy.train(cfg)
     assert "the detector                 the checkpoint's function: exactly" in log.text
@@ -232,5 +232,5 @@ def test_the_cpu_that_a_run_falls_back_to_is_not_its_config(
 ) -> None:
     for gpu, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        cfg = lazy.load_config(str(CONFIG), [x for x in SMALL if "device" not in x])
+        cfg = read_python_config(str(CONFIG), [x for x in SMALL if "device" not in x])
         assert (cfg.train.device, lazy.device_of(cfg)) == ("cuda", device)

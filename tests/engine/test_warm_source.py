@@ -168,7 +168,9 @@ def test_mistakes_name_the_key(trained: Path, tmp_path: Path, log: Any) -> None:
     torch.save({"model": {"stem.weight": torch.zeros(1)}}, tmp_path / "plain.pth")
     with pytest.raises(ValueError, match="plain.pth' is no checkpoint of a detector.*BOTTOM_UP.WE"):
         run(tmp_path / "a", tmp_path / "plain.pth")
-    with pytest.raises(ValueError, match="build_resnet_fpn_backbone'"):
+    with pytest.raises(
+        ValueError, match="WARM_START: True are set.*: build_resnet_fpn_backbone is"
+    ):
         run(tmp_path / "a", trained, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
     for flag in ("--eval-only", "--resume"):
         folder = tmp_path / "a" if flag == "--eval-only" else trained.parent

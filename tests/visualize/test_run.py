@@ -193,6 +193,7 @@ def test_the_tool_and_a_backbone_without_a_graph(
     ]
     args += ["--dataset", "heads_val", "--num", 1, "--output", tmp_path]
     args += ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.FUSE_TYPE", "sum"]
+    args += ["MODEL.BOTTOM_UP.WEIGHTS", ""]
     monkeypatch.setattr(logging, "disable", lambda level: None)  # would stay in this process
     main(["visualize", *map(str, args)])
     assert capsys.readouterr().out == f"{tmp_path / '1_val1.png'}\n{tmp_path / SIZES}\n"

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Sequence
+from statistics import NormalDist
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 
 _RECALLS = np.linspace(0.0, 1.0, 101)  # as in pycocotools
 _CONFIDENCE = 95  # percent of the draws within an interval
+
+MIN_IMAGES = 10
+"""Images with a hit that a verdict needs. Six images have 462 different draws in all, and an interval
+would be made of the two or three most extreme of a thousand; ten have 92,378. In 400 simulated pairs
+of detectors with 10 images each, and with 12, the interval that is said to hold the true difference
+95 times in 100 held it 94 times."""
+
+BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
+TIE, TOO_FEW, UNKNOWN = "tie", "too few images", "unknown"
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,14 @@ class Difference:
 
     Attributes:
         value: on the images as they are.
-        low: the lower end of the 95% interval.
+        low: the lower end of the 95% interval (an expanded percentile interval); nan where the images are too few.
         high: its upper end.
         better: the share of draws in which the first is better; a tie counts half.
-        significant: whether the interval excludes zero.
+        significant: whether the verdict is BETTER or WORSE.
+        verdict: BETTER or WORSE if the interval excludes zero, else INCONCLUSIVE; TIE where both
+            APs are the same as :func:`shown`; TOO_FEW with fewer than MIN_IMAGES images; UNKNOWN
+            where an AP is.
+        images: the images with a say, in which one of the two found an object.
     """
 
     value: float
@@ -51,6 +65,13 @@ class Difference:
     high: float
     better: float
     significant: bool
+    verdict: str
+    images: int
+
+
+def shown(ap: float) -> str:
+    """An AP as reports show it."""
+    return f"{ap:.1f}"
 
 
 def matches_of(evaluation: Any) -> list[Matches]:
@@ -126,17 +147,54 @@ def draw_images(images: int, draws: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(images, [1 / images] * images, size=draws)
 
 
-def difference(value: float, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+def images_with_hits(scores: Iterable[Sequence[Matches]]) -> int:
+    """The images in which some of the runs found an object, by the lowest IoU threshold.
+
+    Without a hit an image says nothing of which run is better, however many there are.
+
+    Args:
+        scores: the matches of each run.
+    """
+    pairs = [(matches.image, matches.hits[0]) for score in scores for matches in score]
+    return len(set().union(*(image[hits].tolist() for image, hits in pairs)))
+
+
+def _tail(images: int) -> float:
+    """The percentage of draws beyond each end of an interval, smaller for few images.
+
+    Draws of few images differ too little from each other: as many as 10 in 100 intervals between
+    the 2.5% ends missed the truth in the simulations with 10 or 12 images. So the ends go out as
+    far as Student's t and the variance's bias demand (the expanded percentile interval of
+    Hesterberg, arXiv:1411.5279).
+    """
+    normal, freedom = NormalDist(), images - 1
+    z = normal.inv_cdf(0.5 + _CONFIDENCE / 200)
+    # the quantile of Student's t, by Cornish and Fisher's expansion: to 0.1% for 9 degrees
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return 100 * normal.cdf(-t * math.sqrt(images / freedom))
+
+
+def difference(
+    aps: tuple[float, float], ours: np.ndarray, theirs: np.ndarray, images: int
+) -> Difference:
     """The difference of two configs from their APs on the same draws, `(N,)` each.
 
     Args:
-        value: the difference on the images as they are.
+        aps: of both on the images as they are.
+        images: of :func:`images_with_hits` for the runs of both.
     """
+    value = aps[0] - aps[1]
     differences = ours - theirs
     differences = differences[~np.isnan(differences)]  # draws without any object
-    if not len(differences):
-        return Difference(value, math.nan, math.nan, math.nan, False)
-    tail = (100 - _CONFIDENCE) / 2
-    low, high = np.percentile(differences, [tail, 100 - tail])
+    if math.isnan(value) or images < MIN_IMAGES or not len(differences):
+        verdict = UNKNOWN if math.isnan(value) else TOO_FEW
+        return Difference(value, math.nan, math.nan, math.nan, False, verdict, images)
+    tail = _tail(images)
+    low, high = (float(end) for end in np.percentile(differences, [tail, 100 - tail]))
     better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
-    return Difference(value, float(low), float(high), better, bool(low > 0 or high < 0))
+    if shown(aps[0]) == shown(aps[1]):
+        verdict = TIE
+    else:
+        verdict = BETTER if low > 0 else WORSE if high < 0 else INCONCLUSIVE
+    return Difference(value, low, high, better, verdict in (BETTER, WORSE), verdict, images)

@@ -13,11 +13,13 @@ from comparing import detect, write_truth
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.compare.bootstrap import (
+from fpn_plugin.evaluation.bootstrap import (
+    MIN_IMAGES,
     Matches,
     average_precision,
     difference,
     draw_images,
+    images_with_hits,
     matches_of,
 )
 
@@ -105,11 +107,11 @@ def test_a_tiny_example_worked_out_by_hand() -> None:
         assert average_precision(first, np.array(weights)) == pytest.approx(ap_of_first)
     draws = np.array(list(wanted))
     ours, theirs = ap_of_draws(both, draws), ap_of_draws(first, draws)
-    result = difference(100 - half, ours, theirs)
+    result = difference((100.0, half), ours, theirs, 10**6)  # so many as to have 2.5% beyond
     # differences of 0, 100 - half and 100: better in two draws, equal in one
     assert result.better == pytest.approx(2.5 / 3)
-    assert result.low == pytest.approx(0.05 * (100 - half))
-    assert result.high == pytest.approx(100 - 0.05 * half)
+    assert result.low == pytest.approx(0.05 * (100 - half), rel=1e-3)
+    assert result.high == pytest.approx(100 - 0.05 * half, rel=1e-3)
 
 
 def test_a_false_detection_that_ranks_first_halves_the_precision() -> None:
@@ -127,9 +129,9 @@ def test_equal_runs_differ_by_exactly_nothing(tmp_path: Path) -> None:
     matches = matches_of(evaluated(truth, detect(truth, 0.3)))
     draws = draw_images(6, 50)
     aps = ap_of_draws(matches, draws)
-    result = difference(0.0, aps, aps.copy())
+    result = difference((3.0, 3.0), aps, aps.copy(), MIN_IMAGES)
     assert (result.value, result.low, result.high, result.better) == (0, 0, 0, 0.5)
-    assert not result.significant
+    assert result.verdict == "tie" and not result.significant
     assert aps.std() > 0
 
 
@@ -140,19 +142,56 @@ def test_a_run_that_is_better_in_every_image_is_better_in_every_draw(tmp_path: P
         ap_of_draws(matches_of(evaluated(truth, detect(truth, error))), draws)
         for error in (0.0, 0.5)
     )
-    result = difference(1.0, good, bad)
+    result = difference((2.0, 1.0), good, bad, MIN_IMAGES)
     assert result.better == 1.0
-    assert result.significant and result.low > 0
-    turned = difference(-1.0, bad, good)
-    assert turned.better == 0
+    assert result.verdict == "better" and result.significant and result.low > 0
+    turned = difference((1.0, 2.0), bad, good, MIN_IMAGES)
+    assert turned.better == 0 and turned.verdict == "worse"
     assert (turned.low, turned.high) == pytest.approx((-result.high, -result.low))
 
 
 def test_draws_without_objects_say_nothing() -> None:
-    result = difference(1.0, np.array([math.nan, 3.0]), np.array([math.nan, 2.0]))
+    result = difference((2.0, 1.0), np.array([math.nan, 3.0]), np.array([math.nan, 2.0]), 99)
     assert (result.low, result.high, result.better) == (1.0, 1.0, 1.0)
-    nothing = difference(1.0, np.array([math.nan]), np.array([math.nan]))
-    assert math.isnan(nothing.low) and not nothing.significant
+    nothing = difference((2.0, 1.0), np.array([math.nan]), np.array([math.nan]), 99)
+    assert math.isnan(nothing.low) and nothing.verdict == "too few images"
+
+
+def test_intervals_of_few_images_are_wider() -> None:
+    """By Student's t (2.262 for 10 images) and the root of 10/9, 0.855% of a normal distribution."""
+    draws = np.random.default_rng(0).normal(0, 1, 10**6)
+    few, many = (difference((1.0, 0.5), draws, np.zeros(10**6), n) for n in (10, 10**6))
+    assert few.high == pytest.approx(2.262 * (10 / 9) ** 0.5, rel=0.01)
+    assert many.high == pytest.approx(1.96, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "aps, draws, images, verdict",
+    [
+        ((1.3, 0.0), [1.0, 1.1, 1.5], 6, "too few images"),
+        ((1.3, 0.0), [1.0, 1.1, 1.5], MIN_IMAGES, "better"),
+        ((10.04, 9.96), [0.07, 0.08, 0.09], MIN_IMAGES, "tie"),  # 10.0 both
+        ((10.06, 9.96), [0.09, 0.10, 0.11], MIN_IMAGES, "better"),  # 10.1 and 10.0
+        ((12.0, 11.0), [-1.0, 1.0, 2.0], MIN_IMAGES, "inconclusive"),
+        ((math.nan, 11.0), [1.0, 1.0], MIN_IMAGES, "unknown"),
+    ],
+)
+def test_verdicts(aps: tuple[float, float], draws: list[float], images: int, verdict: str) -> None:
+    result = difference(aps, np.array(draws), np.zeros(len(draws)), images)
+    assert result.verdict == verdict and result.images == images
+    assert result.significant == (verdict == "better")
+    if verdict in ("too few images", "unknown"):
+        assert all(math.isnan(end) for end in (result.low, result.high, result.better))
+
+
+def test_images_with_hits_are_those_that_have_a_say(tmp_path: Path) -> None:
+    """Neither an image without objects counts, nor one in which nobody finds any."""
+    truth = write_truth(tmp_path / "truth.json")
+    hits = [result for result in detect(truth, 0.0) if result["image_id"] in (1, 4)]
+    misses = [{**result, "bbox": [0, 0, 1, 1]} for result in detect(truth, 0.0)]
+    runs = [matches_of(evaluated(truth, results)) for results in (hits, misses)]
+    assert images_with_hits(runs) == 2 and images_with_hits(runs[1:]) == 0
+    assert images_with_hits([one_object_each([0]), one_object_each([0, 1])]) == 2
 
 
 def test_draws_are_of_as_many_images_and_the_same_every_time() -> None:
