@@ -216,10 +216,7 @@ def test_the_tool(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -
     command = ["predict", "--weights", str(folder / "model.pth"), "--input"]
     assert main([*command, str(folder / "val0.png")]) == 0
     assert capsys.readouterr().out.startswith("predictions/val0.jpg: ")
-    for words, error in (
-        (["no.jpg"], FileNotFoundError),
-        (["camera", "camera:1"], ValueError),
-        ([str(folder / "val0.png"), "--score", "50"], ValueError),
-    ):
-        with pytest.raises(error, match=f"--{'score' if '--score' in words else 'input'}"):
+    for words in (["no.jpg"], ["camera", "camera:1"], [str(folder / "val0.png"), "--score", "50"]):
+        with pytest.raises(SystemExit):
             main([*command, *words])
+        assert f"--{'score' if '--score' in words else 'input'}" in capsys.readouterr().err
