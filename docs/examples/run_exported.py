@@ -173,28 +173,32 @@ def names_of(outputs: Outputs, info: dict) -> list[str]:
 
 
 def draw(picture: Any, outputs: Outputs, names: list[str]) -> Any:
-    """The photo with its objects, names and scores."""
+    """The photo with its objects, names and scores; a small photo is enlarged for the texts."""
     from PIL import Image, ImageDraw, ImageFont
 
     colours = ("#ffd400", "#ff4fa3", "#00d5ff", "#ff7a1a", "#a4ff3c", "#b98cff")
-    picture = picture.convert("RGB")
-    line = max(round(max(picture.size) / 400), 1)
-    font = ImageFont.load_default(max(11, 9 * line))
+    zoom = -(-800 // max(picture.size)) if max(picture.size) < 800 else 1
+    size = (picture.width * zoom, picture.height * zoom)
+    picture = picture.convert("RGB").resize(size)
+    line = max(round(max(size) / 500), 2)
+    font = ImageFont.load_default(max(size) // 65)
     objects = [(i, colours[int(c) % len(colours)]) for i, c in enumerate(outputs["pred_classes"])]
     if "pred_masks" in outputs:
         for i, colour in objects:
             inside = Image.fromarray(outputs["pred_masks"][i].astype(np.uint8) * 100)
-            picture.paste(Image.new("RGB", picture.size, colour), mask=inside)
+            inside = inside.resize(size, Image.NEAREST)
+            picture.paste(Image.new("RGB", size, colour), mask=inside)
     canvas = ImageDraw.Draw(picture)
+    boxes = outputs["pred_boxes"] * zoom
     for i, colour in objects:
-        canvas.rectangle(outputs["pred_boxes"][i].tolist(), outline=colour, width=line)
-        for x, y, *_ in outputs["pred_keypoints"][i] if "pred_keypoints" in outputs else ():
+        canvas.rectangle(boxes[i].tolist(), outline=colour, width=line)
+        for x, y, *_ in outputs["pred_keypoints"][i] * zoom if "pred_keypoints" in outputs else ():
             canvas.ellipse((x - line, y - line, x + line, y + line), fill=colour)
     taken: list[tuple[float, ...]] = []
     for i, colour in objects:  # the best first; a text that would cover another one is left out
-        x, y = outputs["pred_boxes"][i][:2]
         text = f"{names[i]} {100 * outputs['scores'][i]:.0f}%"
-        place = (float(x), max(float(y) - font.size - 2 * line, 0.0))  # above the box
+        x = max(min(boxes[i][0], size[0] - canvas.textlength(text, font=font)), 0)
+        place = (float(x), max(float(boxes[i][1]) - font.size - 2 * line, 0.0))  # above the box
         box = canvas.textbbox(place, text, font=font)
         over = [box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken]
         if not any(over):

@@ -48,14 +48,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(demo: str) -> None:
-    """Make the data and the ImageNet weights, where they are not there yet."""
+    """Make the data and the ImageNet weights, where they are not there yet.
+
+    Raises:
+        RuntimeError: if one cannot be made, with what to do.
+    """
     root = dataset_root()
     print(f"Preparing {demo} and the ImageNet weights in {root}/", flush=True)
     # scripts, which import each other by their names alone
     sys.path.insert(0, str(makers_dir()))
     for maker in ("weights", demo):
         name = f"prepare_{maker}"
-        getattr(importlib.import_module(name), name)(root)
+        try:
+            getattr(importlib.import_module(name), name)(root)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise RuntimeError(f"{demo}: the {maker} cannot be made: {error}") from error
 
 
 def train(name: str, config: Path, flags: list[str], output: Path, opts: list[str]) -> None:
@@ -69,7 +76,9 @@ def train(name: str, config: Path, flags: list[str], output: Path, opts: list[st
 
 def run(args: argparse.Namespace) -> None:
     if args.data_only:
-        return prepare(args.demo)
+        prepare(args.demo)
+        print(f"They are there; to train: fpn train --config-file {CONFIGS[args.demo]}")
+        return
     start = time.time()
     flags = claim_demo_dir(str(args.output), args.demo)
     prepare(args.demo)

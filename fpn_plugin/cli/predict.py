@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Sequence
 
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
-from fpn_plugin.cli.arguments import command_parser, own_arguments
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, own_arguments, parse
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import CONFIG_HELP
 from fpn_plugin.visualize.predict import RESULTS, Settings, predict
@@ -45,9 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace files of an earlier call")
     add("--allow-partial", action="store_true", help=PARTIAL_HELP.replace("evaluate", "predict"))
     add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    # intermixed: overrides may stand after other arguments
-    return parser.parse_intermixed_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    return parse(parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

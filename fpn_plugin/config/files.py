@@ -61,9 +61,10 @@ def find_config_file(
                 found[owner] = str(path)
     if not found:
         hint = _similar_names(stem, list(roots.values()))
+        place = f" {file}" if folder else " of this name"
         raise FileNotFoundError(
-            f"{key} {name!r}: there is no file {file}, and neither this plugin nor Detectron2 has"
-            f" a config of this name{hint}"
+            f"{key} {name!r}: there is no file{place}, and neither this plugin nor Detectron2 has"
+            f" such a config{hint}"
         )
     (owner, path), *others = found.items()
     other = f"; {others[0][0]} of this name is {others[0][1]}" if others else ""

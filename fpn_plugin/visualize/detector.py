@@ -20,6 +20,7 @@ from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.modeling.python_config import test_mapper
 from fpn_plugin.modeling.speed import prepare_for_training
 
+NO_WEIGHTS = "no weights: name a checkpoint by --weights or MODEL.WEIGHTS"
 CONFIG_HELP = "of the model (default: that of the run that wrote --weights)"
 
 
@@ -50,9 +51,9 @@ def find_config(weights: str) -> str:
     if "MODEL" in read_record(weights).get("config", {}):
         return weights
     path = os.path.join(os.path.dirname(weights), CONFIG)
-    if not weights or "://" in weights or not os.path.isfile(path):
-        where = f"neither {weights} nor {path} has" if weights else "no --weights that have"
-        raise FileNotFoundError(f"--config-file: give the model's config ({where} it)")
+    if "://" in weights or not os.path.isfile(path):
+        places = "an address has none" if "://" in weights else f"neither it nor {path} has one"
+        raise FileNotFoundError(f"--config-file: give the config of {weights}: {places}")
     return path
 
 
@@ -72,12 +73,14 @@ def read_config(
         ValueError: if no checkpoint is named, and for a bad value in the config.
     """
     _require_checkpoint(weights)
+    if not path and not weights:
+        raise ValueError(NO_WEIGHTS)
     path = path or find_config(weights)
     keys = ["MODEL.WEIGHTS", weights] if weights else []
     cfg = load_model_config(path, opts, keys, eval_only=True)
     checkpoint = cfg.MODEL.WEIGHTS
     if not checkpoint:
-        raise ValueError("no weights: name a checkpoint by --weights or MODEL.WEIGHTS")
+        raise ValueError(NO_WEIGHTS)
     _require_checkpoint(checkpoint)
     adopt_classes(cfg, checkpoint)
     adopt_keypoints(cfg, checkpoint)

@@ -61,7 +61,7 @@ def objects_of_instances(
         skeleton: pairs of indices of key points to join.
     """
     masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
-    points = instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None
+    points = instances.pred_keypoints.float().numpy() if instances.has("pred_keypoints") else None
     objects = []
     for i, (x0, y0, x1, y1) in enumerate(instances.pred_boxes.tensor.tolist()):
         category, score = int(instances.pred_classes[i]), float(instances.scores[i])

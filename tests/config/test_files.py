@@ -14,8 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from fpn_plugin import add_fpn_config
 from fpn_plugin.config import load_config
 from fpn_plugin.config.files import find_config_file, merge_config_file, merge_overrides
-from fpn_plugin.engine import lazy
 from fpn_plugin.engine.setup import argument_parser
+from fpn_plugin.modeling.python_config import read_python_config
 from fpn_plugin.yaml_files import evaluate, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_a_key_twice_is_refused_in_a_base_and_in_python_configs_dumps(tmp_path: 
     base, above = tmp_path / "base.yaml", tmp_path / "x.yaml"
     base.write_text("SEED: 1\nSEED: 2\n")
     above.write_text("_BASE_: base.yaml\n")
-    for read in (merged, lambda path: lazy.load_config(str(path.with_name("base.yaml")))):
+    for read in (merged, lambda path: read_python_config(str(path.with_name("base.yaml")))):
         with pytest.raises(ValueError, match="base.yaml: has a key twice, line 2: SEED"):
             read(above)
 

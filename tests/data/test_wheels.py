@@ -54,6 +54,14 @@ def test_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_environment_without_pip_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="by pip, which .* does not have.*ensurepip"):
+        fetch_wheel("some-thing==1.0", "0" * 64, tmp_path)
+
+
 def fetch(folder: Path) -> None:
     fetch_wheel("some-thing==1.0", "0" * 64, folder)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable
 
 import pytest
@@ -171,6 +173,29 @@ def test_the_demo_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, FINISHED)
     monkeypatch.setattr(demo, "dataset_root", lambda: pytest.fail("it went on"))
     with pytest.raises(FileExistsError, match="a run that no demo started"):
+        demo.run(parsed)
+    for args in (["trees"], ["trees", "--data-only", "--output", "x"]):
+        with pytest.raises(SystemExit):
+            demo.parse_args(args)
+
+
+def test_the_data_of_a_demo_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    calls: list[tuple[str, Path]] = []
+    for name in ("weights", "trees"):
+        module = ModuleType(f"prepare_{name}")
+        make = lambda root, name=name: calls.append((name, root))  # noqa: E731
+        setattr(module, module.__name__, make)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    monkeypatch.syspath_prepend(str(tmp_path))  # undone, with what the demo does to it
+    parsed = demo.parse_args(["trees", "--data-only"])
+    demo.run(parsed)
+    assert calls == [("weights", tmp_path / "data"), ("trees", tmp_path / "data")]
+    assert "fpn train --config-file quickstart/faster_rcnn" in capsys.readouterr().out
+    module.prepare_trees = lambda root: int("no number")  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="trees: the trees cannot be made: invalid literal"):
         demo.run(parsed)
 
 

@@ -20,6 +20,7 @@ DETECTORS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
     "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "keypoint_rcnn": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
 }
 SMALL: dict[str, Any] = {
     "MODEL.WEIGHTS": "",

@@ -29,6 +29,12 @@ SPEC.loader.exec_module(run_exported)
 PHOTOS = {"smaller": (101, 77), "larger": (300, 231), "portrait": (150, 333), "same": (160, 160)}
 SIZES = {"INPUT__MIN_SIZE_TEST": 160, "INPUT__MAX_SIZE_TEST": 220}
 
+KEYPOINTS = {
+    "MODEL__ROI_HEADS__NUM_CLASSES": 1,
+    "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": [16, 16],
+    "INPUT__FORMAT": "RGB",
+}
+
 
 def write_photo(folder: Path, width: int, height: int) -> Path:
     """Edges at several scales, as in a photo; not the same after any other way to resize."""
@@ -63,6 +69,7 @@ def overlap(one: np.ndarray, two: np.ndarray) -> float:
         ("mask_rcnn", "onnx", {"INPUT__FORMAT": "RGB"}),
         ("mask_rcnn", "torchscript", {"INPUT__MIN_SIZE_TEST": 0}),
         ("retinanet", "torchscript", {}),
+        ("keypoint_rcnn", "torchscript", KEYPOINTS),
     ],
 )
 def test_what_default_predictor_finds(detector, format, keys, tmp_path: Path) -> None:
@@ -77,6 +84,9 @@ def test_what_default_predictor_finds(detector, format, keys, tmp_path: Path) ->
         assert np.allclose(outputs["scores"], expected.scores, rtol=0, atol=1e-5)
         assert np.allclose(outputs["pred_boxes"], expected.pred_boxes.tensor, rtol=0, atol=1e-2)
         assert outputs["pred_classes"].tolist() == expected.pred_classes.tolist()
+        if detector == "keypoint_rcnn":
+            points = expected.pred_keypoints.numpy()
+            assert np.allclose(outputs["pred_keypoints"], points, rtol=0, atol=1e-2)
         if detector == "mask_rcnn":
             masks = expected.pred_masks.numpy()
             assert outputs["pred_masks"].shape == masks.shape == (len(expected), height, width)
@@ -99,7 +109,8 @@ def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert "with score >= 0.02" in first and last == str(picture)
     assert lines and all(line.split()[0] in ("cat", "dog") for line in lines)
     with Image.open(picture) as drawn, Image.open(photo) as plain:
-        assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+        assert drawn.size == (7 * 120, 7 * 90), "enlarged, for the texts"
+        assert drawn.tobytes() != plain.resize(drawn.size).tobytes()
     with pytest.raises(SystemExit, match="seen.png exists; give --overwrite"):
         run_exported.main()
     # a JSON that an older version wrote

@@ -23,7 +23,7 @@ from fpn_plugin.cli.demo import CONFIGS
 from fpn_plugin.cli.main import COMMANDS
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.config import load_config
-from fpn_plugin.engine import lazy
+from fpn_plugin.modeling.python_config import read_python_config
 from fpn_plugin.paths import configs_dir, makers_dir
 from fpn_plugin.study.config import read_study
 from pathlib import Path
@@ -37,7 +37,7 @@ print(json.dumps({
     "version": fpn_plugin.__version__,
     "commands": list(COMMANDS),
     "data": [load_config(Namespace(config_file=name, opts=[])).DATASETS.TRAIN for name in names],
-    "lazy": lazy.load_config("lazy/faster_rcnn_trees_FPN.py").train.device,
+    "lazy": read_python_config("lazy/faster_rcnn_trees_FPN.py").train.device,
     "runs": [str(config.file) for config in read_study(Path("studies/trees.yaml")).configs],
     "folders": [str(configs_dir()), str(makers_dir()), fpn_plugin.__path__[0]],
 }))
