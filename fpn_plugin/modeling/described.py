@@ -25,7 +25,7 @@ from fpn_plugin.config import add_fpn_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER
 from fpn_plugin.config.files import find_config_file, merge_overrides
 from fpn_plugin.config.resolve import choose_device, load_config
-from fpn_plugin.config.settings import make_settings, pyramid_keys
+from fpn_plugin.config.settings import pyramid_keys, settings_of_python
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.python_config import (
     TARGET,
@@ -159,14 +159,8 @@ def run_keys(recorded: Mapping[str, Any]) -> dict[str, Any]:
         return flatten(recorded)
     python = OmegaConf.create(dict(recorded), flags={"allow_objects": True})
     keys = json.loads(json.dumps(_config_keys(python)))  # tuples become lists, as YAML has them
-    if str(OmegaConf.select(python, f"model.backbone.{TARGET}")).endswith("PyramidBackbone"):
-        arguments = {
-            name: _plain(OmegaConf.select(python, f"model.backbone.{name}"))
-            for name in python.model.backbone
-            if name.upper() in pyramid_keys()
-        }
-        settings = make_settings(**arguments).as_keys()
-        keys |= {f"MODEL.FPN.{key}": _plain(value) for key, value in settings.items()}
+    if settings := settings_of_python(recorded):
+        keys |= {f"MODEL.FPN.{key}": _plain(x) for key, x in settings.as_keys().items()}
     return {**keys, **flatten(recorded)}
 
 

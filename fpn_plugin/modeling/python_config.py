@@ -190,7 +190,7 @@ def require_trusted(cfg: DictConfig, part: str, path: str) -> None:
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from error
     for key, target in _targets(content, part):
-        if not _is_trusted(target):
+        if not isinstance(target, str) or not _is_trusted(target):
             raise ValueError(
                 f"{path}: {key}: {target!r} is other code than that of Detectron2, torch and this"
                 " plugin, and a YAML file must not say what is run: give the Python config itself"
@@ -211,9 +211,9 @@ def _targets(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 @functools.lru_cache(maxsize=None)
-def _is_trusted(target: Any) -> bool:
+def _is_trusted(target: str) -> bool:
     roots = {module.partition(".")[0] for module in (*_TRUSTED_MODULES, _OWN)}
-    if not isinstance(target, str) or target.partition(".")[0] not in roots:
+    if target.partition(".")[0] not in roots:
         return False  # and nothing of it is imported
     try:
         found = locate(target)
