@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
 
@@ -144,4 +143,3 @@ def test_put_pyramid_needs_a_network() -> None:
 def test_a_config_of_detectron2s_zoo_by_its_name() -> None:
     cfg = load_model_config("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.py")
     assert cfg.MODEL.BACKBONE.NAME == "ResNet" and cfg.MODEL.MASK_ON
-    assert isinstance(build_model(cfg), torch.nn.Module)
