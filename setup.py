@@ -6,8 +6,11 @@ import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).parent
+# Folders of the checkout that the package has inside of itself when it is installed
+SHIPPED = {"fpn_plugin.configs": "configs", "fpn_plugin.datasets": "datasets"}
 
 EXTRAS = {
     "timm": ["timm>=1.0,<2"],
@@ -32,6 +35,20 @@ EXTRAS["dev"] = [
     "types-PyYAML",
 ]
 
+
+class WholeCheckout(sdist):
+    """A source distribution with all that a checkout has: tests, pages and tools too."""
+
+    def make_distribution(self) -> None:
+        for folder in (".ci", "docs", "tests", "tools"):
+            self.filelist.graft(folder)
+        for pattern in ("*.md", "*.txt", "*.cff", "Makefile", ".flake8", ".gitignore"):
+            self.filelist.include(pattern)
+        self.filelist.include("datasets/*.md")
+        self.filelist.global_exclude("*.py[cod]")
+        super().make_distribution()
+
+
 setup(
     name="fpn_plugin",
     version=runpy.run_path(str(HERE / "fpn_plugin" / "version.py"))["__version__"],
@@ -40,8 +57,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["fpn_plugin", "fpn_plugin.*"]),
-    package_data={"fpn_plugin": ["py.typed", "report/*.html"]},
+    packages=[*find_packages(include=["fpn_plugin", "fpn_plugin.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "fpn_plugin": ["py.typed", "report/*.html"],
+        "fpn_plugin.configs": ["**/*.yaml", "**/*.py"],
+    },
+    entry_points={"console_scripts": ["fpn = fpn_plugin.cli.main:main"]},
+    cmdclass={"sdist": WholeCheckout},
     # Detectron2 is not listed: it is not on PyPI under its own name, and the build that is
     # already installed must be kept. Without it, `import fpn_plugin` says what to install.
     install_requires=[

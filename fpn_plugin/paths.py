@@ -15,6 +15,11 @@ def configs_dir() -> Path:
     return _shipped("configs")
 
 
+def makers_dir() -> Path:
+    """The folder of the scripts that make the small datasets: `datasets/` of the checkout."""
+    return _shipped("datasets")
+
+
 def zoo_dir() -> Path:
     """The folder of Detectron2's configs, as its `model_zoo` finds it."""
     return Path(detectron2.__file__).resolve().parent / "model_zoo" / "configs"
@@ -29,6 +34,20 @@ def _shipped(folder: str) -> Path:
 def dataset_root() -> Path:
     """The folder of all datasets: `$DETECTRON2_DATASETS`, or `datasets` in the current folder."""
     return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
+def download_advice(address: str, key: str, cache: str, variable: str) -> str:
+    """What to do about weights that cannot be downloaded, in two lines.
+
+    Args:
+        key: the config key or option that takes the file.
+        cache: where the file would be; "" if it is not known.
+        variable: the environment variable that moves that folder.
+    """
+    by_hand = f"Download {address} elsewhere and give the path of the file as {key}"
+    if not cache:
+        return by_hand
+    return f"{by_hand},\nor put it where it is found without a network: {cache} (${variable})"
 
 
 def find_file(path: str, key: str) -> Path:
@@ -47,5 +66,5 @@ def find_file(path: str, key: str) -> Path:
             return place
     raise FileNotFoundError(
         f"{key}: there is no file {path!r}; looked at {' and '.join(map(str, places))}"
-        " (weights/tf_efficientnet_lite0.pth is made by `python datasets/prepare_weights.py`)"
+        " (weights/tf_efficientnet_lite0.pth is made by `fpn demo trees --data-only`)"
     )

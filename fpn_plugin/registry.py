@@ -19,6 +19,10 @@ class ArgumentError(ValueError):
     argument = ""
 
 
+# how a name of one's own comes to be known
+HOW_TO_ADD = "one of your own is known once its file is imported: --import FILE.py"
+
+
 class UnknownNameError(KeyError):
     """A name that nothing is registered under. Unlike a plain KeyError it prints its message as it
     is.
@@ -57,19 +61,21 @@ def close_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str:
 
 
 def unknown_name(
-    where: str, name: object, choices: Iterable[str], meant: str = ""
+    where: str, name: object, choices: Iterable[str], meant: str = "", advice: str = ""
 ) -> UnknownNameError:
     """The error for a wrong name: where it stands, what it is, what may stand there.
 
     Args:
         where: the argument, config key, node or registry that holds the name.
         meant: what it may be instead; "" for the nearest of the choices.
+        advice: what else can be done: `HOW_TO_ADD` where users may add names.
     """
     known = sorted(choices)
     close = meant or close_name(str(name), known)
     hint = f" (did you mean {close!r}?)" if close else ""
     choice = ", ".join(item or repr(item) for item in known)
-    error = UnknownNameError(f"{where}: unknown name {name!r}{hint}; choose from: {choice}")
+    text = f"{where}: unknown name {name!r}{hint}; choose from: {choice}"
+    error = UnknownNameError(f"{text}; {advice}" if advice else text)
     error.argument = where
     return error
 
@@ -93,15 +99,20 @@ class Registry(Generic[T]):
         self._objects: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that enters an object under `name`.
+        """Decorator that enters an object under `name`; one that is defined again, as by a cell of
+        a notebook that is run again, replaces itself.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if another object has the name.
         """
 
         def enter(obj: T) -> T:
-            if name in self._objects:
-                raise ValueError(f"{self.kind} {name!r} is registered already")
+            other = self._objects.get(name)
+            if other is not None and _place(other) != _place(obj):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered already, as {_place(other)}, so"
+                    f" {_place(obj)} needs another name"
+                )
             self._objects[name] = obj
             return obj
 
@@ -117,7 +128,7 @@ class Registry(Generic[T]):
             UnknownNameError: (a KeyError) naming `where`, the name and the choices.
         """
         if name not in self._objects:
-            raise unknown_name(where or self.kind, name, self._objects)
+            raise unknown_name(where or self.kind, name, self._objects, advice=HOW_TO_ADD)
         return self._objects[name]
 
     def names(self) -> list[str]:
@@ -126,3 +137,8 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._objects
+
+
+def _place(obj: object) -> str:
+    """Where an object was defined."""
+    return f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', obj)}"

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers import own_imports  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +29,11 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What the plugin logs."""
     with caplog.at_level(logging.INFO, "fpn_plugin"):
         yield caplog
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; what is imported from it is forgotten again."""
+    monkeypatch.chdir(tmp_path)
+    with own_imports():
+        yield tmp_path

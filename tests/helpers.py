@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Mapping
 
 import torch
-from detectron2 import model_zoo
+from detectron2 import model_zoo, modeling
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.registry import Registry as Detectron2Registry
 from torch import Tensor, nn
 
-from fpn_plugin import add_fpn_config
+from fpn_plugin import add_fpn_config, plugins
+from fpn_plugin.config.settings import PyramidSettings
+from fpn_plugin.evaluation.build import EVALUATORS
+from fpn_plugin.pyramid import (
+    ACTIVATIONS,
+    BLOCKS,
+    DOWNSAMPLE,
+    FUSIONS,
+    NORMS,
+    TOPOLOGIES,
+    UPSAMPLE,
+)
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
@@ -40,6 +53,36 @@ def own_datasets() -> Iterator[None]:
         yield
     finally:
         _forget_datasets(before)
+
+
+@contextmanager
+def own_imports() -> Iterator[None]:
+    """Forget what a user's own code is imported as inside, and the names that it registers."""
+    registries = (
+        *(ACTIVATIONS, BLOCKS, DOWNSAMPLE, EVALUATORS, FUSIONS, NORMS, TOPOLOGIES, UPSAMPLE),
+        *(each for each in vars(modeling).values() if isinstance(each, Detectron2Registry)),
+    )
+    names = [dict(vars(r).get("_objects", vars(r).get("_obj_map"))) for r in registries]
+    modules, path, trusted = set(sys.modules), list(sys.path), plugins._trusted
+    loaded = dict(plugins._loaded)
+    plugins._has_installed = False
+    try:
+        with own_datasets():
+            yield
+    finally:
+        for registry, before in zip(registries, names):
+            objects = vars(registry).get("_objects", vars(registry).get("_obj_map"))
+            objects.clear()
+            objects.update(before)
+        for name in set(sys.modules) - modules:
+            if not str(getattr(sys.modules[name], "__file__", "")).startswith(sys.prefix):
+                del sys.modules[name]
+        sys.path[:] = path
+        plugins.trust(trusted)
+        plugins._loaded.clear()
+        plugins._loaded.update(loaded)
+        plugins._has_installed = False
+        PyramidSettings.check.cache_clear()
 
 
 def _forget_datasets(kept: set[str]) -> None:

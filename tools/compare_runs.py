@@ -3,7 +3,7 @@
 
 import sys
 
-from fpn_plugin.cli.main import main
+from checkout import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(["compare", *sys.argv[1:]]))
+    sys.exit(run_command("compare"))

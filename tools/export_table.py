@@ -6,16 +6,15 @@ export_table.py --output output/export.md configs/quickstart/faster_rcnn_trees_*
 export_table.py --operators --output operators.md configs/quickstart/faster_rcnn_trees_FPN.yaml
 """
 
-import os
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
 
-# before torch is imported: its OpenMP workers otherwise spin and starve a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from checkout import use_package
 
-import argparse  # noqa: E402
-import logging  # noqa: E402
-import sys  # noqa: E402
-import warnings  # noqa: E402
-from pathlib import Path  # noqa: E402
+use_package()
 
 import fpn_plugin  # noqa: E402, F401  (registers the builders and the datasets)
 from fpn_plugin.export.export_table import Case, measure, operator_cases  # noqa: E402

@@ -19,14 +19,14 @@ SPREAD = {"cpu": 0.25, "cuda": 0.1}
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """All options, with Detectron2's `KEY VALUE …` at the end."""
+    """All options, with Detectron2's `KEY VALUE …`."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
     _add_configs(parser.add_argument)
     _add_measurements(parser.add_argument)
     _add_reports(parser.add_argument)
     text = "overrides, not for the baseline"
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=text)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=text)
     return parser
 
 

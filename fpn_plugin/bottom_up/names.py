@@ -6,7 +6,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 from fpn_plugin.bottom_up import timm, torchvision
 from fpn_plugin.bottom_up.detectron2 import BUILDERS
-from fpn_plugin.registry import close_name, unknown_name
+from fpn_plugin.registry import HOW_TO_ADD, close_name, unknown_name
 
 NAME = "MODEL.BOTTOM_UP.NAME"
 _REQUIRE_MODEL = {"timm": timm.require_model, "torchvision": torchvision.require_model}
@@ -31,4 +31,4 @@ def check_network_name(name: str) -> None:
             meant = f"{close}/{model}"
         elif torchvision.has_model(name):  # without its library
             meant = f"torchvision/{name}"
-        raise unknown_name(NAME, name, [*known, *_OF_LIBRARIES], meant)
+        raise unknown_name(NAME, name, [*known, *_OF_LIBRARIES], meant, HOW_TO_ADD)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import socket
 from typing import Any, Dict, Mapping, Sequence
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.probe import frozen_names, is_channels_last, probe, unused_names
+from fpn_plugin.paths import download_advice
 from fpn_plugin.registry import close_name, unknown_name
 
-NAME, ARGS = "MODEL.BOTTOM_UP.NAME", "MODEL.BOTTOM_UP.ARGS"
+NAME, ARGS, WEIGHTS = (f"MODEL.BOTTOM_UP.{key}" for key in ("NAME", "ARGS", "WEIGHTS"))
+_HUB, _PATIENCE = "https://huggingface.co", 15.0  # seconds for the hub to answer
 # With these arguments networks of a fixed image size accept any; each family has its own of them
 ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
 # Arguments of timm.create_model that other keys or this adapter decide
@@ -159,15 +164,40 @@ def require_model(model: str) -> Any:
 def _pretrained(
     model: str, in_channels: int, args: Mapping[str, Any], indices: list[int]
 ) -> nn.Module:
-    where = f"MODEL.BOTTOM_UP.WEIGHTS: 'timm': the weights of timm/{model}"
-    if not getattr(require_model(model).models.get_pretrained_cfg(model), "has_weights", False):
+    where = f"{WEIGHTS}: 'timm': the weights of timm/{model}"
+    published = require_model(model).models.get_pretrained_cfg(model)
+    if not getattr(published, "has_weights", False):
         raise ValueError(f"{where} do not exist: timm publishes none; give a file")
+    address = published.url or f"{_HUB}/{published.hf_hub_id}/tree/main"
+    advice = download_advice(address, WEIGHTS, "", "")
     try:
+        if not any(name.startswith("pretrained_cfg") for name in args):  # a file of the user's
+            _require_hub(published)
         network, _ = _create(model, in_channels, args, out_indices=indices, pretrained=True)
     except Exception as error:  # of the hub's client, its cache or the network connection
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where} could not be had ({reason}); give a file") from error
+        raise ValueError(f"{where} could not be had: {reason}\n{advice}") from error
     return _shorten(network)
+
+
+def _require_hub(published: Any) -> None:
+    """Fail at once where the hub cannot be reached, which its client retries for most of a minute.
+
+    Raises:
+        OSError: unless the weights are in its cache, or a proxy leads to it.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    repository = published.hf_hub_id
+    if not repository or getproxies() or constants.HF_HUB_OFFLINE:
+        return
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(try_to_load_from_cache(repository, name), str):
+            return
+    address = urlparse(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    with socket.create_connection((address.hostname, port), timeout=_PATIENCE):
+        pass
 
 
 def _shorten(network: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_map
 from fpn_plugin.bottom_up.image_channels import set_image_channels
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.probe import find_divisor, log_misfit
+from fpn_plugin.paths import download_advice
 from fpn_plugin.registry import unknown_name
 
 # Two images whose heights differ by 256 and widths by 128 pixels: the dimensions in which a step's
@@ -142,9 +144,11 @@ def _create(model: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
     except (OSError, RuntimeError) as error:  # no connection, or a broken file
         if not pretrained:
             raise
+        key, address = "MODEL.BOTTOM_UP.WEIGHTS", models.get_model_weights(model).DEFAULT.url
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", address.rpartition("/")[2])
         raise ValueError(
-            f"MODEL.BOTTOM_UP.WEIGHTS: 'torchvision': the weights of {model} could not be had"
-            f" ({error}); give a file"
+            f"{key}: 'torchvision': the weights of torchvision/{model} could not be had: {error}\n"
+            + download_advice(address, key, place, "TORCH_HOME")
         ) from error
 
 

@@ -22,7 +22,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from fpn_plugin.checkpoint.files import read_checkpoint
+from fpn_plugin.checkpoint.files import fetch, is_remote, read_checkpoint
 from fpn_plugin.checkpoint.finite import require_finite
 from fpn_plugin.checkpoint.fit import PARALLEL, Misfits, find_misfits, report_start, require_fit
 from fpn_plugin.checkpoint.key_matching import match_detector, network_keys
@@ -272,7 +272,13 @@ class Checkpointer(DetectionCheckpointer):
         return read_checkpoint(filename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """As Detectron2's; `path` may be "" for nothing."""
+        """As Detectron2's; `path` may be "" for nothing.
+
+        Raises:
+            FileNotFoundError: for an address that cannot be fetched.
+        """
+        if is_remote(path or ""):
+            fetch(path, self._key)  # into the cache, from which Detectron2 takes it
         is_own = bool(self.save_dir) and Path(path).parent == Path(self.save_dir)
         self._title = f"{'checkpoint' if is_own else self._key} {path!r}"
         return super().load(path, checkpointables)

@@ -7,25 +7,31 @@ also looks into the wrappers of other libraries, and leaves out all that is no t
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterator, Mapping, NamedTuple
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 
 # importing its package registers catalog:// with PathManager
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
-from detectron2.utils.file_io import PathManager
+from detectron2.checkpoint.catalog import ModelCatalog, ModelCatalogHandler
+from detectron2.utils.file_io import Detectron2Handler, PathManager
+from iopath.common.file_io import get_cache_dir
 from torch import Tensor
 
 from fpn_plugin.checkpoint.plain import is_pickle, read_plain
-from fpn_plugin.paths import find_file
+from fpn_plugin.paths import download_advice, find_file
 
 logger = logging.getLogger(__name__)
 
 KEY = "MODEL.BOTTOM_UP.WEIGHTS"
+_PATIENCE = 15.0  # seconds without a sign of life from a server
 
 # Where libraries put a state dict. Averaged weights (timm's, torchvision's) go before the raw ones,
 # as timm takes them. MMEngine swaps the two when it saves: its averaged ones are in `state_dict`
@@ -92,7 +98,7 @@ def read_weights(path: str, key: str = KEY) -> WeightFile:
         ImportError: if it is a safetensors file and safetensors is not installed.
         ValueError: if it is not a state dict, or holds more than plain data.
     """
-    file, where = _fetch(path, key), f"{key}: {path}"
+    file, where = fetch(path, key), f"{key}: {path}"
     content = read_plain(file, where)
     author = content.get("__author__", "") if isinstance(content, Mapping) else ""
     if is_pickle(file):
@@ -116,7 +122,7 @@ def read_shapes(path: str, key: str = KEY) -> dict[str, torch.Size]:
         {} if it cannot be read, which is an error where it is loaded.
     """
     try:
-        content = read_plain(_fetch(path, key), f"{key}: {path}", mmap=True) if path else {}
+        content = read_plain(fetch(path, key), f"{key}: {path}", mmap=True) if path else {}
     except (ImportError, OSError, ValueError):
         return {}
     state = _unwrap(content)
@@ -137,22 +143,54 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _fetch(path: str, key: str) -> Path:
+def fetch(path: str, key: str) -> Path:
+    """The file of a path, which is downloaded into Detectron2's cache if it is an address.
+
+    Args:
+        path: see :func:`read_weights`.
+        key: the config key or option that named it, for messages.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or it cannot be fetched; a server that does
+            not answer is waited for some seconds only.
+    """
     if not is_remote(path):
         return find_file(path, key)
     url = path.partition("?")[0]  # Detectron2 takes options after it
     cause: Exception | None = None
     try:
-        file = Path(PathManager.get_local_path(url))
+        with _limited_patience():
+            file = Path(PathManager.get_local_path(url))
     except (OSError, RuntimeError, LookupError, ValueError, HTTPException) as error:
         file, cause = Path(url), error
     if not file.is_file():
         reason = cause or "no handler of Detectron2's PathManager knows what stands before ://"
         raise FileNotFoundError(
-            f"{key}: {path!r} cannot be fetched ({reason}); download it elsewhere and give the"
-            " path of the file"
+            f"{key}: {path!r} cannot be fetched: {reason}\n{_advice(url, key)}"
         ) from cause
     return file
+
+
+@contextlib.contextmanager
+def _limited_patience() -> Iterator[None]:
+    """Let connections that are opened inside fail if nothing is heard of the other side."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _advice(url: str, key: str) -> str:
+    """What to do about an address that cannot be reached, in two lines."""
+    address = url.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
+    if url.startswith(ModelCatalogHandler.PREFIX):
+        with contextlib.suppress(RuntimeError, LookupError):  # for a name that is not in it
+            address = ModelCatalog.get(url.removeprefix(ModelCatalogHandler.PREFIX))
+    is_cached = address.startswith(("https://", "http://"))
+    place = Path(get_cache_dir(), urlparse(address).path.lstrip("/")) if is_cached else ""
+    return download_advice(address, key, str(place), "FVCORE_CACHE")
 
 
 def _from_model_zoo(content: Any, where: str) -> dict[str, Any]:

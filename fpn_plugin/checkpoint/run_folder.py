@@ -26,9 +26,11 @@ LEARNED_KEYS = (
     "DATASETS.KEYPOINTS.FLIP_MAP",
     "DATASETS.KEYPOINTS.SKELETON",
 )
-# where a run runs, and what it checks, draws and saves on the way: nothing that changes its numbers
+# where a run and its user's code are, and what it checks, draws and saves on the way: nothing that
+# changes its numbers
 OUTER_KEYS = (
     "OUTPUT_DIR",
+    "IMPORTS",
     "MODEL.DEVICE",
     "DATALOADER.NUM_WORKERS",
     "DATALOADER.PERSISTENT_WORKERS",

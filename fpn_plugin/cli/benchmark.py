@@ -1,4 +1,4 @@
-"""Measure configs side by side: costs, speed against Detectron2's baseline, equality of outputs.
+"""Measure configs side by side: costs, speed, equality of outputs.
 
 fpn benchmark --config-file configs/… [--config-file …] [--baseline FILE|zoo-name|none]
     [--what counts,neck,backbone,inference,train] [--report DIR] [KEY VALUE …]
@@ -23,7 +23,7 @@ from fpn_plugin.benchmark.report import (
     terminal_text,
     write_report,
 )
-from fpn_plugin.cli.arguments import add_common_flags
+from fpn_plugin.cli.arguments import add_common_flags, parse
 from fpn_plugin.report.progress import Bar
 
 
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__ or "")
     parser.prog = "fpn benchmark"
     add_common_flags(parser)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Compare training runs: AP of boxes and masks, costs, and which differences are significant.
+"""Compare training runs: AP, costs, and which differences are significant.
 
 fpn compare RUN_DIR … --report DIR [--baseline NAME|RUN_DIR] [--size-bins 8,16,32,64,128,256]
 fpn compare RUN_DIR … --report DIR --benchmark output/bench/report.json    with latencies
@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_DIR", help="an OUTPUT_DIR, or an eval-N in one")
     add("--report", required=True, metavar="DIR", help="for the page, Markdown, CSV and JSON")
-    add("--benchmark", default="", metavar="FILE", help="report.json of tools/benchmark.py")
+    add("--benchmark", default="", metavar="FILE", help="report.json of fpn benchmark")
     add("--size-bins", type=_edges, default=[], metavar="A,B,…", help="sides in pixels")
     add("--baseline", default="", metavar="NAME|DIR", help="by default the first run's config")
     add("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")

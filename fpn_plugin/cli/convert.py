@@ -1,4 +1,6 @@
-"""Convert a checkpoint to another pyramid, as MODEL.FPN.WARM_START does when training starts.
+"""Convert a checkpoint to another pyramid, or to Detectron2's FPN.
+
+It does what MODEL.FPN.WARM_START does when training starts.
 
 fpn convert --config-file FILE --weights model.pth --output folder/new.pth [KEY VALUE …]
     for that config's pyramid; the config.yaml that the file goes with is written beside it
@@ -15,7 +17,7 @@ from typing import Sequence
 
 from detectron2.utils.logger import setup_logger
 
-from fpn_plugin.cli.arguments import command_parser
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.config import load_config
 from fpn_plugin.engine.setup import argument_parser
 from fpn_plugin.engine.warm.convert import check_output, to_config, to_detectron2
@@ -29,8 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, metavar="FILE", help="the file to write")
     add("--to", choices=("config", "detectron2"), default="config", help="default: config")
     add("--overwrite", action="store_true", help="replace files that are there")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    args = parse(parser, argv)
     if (args.to == "config") != bool(args.config_file):
         parser.error("give --config-file, or --to detectron2")
     if args.opts and args.to == "detectron2":

@@ -1,5 +1,7 @@
-"""Export a trained model to a file that runs without this plugin and without Detectron2: its
-bottom-up network and pyramid (--what backbone), or the whole detector.
+"""Export a trained model to TorchScript, torch.export or ONNX.
+
+The file has its bottom-up network and pyramid (--what backbone), or the whole detector, and runs
+without this plugin and without Detectron2.
 
 fpn export --weights W --format onnx --output output/fpn.onnx
 fpn export --weights W --format torch_export --output output/fpn.pt2
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Sequence
 
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
-from fpn_plugin.cli.arguments import command_parser, own_arguments
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, own_arguments, parse
 from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.model import WHAT
@@ -44,9 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace a file that is there")
     add("--allow-partial", action="store_true", help=PARTIAL_HELP.replace("evaluate", "export"))
     add("--quiet", action="store_true", help="no progress; only the differences and the file")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    # intermixed: overrides may stand after other arguments
-    return parser.parse_intermixed_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    return parse(parser, argv)
 
 
 def run(args: argparse.Namespace) -> None:

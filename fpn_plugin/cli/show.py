@@ -1,7 +1,6 @@
 """Print what a config's pyramid resolves to, with the cost of every node, and draw it.
 
-    fpn show --config-file configs/… [--draw pyramid.svg] [--size H W]
-        [--weights model.pth] [KEY VALUE …]
+fpn show --config-file FILE [--draw pyramid.svg] [--size H W] [--weights model.pth] [KEY VALUE …]
 
 With --weights it also prints what every fusion of that checkpoint multiplies its inputs by, and
 writes it on the drawn arrows. Nothing but the backbone is built, on the CPU.
@@ -13,12 +12,14 @@ import argparse
 from typing import Sequence
 
 from detectron2.config import CfgNode
-from fpn_plugin.cli.arguments import command_parser
-from fpn_plugin.config import extra_levels_for
+from detectron2.modeling import BACKBONE_REGISTRY
+
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.modeling.python_config import build_backbone
+from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 from fpn_plugin.visualize import complexity, draw, fusion_weights
 
 SIZE_HELP = "the image that GFLOPs are counted for, in pixels (default: 800 1344)"
@@ -31,17 +32,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--draw", default="", metavar="FILE", help="also draw the graph, as .png or .svg")
     add("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"), help=SIZE_HELP)
     add("--weights", default="", metavar="FILE", help="a checkpoint: also print its fusion weights")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    return parse(parser, argv)
 
 
 def build(cfg: CfgNode) -> PyramidBackbone:
     """The backbone, on the CPU and without weights."""
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONE_REGISTRY:
+        known = [builder for builder, _ in BACKBONE_REGISTRY]
+        raise unknown_name("MODEL.BACKBONE.NAME", name, known, advice=HOW_TO_ADD)
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
-        name = cfg.MODEL.BACKBONE.NAME
         raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid; use build_pyramid_backbone")
     return backbone
 
@@ -53,15 +57,7 @@ def run(args: argparse.Namespace) -> None:
     backbone = build(cfg)
     if args.weights:
         fusion_weights.load_backbone(backbone, args.weights)
-    fpn = cfg.MODEL.FPN
-    repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
-    topology = "MODEL.FPN.GRAPH (inline)" if fpn.GRAPH else f"{fpn.TOPOLOGY}{repeats}"
-    names = {
-        "topology": topology,
-        "bottom-up": cfg.MODEL.BOTTOM_UP.NAME,
-        "extra levels": extra_levels_for(cfg),
-        **({"starts as": fpn.WARM_START_FROM.get("TOPOLOGY", "fpn")} if fpn.WARM_START else {}),
-    }
+    names = complexity.pyramid_names(cfg)
     costs = complexity.measure(backbone, tuple(args.size))
     print(complexity.settings_text(backbone, names), "", sep="\n")
     print(complexity.node_table(backbone, costs), "", sep="\n")

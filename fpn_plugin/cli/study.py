@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from fpn_plugin.cli.arguments import command_parser
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.report.progress import TrainingProgress
 from fpn_plugin.study import execute
 from fpn_plugin.study.config import Study, parse_seeds, read_study
@@ -28,15 +28,14 @@ from fpn_plugin.study.plan import plan_runs
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("study", __doc__)
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY.yaml")
+    add("study", type=Path, metavar="STUDY.yaml", help="a file, or a name: studies/trees.yaml")
     add("--output", type=Path, metavar="DIR", help="instead of the study's")
     add("--only", default="", metavar="NAME,…", help="these runs of the study")
     add("--seeds", default="", metavar="N,…", help="instead of the study's")
     add("--dry-run", action="store_true", help="print what is done and what would be run")
     add("--quiet", action="store_true", help="no progress")
-    add("opts", nargs="*", metavar="KEY VALUE", help="overrides of every run")
-    # intermixed: overrides may stand after flags
-    return parser.parse_intermixed_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=f"of every run: {OVERRIDES_HELP}")
+    return parse(parser, argv)
 
 
 def study_of(args: argparse.Namespace) -> Study:

@@ -1,4 +1,4 @@
-"""Train or evaluate any Detectron2 detector, on GPUs or on the CPU: Detectron2's command line.
+"""Train or evaluate a detector, on GPUs or on the CPU, by Detectron2's command line.
 
 fpn train FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE …]
 fpn train FILE --eval-only [--allow-partial] MODEL.WEIGHTS model.pth
@@ -13,7 +13,6 @@ only one that you trust. Its keys are others: train.init_checkpoint, train.devic
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any, Sequence
 
 from detectron2.config import CfgNode
@@ -22,11 +21,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
-from fpn_plugin.cli.arguments import add_common_flags
+from fpn_plugin.cli.arguments import add_common_flags, split_overrides
 from fpn_plugin.engine import lazy
 from fpn_plugin.engine.launch import launch_ranks
+from fpn_plugin.engine.log import write_modules
 from fpn_plugin.engine.run_folder import remove_old_run
 from fpn_plugin.engine.setup import argument_parser, begin, setup
+from fpn_plugin.engine.summary import log_end
 from fpn_plugin.engine.trainer import Trainer
 from fpn_plugin.modeling.python_config import is_python_config
 
@@ -37,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser()
     parser.prog, parser.description = "fpn train", __doc__
     add_common_flags(parser)
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, pairs = split_overrides(argv)
     args = parser.parse_args(words)
     if args.opts and _is_file(args.opts[0]):  # the config as the first word; flags may follow
         if args.config_file:
@@ -45,6 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         place = len(words) - len(args.opts)
         words = [*words[:place], f"--config-file={words[place]}", *words[place + 1 :]]
         args = parser.parse_args(words)
+    args.opts = [*args.opts, *pairs]
     return args
 
 
@@ -67,6 +69,8 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Any:
     cfg = begin(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
+        if comm.is_main_process():
+            write_modules(cfg.OUTPUT_DIR, model)
         checkpointer = StrictCheckpointer(model, "", args.allow_partial, "MODEL.WEIGHTS")
         checkpointer.load(cfg.MODEL.WEIGHTS)
         results = Trainer.test(cfg, model)
@@ -77,7 +81,10 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Any:
     trainer.resume_or_load(resume=args.resume)
     if args.overwrite and comm.is_main_process():
         remove_old_run(cfg.OUTPUT_DIR)  # only now, as nothing can refuse to start any more
-    return trainer.train()
+    results = trainer.train()
+    if comm.is_main_process():
+        log_end(cfg.OUTPUT_DIR, next(iter(cfg.DATASETS.TEST), ""))
+    return results
 
 
 def train_python(cfg: DictConfig, args: argparse.Namespace) -> Any:

@@ -1,6 +1,8 @@
-"""Draw what a trained detector sees, one figure per image: detections and masks by pyramid level, a
-histogram by size and level, a heat map of every level at each stage of the pyramid; and its graph,
-with the fusion weights that it has learned.
+"""Draw what a trained detector sees, level by level of its pyramid.
+
+One figure per image: detections and masks by pyramid level, a histogram by size and level, a heat
+map of every level at each stage of the pyramid; and its graph, with the fusion weights that it has
+learned.
 
 fpn visualize --weights W --input photo.jpg folder/ 'more/*.png' --output DIR --html
 fpn visualize --weights W --dataset trees_val --num 4 --output DIR
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Sequence
 
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
-from fpn_plugin.cli.arguments import command_parser, own_arguments
+from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, own_arguments, parse
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import CONFIG_HELP
 from fpn_plugin.visualize.run import Settings, visualize
@@ -50,9 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace pictures of an earlier call")
     add("--allow-partial", action="store_true", help=PARTIAL_HELP)
     add("--quiet", action="store_true", help="no progress; the files' names alone are printed")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    # intermixed: overrides may stand after other arguments
-    args = parser.parse_intermixed_args(argv)
+    add("opts", nargs="*", metavar="KEY VALUE", help=OVERRIDES_HELP)
+    args = parse(parser, argv)
     if args.results and not args.dataset:
         parser.error("--results: give the --dataset that they are of")
     if args.results and (args.weights or args.html or not args.pictures):

@@ -64,6 +64,13 @@ GONE = {
 
 _KEYS = [
     Key(
+        "IMPORTS",
+        [],
+        "modules and files with topologies, fusions, datasets, ... [of your own](extending.md). A"
+        " run fills in what `--import` names. What a file has here is imported only with"
+        " `--import` of the same or `--trust-imports`; relative paths are relative to the file",
+    ),
+    Key(
         "MODEL.FPN.WARM_START",
         False,
         "starts from `MODEL.WEIGHTS`, a checkpoint with another pyramid or width, and at first"

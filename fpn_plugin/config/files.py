@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
+from fpn_plugin import plugins
 from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.config.defaults import ARGS, GONE
 from fpn_plugin.config.heads import spell_auto
@@ -245,6 +246,8 @@ def _read_with_base(path: str, above: Sequence[str]) -> dict[str, Any]:
     content = read_yaml(path)
     bases = content.pop(BASE, [])
     drop_gone_keys(content, path)
+    if isinstance(imports := content.get(plugins.KEY), list):
+        content[plugins.KEY] = [plugins.beside(name, path) for name in imports]
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not base:
@@ -257,12 +260,14 @@ def _read_with_base(path: str, above: Sequence[str]) -> dict[str, Any]:
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Merge nested values into others, in place."""
+    """Merge nested values into others, in place; a file adds its `IMPORTS` to those below it."""
     for key, value in above.items():
         if isinstance(value, dict) and key in below:
             if not isinstance(below[key], dict):
                 raise ValueError(f"{path}: {prefix}{key} is a section here, but a value in {BASE}")
             _overlay(below[key], value, path, f"{prefix}{key}.")
+        elif f"{prefix}{key}" == plugins.KEY and isinstance(below.get(key), list):
+            below[key] = [*below[key], *value] if isinstance(value, list) else value
         else:
             below[key] = value
 

@@ -166,10 +166,18 @@ def pixel_notes(cfg: CfgNode) -> tuple[tuple[int, str], ...]:
     return vars(cfg).get(_NOTES, ())
 
 
-def log_pixels(lines: Sequence[tuple[int, str]]) -> None:
-    """Log :func:`pixel_notes`."""
+# An attribute of records in a log that are on the terminal already
+FILE_ONLY = "only_in_file"
+
+
+def log_pixels(lines: Sequence[tuple[int, str]], again: bool = False) -> None:
+    """Log :func:`pixel_notes`.
+
+    Args:
+        again: for a log's file alone.
+    """
     for level, text in lines:
-        logger.log(level, "%s", text)
+        logger.log(level, "%s", text, extra={FILE_ONLY: again})
 
 
 def _follows(cfg: CfgNode) -> bool:

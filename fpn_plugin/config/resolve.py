@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from omegaconf import DictConfig, OmegaConf
 
+from fpn_plugin import plugins
 from fpn_plugin.bottom_up.names import check_network_name
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.config.defaults import OWN_BUILDERS, PYRAMID_BUILDER, add_fpn_config
@@ -50,9 +51,11 @@ def resolve_config(
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the key, the value and what is valid; also
-            for keys that are set but that nothing reads (:func:`refuse_unread_keys`).
+            for keys that are set but that nothing reads (:func:`refuse_unread_keys`), and if
+            `IMPORTS` names what is not imported (:func:`fpn_plugin.plugins.require`).
     """
     node = plugin_config(cfg)
+    resolve_imports(node)
     refuse_unread_keys(node)
     if node.MODEL.BACKBONE.NAME in OWN_BUILDERS:
         check_network_name(node.MODEL.BOTTOM_UP.NAME)
@@ -89,6 +92,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         args.config_file = find_config_file(args.config_file)
         merge_config_file(cfg, args.config_file)
     merge_overrides(cfg, list(args.opts or []))
+    resolve_imports(cfg, args.config_file)
     for flag in DATA_FLAGS:
         if path := getattr(args, flag, ""):
             cfg.DATASETS.OWN[flag.upper()] = path
@@ -96,6 +100,21 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     is_resumed = getattr(args, "resume", False) and not args.overwrite
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if is_resumed else ""
     return resolve_config(cfg, checkpoint, getattr(args, "eval_only", False))
+
+
+def resolve_imports(cfg: CfgNode, file: str = "") -> None:
+    """Set `IMPORTS` to what is imported for this config, in place.
+
+    Args:
+        file: that the config is from, for messages.
+
+    Raises:
+        ValueError: for what is not imported, and may not be: see
+            :func:`fpn_plugin.plugins.require`.
+    """
+    names = plugins.require(cfg.IMPORTS, file or plugins.KEY)
+    if names != list(cfg.IMPORTS):
+        cfg.IMPORTS = names
 
 
 def choose_device(cfg: CfgNode) -> None:

@@ -16,8 +16,7 @@ from fpn_plugin.registry import unknown_name
 BACKBONE = "MODEL.BACKBONE.NAME"
 ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 _FPN, _BOTTOM_UP, _RESNETS, _FCOS = "MODEL.FPN", "MODEL.BOTTOM_UP", "MODEL.RESNETS", "MODEL.FCOS"
-# Detectron2's own keys, which base files may set for pyramids and single maps alike, and the fusions
-# that it knows
+# Detectron2's own keys, which base files set for all backbones, and the fusions that it knows
 _THEIRS = frozenset(f"{_FPN}.{key}" for key in ("OUT_CHANNELS", "NORM", "FUSE_TYPE"))
 _THEIR_FUSIONS = ("sum", "avg")
 # Set for all heads and networks at once, in base files or by this plugin itself, whichever is built

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Mapping
 
 from detectron2.config import CfgNode, get_cfg
 
+from fpn_plugin import plugins
 from fpn_plugin.checkpoint.files import read_state_dict
 from fpn_plugin.checkpoint.run_folder import (
     CONFIG,
@@ -25,7 +27,7 @@ from fpn_plugin.config.settings import (
     settings_from_keys,
     settings_of_python,
 )
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import UnknownNameError, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +152,12 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming MODEL.WEIGHTS, if it is none of a detector, or its pyramid is unknown.
+        ValueError: (KeyError for an unknown name) naming MODEL.WEIGHTS, if it is none of a
+            detector, or its pyramid is unknown.
     """
     recorded = recorded_model(path)
     if recorded.get("BACKBONE", {}).get("NAME") == PYRAMID_BUILDER:
-        return pyramid_settings(_settled(recorded))
+        return _recorded_pyramid(recorded, path)
     shapes = {name: tuple(x.shape) for name, x in read_state_dict(path, WEIGHTS).items()}
     names = [name for name in shapes if name.startswith("backbone.")]
     if not names:
@@ -178,6 +181,21 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
         )
         logger.info(text, KEY, path)
     return _detectron2_fpn(shapes, above, path, recorded.get("FPN", {}).get("FUSE_TYPE", "sum"))
+
+
+def _recorded_pyramid(recorded: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The pyramid of a run; the error for a name that is not known here says what that run had
+    imported, if it says so."""
+    try:
+        settings = read_settings(_settled(recorded))
+        settings.check()
+    except UnknownNameError as error:
+        names = config_of_checkpoint(path).get(plugins.KEY) or []
+        had = f"; the run of {path} had {shlex.join(plugins.flags(map(str, names)))}"
+        raise UnknownNameError(
+            f"{FROM}: the checkpoint's pyramid: {error}{had if names else ''}"
+        ) from error
+    return settings.as_keys()
 
 
 def recorded_model(path: str) -> Mapping[str, Any]:

@@ -56,7 +56,7 @@ def register_all() -> None:
                     str(folder / "annotations" / f"{split}.json"),
                     str(folder / split),
                     thing_classes=classes,
-                    prepare_command=f"python datasets/prepare_{dataset}.py",
+                    prepare_command=f"fpn demo {dataset} --data-only",
                 )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from fpn_plugin.registry import HOW_TO_ADD
+
 from .annotation_checks import check_annotations, check_categories, check_images
 from .classes import Classes, dataset_classes
 from .coco_json import DatasetError, Findings, is_plain_utf8, read_json, unify_ids
@@ -308,7 +310,8 @@ def require_registered(name: str) -> None:
     if name not in registered:
         close = difflib.get_close_matches(name, registered, n=5, cutoff=0.5)
         hint = f"close to it: {', '.join(close)}" if close else "no registered name is close to it"
-        raise KeyError(f"dataset {name!r} is not registered; {hint} ({len(registered)} in all)")
+        text = f"dataset {name!r} is not registered; {hint} ({len(registered)} in all)"
+        raise KeyError(f"{text}; {HOW_TO_ADD}")
 
 
 def read_content(name: str, metadata: Any) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.engine.rendezvous import announced
+from fpn_plugin.plugins import Loaded
 from fpn_plugin.report.mistakes import mistake_in
 
 # what the errors of gloo and NCCL say when another process is gone
@@ -68,8 +70,8 @@ def launch_ranks(
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(SharedLocks(), main, *arguments),
+            dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus),
+            args=(Loaded(), SharedLocks(), main, *arguments),  # in the order of their unpickling
             timeout=timedelta(minutes=args.rank_timeout),
         )
     except (ProcessExitedException, ProcessRaisedException) as error:
@@ -80,7 +82,9 @@ def launch_ranks(
         raise failure from error
 
 
-def _run_rank(locks: SharedLocks, main: Callable[..., Any], *arguments: Any) -> None:
+def _run_rank(
+    loaded: Loaded, locks: SharedLocks, main: Callable[..., Any], *arguments: Any
+) -> None:
     """Run `main` in one of the processes, or in the only one.
 
     torch sends SIGINT to ranks whose parent died. A shell has background jobs ignore that signal,

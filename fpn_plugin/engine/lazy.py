@@ -18,7 +18,7 @@ from typing import Any, Sequence
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
+from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -41,15 +41,16 @@ from fpn_plugin.engine.hooks import (
     build_writers,
     trim_metrics,
 )
+from fpn_plugin.engine.log import begin_log, write_modules
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
     claim_output_dir,
-    kept_config,
     remove_old_run,
 )
 from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
 from fpn_plugin.engine.step import build_python_optimizer, make_step_trainer
+from fpn_plugin.engine.summary import log_pyramid
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
 from fpn_plugin.modeling import python_config
 from fpn_plugin.modeling.precision import choose_dtype
@@ -117,8 +118,13 @@ def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
     prepare_process(cfg.train.output_dir, device_of(cfg))
     folder = cfg.train.output_dir
-    with kept_config(folder, args.resume and bool(find_checkpoint(folder))):
-        default_setup(cfg, args)
+    settings = cfg.train
+    benchmark = not args.eval_only and settings.get("cudnn_benchmark", False)
+    begin_log(folder, settings.get("seed", -1), benchmark)
+    # that of a run to be resumed stays until it goes on
+    resumes = args.resume and bool(find_checkpoint(folder))
+    if comm.is_main_process() and not resumes:
+        LazyConfig.save(cfg, os.path.join(folder, CONFIG))
 
 
 def build_model(cfg: DictConfig, first_weights: bool = True) -> nn.Module:
@@ -180,6 +186,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
             trim_metrics(folder, start, end)
         if start < end:  # else the run's stays
             LazyConfig.save(cfg, os.path.join(folder, CONFIG))  # with the classes
+            write_modules(folder, model)
+            log_pyramid(model)
     key = "dataloader.train.num_workers"
     hints = lambda: _training_hints(cfg, last_sizes(trainer.model))  # noqa: E731
     with actionable_errors("training", folder, hints, key):

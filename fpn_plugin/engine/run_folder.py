@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Mapping, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 
-from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.checkpoint.run_folder import (
-    CONFIG,
     LEARNED_KEYS,
     METRICS,
     config_changes,
@@ -109,24 +106,6 @@ def warn_of_changes(cfg: CfgNode) -> None:
         logger.warning("--resume: the config differs from the run's: %s", "; ".join(changes))
 
 
-@contextlib.contextmanager
-def kept_config(folder: str, keep: bool) -> Iterator[None]:
-    """Leave a folder's config.yaml as it is, or missing, though what is called in here writes it.
-
-    Args:
-        keep: False lets it be written.
-    """
-    path = Path(folder, CONFIG)
-    before = path.read_bytes() if path.is_file() else None
-    yield
-    if not keep or not comm.is_main_process():
-        return
-    if before is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_atomically(path, lambda file: file.write(before))
-
-
 def claim_eval_dir(folder: str) -> str:
     """Create the next free `eval-N` in a folder: an evaluation never touches the run itself."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -171,7 +150,7 @@ def claim_demo_dir(folder: str, demo: str) -> list[str]:
         whose = f"the demo {owner!r}" if owner else "a run that no demo started"
         raise FileExistsError(
             f"--output {str(folder)!r} holds the results of {whose} ({results[0].name}, …), which "
-            f"the demo {demo!r} does not replace: choose another folder (make demo DEMO=…)"
+            f"the demo {demo!r} does not replace: choose another folder"
         )
     root.mkdir(parents=True, exist_ok=True)
     marker.write_text(f"{demo}\n")

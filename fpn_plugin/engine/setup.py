@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -17,7 +17,13 @@ from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
-from fpn_plugin.config.resolve import DATA_FLAGS, as_recorded, choose_device, load_config
+from fpn_plugin.config.resolve import (
+    DATA_FLAGS,
+    as_recorded,
+    choose_device,
+    load_config,
+    resolve_imports,
+)
 from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.data.checks import (
     check_config_datasets,
@@ -30,10 +36,10 @@ from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout
+from fpn_plugin.engine.log import begin_log, set_up_logger
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
     claim_output_dir,
-    kept_config,
     warn_of_changes,
 )
 from fpn_plugin.evaluation.build import check_evaluators
@@ -41,6 +47,7 @@ from fpn_plugin.evaluation.build import check_evaluators
 logger = logging.getLogger(__name__)
 
 _BEGUN = "_fpn_plugin_begun"
+_COUNTS = "_fpn_plugin_counts"
 # Keys of MODEL.BOTTOM_UP that a checkpoint of the whole model replaces, and their values then
 _FIRST_WEIGHTS = {"WEIGHTS": "", "PIXELS": "config"}
 
@@ -49,6 +56,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's command line with `--overwrite`, `--allow-partial`, `--rank-timeout`, and flags
     for own datasets."""
     parser = default_argument_parser()
+    parser.epilog = None  # examples that call this process's file, whatever that is
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds"
     )
@@ -142,14 +150,14 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     write_pixels(cfg, pixels)
     cfg.SEED = _run_seed(cfg, args.resume)
     prepare_process(cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
-    log_pixels(lines)  # again, for the log file
-    # before default_setup, which replaces the config.yaml of the last run
-    check_data(cfg, args.eval_only)
+    log_pixels(lines, again=True)
+    check_data(cfg, args.eval_only)  # before the config.yaml of the last run is replaced
     cfg.freeze()
+    begin_log(cfg.OUTPUT_DIR, cfg.SEED, not args.eval_only and cfg.CUDNN_BENCHMARK)
     # that of a run to be resumed stays until it goes on, as the trainer may refuse
-    with kept_config(cfg.OUTPUT_DIR, args.resume and bool(find_checkpoint(cfg.OUTPUT_DIR))):
-        default_setup(as_recorded(cfg), args)
-    logger.info("MODEL.DEVICE: %s, SEED: %d", cfg.MODEL.DEVICE, cfg.SEED)
+    resumes = args.resume and bool(find_checkpoint(cfg.OUTPUT_DIR))
+    if comm.is_main_process() and not resumes:
+        write_config(cfg)
     if not args.eval_only and not args.resume:
         _warn_of_frozen_noise(cfg)
     cfg = _without_first_weights(cfg, args)
@@ -172,6 +180,7 @@ def prepare_config(cfg: CfgNode) -> CfgNode:
     """
     frozen, cfg = cfg.is_frozen(), cfg.clone()
     cfg.defrost()
+    resolve_imports(cfg)
     refuse_unread_keys(cfg)
     choose_device(cfg)
     check_data(cfg)
@@ -182,7 +191,7 @@ def prepare_config(cfg: CfgNode) -> CfgNode:
 
 
 def write_config(cfg: CfgNode, first_weights: bool = False) -> None:
-    """Write the config.yaml of a run, as Detectron2's `default_setup` does.
+    """Write the config.yaml of a run.
 
     Args:
         first_weights: whether those keys that a checkpoint replaces, and that :func:`begin` has
@@ -226,12 +235,19 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     if comm.is_main_process():
         reports = check_config_datasets(checked)
         outputs = training_classes(checked, reports), training_keypoints(checked, reports)
+        vars(cfg)[_COUNTS] = {r.name: (r.num_images, r.num_annotations) for r in reports}
     classes, keypoints = comm.all_gather(outputs)[0]
     if not eval_only:
         set_classes(cfg, classes)
         set_keypoints(cfg, keypoints)
         require_keypoints(cfg)
     check_evaluators(cfg)
+
+
+def data_counts(cfg: CfgNode) -> dict[str, tuple[int, int]]:
+    """The images and annotations of the datasets that :func:`check_data` has checked, by name, in
+    the main process; {} elsewhere."""
+    return vars(cfg).get(_COUNTS, {})
 
 
 def prepare_process(folder: str, device: str) -> None:
@@ -244,7 +260,7 @@ def prepare_process(folder: str, device: str) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     # A launched process has no handler yet; the one that ran setup() has one for stdout.
     is_new = not logging.getLogger("fpn_plugin").handlers
-    setup_logger(folder, comm.get_rank(), name="fpn_plugin", configure_stdout=is_new)
+    set_up_logger("fpn_plugin", folder, on_terminal=is_new)
 
 
 def _warn_of_frozen_noise(cfg: CfgNode) -> None:

@@ -43,11 +43,13 @@ from fpn_plugin.engine.hooks import (
     replace_eval_hooks,
     trim_metrics,
 )
+from fpn_plugin.engine.log import write_modules
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.run_folder import refuse_results
-from fpn_plugin.engine.setup import has_begun, prepare_config, write_config
+from fpn_plugin.engine.setup import data_counts, has_begun, prepare_config, write_config
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
+from fpn_plugin.engine.summary import log_summary
 from fpn_plugin.engine.warm.start import start_warm
 from fpn_plugin.evaluation.augmentation import (
     SUFFIX,
@@ -169,6 +171,9 @@ class Trainer(DefaultTrainer):
             self._claim_folder(resume=False)
             self._write_config()
         folder, model = self.cfg.OUTPUT_DIR, self._trainer.model
+        if comm.is_main_process() and self.start_iter < self.max_iter:
+            write_modules(folder, self.checkpointer.model)
+            log_summary(self.cfg, self.checkpointer.model, data_counts(self.cfg))
         hints = lambda: training_hints(self.cfg, last_sizes(model))  # noqa: E731
         with actionable_errors("training", folder, hints):
             return super().train()
@@ -269,9 +274,7 @@ class Trainer(DefaultTrainer):
         """The model, prepared by `MODEL.CHANNELS_LAST`, `FAST_ROI_ALIGN` and `COMPILE`."""
         check_pixels(cfg)
         check_heads_when_built(cfg)
-        model = build_model(cfg)
-        logging.getLogger("detectron2.engine.defaults").info("Model:\n%s", model)
-        return prepare_for_training(model, cfg)
+        return prepare_for_training(build_model(cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

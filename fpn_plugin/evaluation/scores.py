@@ -18,6 +18,7 @@ from fpn_plugin.data.coco_records import mask_truth, read_truth
 from fpn_plugin.evaluation.bootstrap import Matches, matches_of
 from fpn_plugin.evaluation.coco_metrics import prepare_truth
 from fpn_plugin.evaluation.size_bins import area_ranges, bin_names, mean_precision
+from fpn_plugin.registry import HOW_TO_ADD
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = {"all": [0, 1e5**2], "s": [0, 32**2], "m": [32**2, 96**2], "l": [96**2, 1e5**2]}
@@ -51,7 +52,7 @@ def load_truth(dataset: str, path: str = "") -> COCO | str:
     """
     if not path:
         if dataset not in DatasetCatalog.list():
-            return f"the dataset {dataset!r} is not registered here"
+            return f"the dataset {dataset!r} is not registered here ({HOW_TO_ADD})"
         metadata = MetadataCatalog.get(dataset)
         if metadata.get("evaluator_type", None) not in ("coco", "coco_panoptic_seg"):
             return f"the dataset {dataset!r} is not evaluated by COCO's rules"

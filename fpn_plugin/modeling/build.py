@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 from typing import Iterable
 
+from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling import build_model as build_detectron2_model
+from detectron2.utils.registry import Registry
 from torch import nn
 
 from fpn_plugin.config.heads import AUTO_KEYS
@@ -17,10 +19,11 @@ from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.config.validate import RecordingConfig, plugin_config
 from fpn_plugin.modeling.bottom_up import accept_small_maps
 from fpn_plugin.modeling.python_config import attached, build_part
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import HOW_TO_ADD, UnknownNameError, unknown_name
 
 # Names of a pyramid's or a network's maps. Others are of a head's own, and say nothing here
 _MAP = re.compile(r"(p|res)\d+")
+_UNREGISTERED = re.compile(r"No object named '(.*)' found in '(.*)' registry")
 _SUFFIX, _BOTTOM_UP = "IN_FEATURES", "MODEL.FPN.IN_FEATURES"
 
 
@@ -41,13 +44,13 @@ def build_model(cfg: CfgNode) -> nn.Module:
     cfg = plugin_config(cfg)
     name, known = cfg.MODEL.META_ARCHITECTURE, [name for name, _ in META_ARCH_REGISTRY]
     if name not in known:
-        raise unknown_name("MODEL.META_ARCHITECTURE", name, known)
+        raise unknown_name("MODEL.META_ARCHITECTURE", name, known, advice=HOW_TO_ADD)
     refuse_unread_keys(cfg)
     recording = RecordingConfig(cfg)
     try:
         model = build_detectron2_model(recording)
     except KeyError as error:
-        if cause := _missing_map(recording, error):
+        if cause := _missing_map(recording, error) or _unknown_name(recording, error):
             raise cause from error
         raise
     accept_small_maps(model)
@@ -67,6 +70,18 @@ def _features_read(cfg: RecordingConfig) -> Iterable[tuple[str, list[str]]]:
     for key, value in cfg.values_read().items():
         if key.endswith(_SUFFIX) and key != _BOTTOM_UP and is_names(value):
             yield key, list(value)
+
+
+def _unknown_name(cfg: RecordingConfig, error: KeyError) -> UnknownNameError | None:
+    """The error in the place of that of one of Detectron2's registries; None if it is another."""
+    match = _UNREGISTERED.match(str(error.args[0]) if error.args else "")
+    if not match:
+        return None
+    name, registry = match.groups()
+    where = [key for key, value in cfg.values_read().items() if value == name]
+    registries = [each for each in vars(modeling).values() if isinstance(each, Registry)]
+    choices = [choice for each in registries if each._name == registry for choice, _ in each]
+    return unknown_name(" or ".join(where) or registry, name, choices, advice=HOW_TO_ADD)
 
 
 def _missing_map(cfg: RecordingConfig, error: KeyError) -> ValueError | None:

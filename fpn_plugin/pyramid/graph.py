@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Collection, Iterable, Mapping, Sequence, Union
 
-from fpn_plugin.registry import bad_argument, unknown_name
+from fpn_plugin.registry import HOW_TO_ADD, bad_argument, unknown_name
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RESERVED = re.compile(r".*(_fuse|_edge\d+)(\..*)?|bottom_up(\..*)?")
@@ -302,7 +302,7 @@ def _check_operators(
 
 def _check_operator(where: str, value: Operator | None, choices: Collection[str]) -> None:
     if value is not None and value.name not in choices:
-        raise unknown_name(where, value.name, choices)
+        raise unknown_name(where, value.name, choices, advice=HOW_TO_ADD)
 
 
 def _check_prefixes(names: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, TypeVar
+from typing import Any, Callable, Mapping, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,12 @@ from detectron2.layers.batch_norm import LayerNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fpn_plugin.registry import bad_argument, close_name
+from fpn_plugin.registry import HOW_TO_ADD, Registry, bad_argument, close_name
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# norms of one's own, each a function from the channels to the layer
+NORMS: Registry[Callable[[int], nn.Module]] = Registry("norm")
 _NAMES = ("BN", "SyncBN", "FrozenBN", "GN", "LN")
 _NORMS = (_NormBase, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm, LayerNorm)
 
@@ -90,7 +92,8 @@ def _is_plain(norm: Any) -> bool:
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module | None:
-    """Detectron2's normalisation layer of that name over `channels`; None for "".
+    """Detectron2's normalisation layer of that name over `channels`, or one of `NORMS`; None for
+    "".
 
     Unlike torch's, it also takes a map of 1x1 pixels of a single image, see
     :func:`accept_single_values`.
@@ -99,13 +102,14 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
         ValueError: naming `norm`, if the name is unknown or does not divide the channels.
     """
     try:
-        layer = get_norm(norm, channels)
+        layer = NORMS.get(norm)(channels) if norm in NORMS else get_norm(norm, channels)
         return layer if layer is None else accept_single_values(layer)
     except KeyError:
-        close = close_name(norm, list(_NAMES))
+        names = [*_NAMES, *NORMS.names()]
+        close = close_name(norm, names)
         hint = f" (did you mean {close!r}?)" if close else ""
-        choices = ", ".join(_NAMES)
-        raise bad_argument("norm", f"unknown norm {norm!r}{hint}; choose from {choices}") from None
+        text = f"unknown norm {norm!r}{hint}; choose from {', '.join(names)}; {HOW_TO_ADD}"
+        raise bad_argument("norm", text) from None
     except ValueError as error:  # torch's GroupNorm: channels must be divisible by groups
         raise bad_argument(
             "norm",

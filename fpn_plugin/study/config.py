@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fpn_plugin import plugins
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.evaluation.size_bins import check_edges
 from fpn_plugin.registry import unknown_name
@@ -95,6 +96,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
     """Read and check a study file.
 
     Args:
+        path: of the file, or the name of a study among this plugin's configs.
         opts: `KEY VALUE …` for every run, which replace what the file sets.
 
     Raises:
@@ -102,8 +104,7 @@ def read_study(path: Path, opts: Sequence[str] = ()) -> Study:
         ValueError: naming the file, the key and the value, for anything wrong in it.
         KeyError: for a key or a name that does not exist, with the choices.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no study file {str(path)!r}")
+    path = Path(find_config_file(str(path), "the study"))
     content = _load(path)
     values = _with_defaults(path, content)
     for key in ("output", "runs"):
@@ -228,5 +229,7 @@ def _words(path: Path, where: str, overrides: Any) -> list[str]:
     for key, value in _mapping(path, where, overrides).items():
         if value is None or not _CONFIG_KEY.fullmatch(key):
             raise _error(path, f"{where}.{key}", value, "value for a config key (KEY.OF.CONFIG: 1)")
+        if key == plugins.KEY and isinstance(value, list):
+            value = [plugins.beside(name, str(path)) for name in value]
         words += [key, str(value)]
     return words

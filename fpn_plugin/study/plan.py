@@ -8,6 +8,7 @@ from typing import Mapping, Sequence
 
 from detectron2.config import CfgNode
 
+from fpn_plugin import plugins
 from fpn_plugin.checkpoint.run_folder import OUTER_KEYS, RESULT_KEY, metric_lines
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.run_folder import config_changes, run_results
@@ -43,7 +44,8 @@ class PlannedRun:
 
     def arguments(self) -> list[str]:
         """The arguments of `fpn train`, without --resume."""
-        config = ["--config-file", str(self.config.file), *self.config.overrides]
+        config = [*plugins.flags(self.cfg.IMPORTS), "--config-file", str(self.config.file)]
+        config += self.config.overrides
         return [*config, "OUTPUT_DIR", str(self.folder), "SEED", str(self.seed)]
 
     def changes(self) -> list[str]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Iterable, Mapping, Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import Tensor, nn
 
+from fpn_plugin.config.settings import extra_levels_for
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.graph import Operator
 from fpn_plugin.pyramid.resolve import ResolvedEdge
@@ -211,26 +213,29 @@ def edge_text(edge: ResolvedEdge) -> str:
     return " ".join(texts)
 
 
-def node_table(backbone: PyramidBackbone, complexity: Complexity) -> str:
-    """One row per node, in the order in which they run, with one line per input."""
+def node_table(backbone: PyramidBackbone, complexity: Complexity | None = None) -> str:
+    """One row per node, in the order in which they run, with one line per input.
+
+    Args:
+        complexity: without it there are no GFLOPs.
+    """
     maps = {node: name for name, node in backbone.graph.output_names().items()}
     rows: list[Sequence[str]] = [HEADER]
+    columns = len(HEADER) if complexity else len(HEADER) - 1
     for step in backbone.steps:
         name, level = step.node.name, step.node.level
         first, *others = (edge_text(edge) for edge in step.edges)
         operators = [
             operator_text(part.operator) if part else "-" for part in (step.fuse, step.block)
         ]
-        cost = complexity.nodes[name]
-        counts = [
-            f"{cost.parameters:,}" if cost.parameters else "-",
-            f"{cost.flops / 1e9:.3f}" if cost.flops else "-",
-        ]
+        parameters = count_parameters(backbone, [part.path for part in step.parts()])
+        flops = complexity.nodes[name].flops if complexity else 0
+        counts = [f"{parameters:,}" if parameters else "-", f"{flops / 1e9:.3f}" if flops else "-"]
         channels = str(backbone.defaults.channels)
         output = maps.get(name, "-")
         rows.append([name, str(level), str(2**level), first, *operators, channels, output, *counts])
         rows.extend(["", "", "", text, *[""] * 6] for text in others)
-    return aligned(rows)
+    return aligned([row[:columns] for row in rows])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -244,11 +249,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
 
 
+def pyramid_names(cfg: CfgNode) -> dict[str, str]:
+    """What a config says of its pyramid that the backbone does not know of itself."""
+    fpn = cfg.MODEL.FPN
+    repeats = f" x {fpn.REPEATS}" if fpn.REPEATS > 1 else ""
+    return {
+        "topology": "MODEL.FPN.GRAPH (inline)" if fpn.GRAPH else f"{fpn.TOPOLOGY}{repeats}",
+        "bottom-up": cfg.MODEL.BOTTOM_UP.NAME,
+        "extra levels": extra_levels_for(cfg),
+        **({"starts as": fpn.WARM_START_FROM.get("TOPOLOGY", "fpn")} if fpn.WARM_START else {}),
+    }
+
+
 def settings_text(backbone: PyramidBackbone, names: Mapping[str, str]) -> str:
     """The settings that a backbone was resolved with, one a line.
 
     Args:
-        names: what the backbone does not know of itself ("topology": "fpn", ...): they come first.
+        names: of :func:`pyramid_names`: they come first.
     """
     shapes, defaults = backbone.bottom_up.output_shape(), backbone.defaults
     maps = [

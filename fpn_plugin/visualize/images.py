@@ -21,7 +21,7 @@ from fpn_plugin.data.deep_images import read_image
 from fpn_plugin.data.image_checks import READ_ERRORS, read_fault
 from fpn_plugin.data.keypoints import dataset_keypoints, model_keypoints
 from fpn_plugin.data.mapper import Mapper
-from fpn_plugin.registry import unknown_name
+from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 from fpn_plugin.visualize.levels import FIELD, record_levels
 from fpn_plugin.visualize.maps import RecordedMaps, record_maps
 
@@ -73,7 +73,7 @@ def all_records(dataset: str) -> list[dict[str, Any]]:
         KeyError: if there is no such dataset.
     """
     if dataset not in DatasetCatalog.list():
-        raise unknown_name("--dataset", dataset, DatasetCatalog.list())
+        raise unknown_name("--dataset", dataset, DatasetCatalog.list(), advice=HOW_TO_ADD)
     return DatasetCatalog.get(dataset)
 
 

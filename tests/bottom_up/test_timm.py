@@ -199,11 +199,21 @@ def test_published_weights_are_taken(tmp_path: Path) -> None:
     assert all(torch.equal(value, given[name]) for name, value in state.items())
 
 
-def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "gone.pth")}}
-    text = "MODEL.BOTTOM_UP.WEIGHTS: 'timm': .*timm/test_resnet could not be had.*FileNotFound.*give a file"
+    text = "MODEL.BOTTOM_UP.WEIGHTS: 'timm': .*timm/test_resnet could not be had.*FileNotFound.*"
     with pytest.raises(ValueError, match=text):
         TimmBackbone("test_resnet", args=overlay, pretrained=True)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    # at once, where the client of the hub would try again for most of a minute
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("fpn_plugin.bottom_up.timm.getproxies", dict)
+    text = r"could not be had: OSError: no route to host\nDownload https://\S+ elsewhere and give"
+    with pytest.raises(ValueError, match=text):
+        TimmBackbone("test_vit", pretrained=True)
     with pytest.raises(ValueError, match="timm/ghostnet_050 do not exist: timm publishes none"):
         TimmBackbone("ghostnet_050", pretrained=True)
 

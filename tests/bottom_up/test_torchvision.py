@@ -220,7 +220,7 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
         raise OSError("no route to host")
 
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", refuse)
-    message = "MODEL.BOTTOM_UP.WEIGHTS: 'torchvision': .*resnet18.*no route to host.*give a file"
+    message = "MODEL.BOTTOM_UP.WEIGHTS: 'torchvision': .*resnet18.*no route to host\nDownload https.*/resnet18-f.*\nor put"
     with pytest.raises(ValueError, match=message):
         TorchvisionBackbone("resnet18", pretrained=True)
 
@@ -228,7 +228,10 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"model": "resnet19"}, "MODEL.BOTTOM_UP.NAME: .*'torchvision/resnet19'.*mean 'torchvision/resnet18'"),
+        (
+            {"model": "resnet19"},
+            "MODEL.BOTTOM_UP.NAME: .*'torchvision/resnet19'.*mean 'torchvision/resnet18'",
+        ),
         (
             {"model": "vit_b_16"},
             "NAME: torchvision/vit_b_16 gives no maps.*height.*timm/vit_.*TOPOLOGY: simple",

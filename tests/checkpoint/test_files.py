@@ -7,6 +7,7 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.checkpoint.files import read_state_dict, read_weights
 
 
@@ -197,13 +199,28 @@ def test_an_address_that_cannot_be_fetched_names_the_key(path: str) -> None:
         read_state_dict(path)
 
 
-def test_a_download_that_fails_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_fails_names_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(path: str) -> str:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(PathManager, "get_local_path", refuse)
-    with pytest.raises(FileNotFoundError, match="KEY: 'https://x/w.pth'.*Name or service not"):
-        read_state_dict("https://x/w.pth", "KEY")
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    for path, address in (
+        ("https://x.org/a/w.pth", "https://x.org/a/w.pth"),
+        ("detectron2://A/R-50.pkl?b=1", "https://dl.fbaipublicfiles.com/detectron2/A/R-50.pkl"),
+    ):
+        for load in (
+            read_state_dict,
+            lambda path, key: Checkpointer(nn.Linear(1, 1), key=key).load(path),
+        ):
+            with pytest.raises(FileNotFoundError) as error:
+                load(path, "KEY")
+            first, second, third = str(error.value).splitlines()
+            assert first.startswith(f"KEY: {path!r} cannot be fetched: Name or service not known")
+            assert second == f"Download {address} elsewhere and give the path of the file as KEY,"
+            assert f"{tmp_path}/{urlparse(address).path[1:]} (" in third
 
 
 def test_a_file_that_is_not_there_is_looked_for_once_if_its_path_is_absolute(

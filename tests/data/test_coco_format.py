@@ -23,8 +23,8 @@ from fpn_plugin.data import (
     register_coco_format,
     register_own,
 )
+from fpn_plugin.paths import makers_dir
 
-ROOT = Path(__file__).resolve().parents[2]
 PREPARED = ("trees_train", "trees_val", "scenes_train", "scenes_val")
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -171,10 +171,10 @@ def test_prepared_sets_are_registered_without_files(fresh: Path) -> None:
 
 @pytest.mark.parametrize("name", PREPARED)
 def test_unprepared_set_names_its_command(name: str, fresh: Path) -> None:
-    script = f"datasets/prepare_{name.split('_')[0]}.py"
-    with pytest.raises(DatasetError, match=f"run `python {script}`"):
+    dataset = name.split("_")[0]
+    with pytest.raises(DatasetError, match=f"run `fpn demo {dataset} --data-only`"):
         check_dataset(name)
-    assert (ROOT / script).is_file()
+    assert (makers_dir() / f"prepare_{dataset}.py").is_file()
 
 
 def test_scenes_load_and_pass_the_checks(fresh: Path) -> None:

@@ -21,7 +21,8 @@ def log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> pytest.LogCaptureFixture:
     """What the plugin logs, without the handlers that setup() would leave in this process."""
-    monkeypatch.setattr(engine_setup, "setup_logger", lambda *args, **kwargs: None)
+    for name in ("setup_logger", "set_up_logger"):
+        monkeypatch.setattr(engine_setup, name, lambda *args, **kwargs: None)
     caplog.set_level("INFO")
     return caplog
 

@@ -157,7 +157,9 @@ def test_a_demo_takes_nobody_elses_run(names: tuple[str, ...], tmp_path: Path) -
     fill(tmp_path / "scenes", names)
     before = digest(tmp_path)
     for folder, whose in (("run", "a run that no demo started"), ("scenes", "the demo 'scenes'")):
-        with pytest.raises(FileExistsError, match=f"--output.*{folder}.*{whose}.*'trees'.*DEMO="):
+        with pytest.raises(
+            FileExistsError, match=f"--output.*{folder}.*{whose}.*'trees'.*choose another folder"
+        ):
             claim_demo_dir(str(tmp_path / folder), "trees")
     assert digest(tmp_path) == before
 

@@ -22,6 +22,7 @@ from fpn_plugin.engine.setup import argument_parser, begin, check_data, load_con
 from fpn_plugin.engine.trainer import Trainer
 
 ARGS = "MODEL.BOTTOM_UP.ARGS"
+NETWORK = "BACKBONE: {NAME: build_bottom_up_backbone}"  # which reads them
 
 
 def test_resume(
@@ -143,7 +144,7 @@ def test_a_missing_package_is_found_before_training(
 
 def test_arguments_of_the_bottom_up_network_need_not_be_known(tmp_path: Path, log: Any) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("MODEL: {BOTTOM_UP: {ARGS: {drop_path_rate: 0.1, kept: 7}}}")
+    file.write_text(f"MODEL: {{{NETWORK}, BOTTOM_UP: {{ARGS: {{drop_path_rate: 0.1, kept: 7}}}}}}")
     arguments = {"drop_path_rate": "0", "grad_checkpointing": "True", "img_size": "[64,96]"}
     opts = [item for name, value in arguments.items() for item in (f"{ARGS}.{name}", value)]
     cfg = run_setup("--config-file", str(file), "OUTPUT_DIR", str(tmp_path / "run"), *opts, *DATA)
@@ -160,7 +161,7 @@ def test_arguments_of_the_bottom_up_network_need_not_be_known(tmp_path: Path, lo
 
 def test_arguments_of_the_bottom_up_network_all_at_once(tmp_path: Path, log: Any) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("MODEL: {BOTTOM_UP: {ARGS: {drop_path_rate: 0.1}}}")
+    file.write_text(f"MODEL: {{{NETWORK}, BOTTOM_UP: {{ARGS: {{drop_path_rate: 0.1}}}}}}")
     args = ("--config-file", str(file), "OUTPUT_DIR", str(tmp_path / "run"), *DATA)
     for opts, expected in (
         ([ARGS, "{}"], {}),

@@ -111,9 +111,11 @@ def test_every_topology_checks(name: str, extra: str, repeats: int) -> None:
 
 def test_graphs_import_no_torch() -> None:
     code = (
-        "import sys, types; sys.modules['fpn_plugin'] = package = types.ModuleType('fpn_plugin');"
-        "package.__path__ = ['fpn_plugin'];"
-        "import fpn_plugin.pyramid.topologies, fpn_plugin.pyramid.compose, fpn_plugin.pyramid.resolve;"
+        "import sys, types\n"
+        "for name in ('fpn_plugin', 'fpn_plugin.pyramid'):\n"  # which import everything
+        "    sys.modules[name] = package = types.ModuleType(name)\n"
+        "    package.__path__ = [name.replace('.', '/')]\n"
+        "import fpn_plugin.pyramid.topologies, fpn_plugin.pyramid.compose, fpn_plugin.pyramid.resolve\n"
         "assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -97,7 +97,7 @@ def test_a_broken_file_is_an_error(tmp_path: Path, text: str, message: str) -> N
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_study(path)
-    with pytest.raises(FileNotFoundError, match="no study file"):
+    with pytest.raises(FileNotFoundError, match="the study .*there is no file"):
         read_study(tmp_path / "gone.yaml")
 
 

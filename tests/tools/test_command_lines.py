@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
+import fpn_plugin
+from fpn_plugin.cli.arguments import split_overrides
 from fpn_plugin.cli.main import COMMANDS, main
+from fpn_plugin.version import __version__
 
 ROOT = Path(__file__).parents[2]
-TOOLS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "cli.main" in path.read_text()]
+TOOLS = [
+    path
+    for path in sorted((ROOT / "tools").glob("*.py"))
+    if "import run_command" in path.read_text()
+]
 
 
 def test_the_help_of_each_command(capsys: pytest.CaptureFixture) -> None:
@@ -25,18 +32,97 @@ def test_the_help_of_each_command(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_list_of_commands(capsys: pytest.CaptureFixture) -> None:
-    for words, code in ((["--help"], 0), ([], 0), (["tarin"], 2)):
+    for words, code, expected in (
+        (["--help"], 0, "usage: fpn"),
+        ([], 0, "usage: fpn"),
+        (["tarin"], 2, "no command 'tarin'; did you mean 'train'?"),
+        (["nothing"], 2, "no command 'nothing' (there are: train"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == code
         text = "".join(capsys.readouterr())
-        assert all(name in text for name in COMMANDS)
+        assert expected in text and all(name in text for name in COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"fpn_plugin {__version__}, {Path(fpn_plugin.__file__).parent} (Detec")
+
+
+@pytest.mark.parametrize(
+    "words, others, pairs",
+    [
+        ("MODEL.DEVICE cpu --size 8 8", "--size 8 8", "MODEL.DEVICE cpu"),
+        ("--input a.jpg IMG_1.JPG SEED -1 --quiet", "--input a.jpg IMG_1.JPG --quiet", "SEED -1"),
+        ("SOLVER.BASE_LR -1e-3 --quiet", "--quiet", "SOLVER.BASE_LR -1e-3"),
+        ("MODEL.BOTTOM_UP.ARGS.rate 1 a", "a", "MODEL.BOTTOM_UP.ARGS.rate 1"),
+        ("MODEL.FPM.X 1 --quiet", "--quiet", "MODEL.FPM.X 1"),
+        ("MODLE.X 1 train.seed=3 MODEL.pth", "MODLE.X 1 train.seed=3 MODEL.pth", ""),
+        ("SEED --quiet OUTPUT_DIR o", "--quiet", "OUTPUT_DIR o SEED"),
+        ("--weights TEST.PTH", "--weights TEST.PTH", ""),  # a file
+    ],
+)
+def test_overrides_may_stand_anywhere(
+    words: str, others: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("TEST.PTH").touch()
+    assert split_overrides(words.split()) == (others.split(), pairs.split())
+
+
+def test_a_reader_that_has_enough() -> None:
+    """As of `fpn show … | head`: an exit code as after SIGPIPE, no traceback, nothing at the end."""
+    code = "import sys; from fpn_plugin.cli.main import main; sys.stdin.read(); sys.exit(main())"
+    command = [sys.executable, "-W", "ignore", "-c", code, "convert", "--help"]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # argparse would swallow the error of its help
+    with subprocess.Popen(command, **pipes, text=True, env=env) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_each_tool_is_a_command() -> None:
     assert len(TOOLS) == len(COMMANDS)
     for path in TOOLS:
-        assert any(f'main(["{name}", ' in path.read_text() for name in COMMANDS), path
+        assert any(f'run_command("{name}")' in path.read_text() for name in COMMANDS), path
+
+
+@pytest.mark.parametrize("version", ["0.0.9", ""])
+def test_a_checkouts_tools_refuse_a_package_of_another_version(
+    version: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "fpn_plugin"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    if version:
+        (package / "version.py").write_text(f"__version__ = {version!r}\n")
+    for path in TOOLS[:1] + [ROOT / "tools" / "export_table.py"]:
+        done = run_tool(path, str(tmp_path))
+        assert done.returncode == 2
+        for text in (__version__, str(ROOT), version or "without a version", str(package)):
+            assert text in done.stderr
+    (package / "version.py").write_text(f"__version__ = {__version__!r}\n")
+    done = run_tool(TOOLS[0], str(tmp_path))
+    assert f"running fpn_plugin {__version__} of {package}, not of {ROOT}" in done.stderr
+    assert "it was imported" in done.stderr
+
+
+def test_a_checkouts_tools_run_its_package_where_none_is_installed(tmp_path: Path) -> None:
+    """Without site-packages there is no Detectron2 either, which the package says."""
+    done = run_tool(TOOLS[0], "", "-S")
+    assert "fpn_plugin needs Detectron2" in done.stderr and str(ROOT) in done.stderr
+
+
+def run_tool(path: Path, python_path: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *flags, str(path), "--help"]
+    env = {**os.environ, "PYTHONPATH": python_path}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_threads_are_told_to_sleep_before_torch_is_imported() -> None:
