@@ -46,8 +46,8 @@ _PYTHON_TRAINING_KEYS = (
 )
 _PYTHON_UNCOMPARED_KEYS = (
     *("train.seed", "train.output_dir", "train.device", "train.eval_period", "train.log_period"),
-    *("train.checkpointer", "train.classes", "train.ddp", "dataloader.evaluator"),
-    *("dataloader.train.num_workers", "dataloader.test.num_workers"),
+    *("train.checkpointer", "train.classes", "train.ddp", "train.imports"),
+    *("dataloader.evaluator", "dataloader.train.num_workers", "dataloader.test.num_workers"),
 )
 _KIND = "config"  # where configs of both kinds are compared: YAML or Python
 _MAX_NAME_LENGTH = 32  # of a group's name made of the values that differ
