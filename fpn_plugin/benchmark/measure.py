@@ -45,7 +45,11 @@ the timings, no "result" of the ratios, no "ap"."""
 COUNTS = "counts"
 PLAIN = "float32"
 OTHER_WEIGHTS = "other weights"
-FASTER, SLOWER, NO_DIFFERENCE, REFUSED = "faster", "slower", "no difference", "refused"
+FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
+REFUSED, TOO_FEW_ROUNDS = "refused", "too few rounds"
+MIN_ROUNDS = 6
+"""Fewer cannot tell: that all of five ratios are on one side of 1 happens in 6% of the cases where
+their median is 1."""
 _SHARE = 0.98  # of the reference's detections that must be found again in full precision
 
 
@@ -309,13 +313,15 @@ def measure_section(
 
 def result_of(ratio: Mapping[str, Any], noise: Mapping[str, Any]) -> str:
     """FASTER or SLOWER where a ratio's interval, as it is shown, excludes 1 and is beyond what the
-    same model's ratio to itself is off; else NO_DIFFERENCE, or REFUSED.
+    same model's ratio to itself is off; else NO_DIFFERENCE, TOO_FEW_ROUNDS or REFUSED.
 
     Args:
         noise: the ratio of a model to a copy of itself; {} if there is none.
     """
     if ratio["value"] is None:
         return REFUSED
+    if ratio["rounds"] < MIN_ROUNDS:
+        return TOO_FEW_ROUNDS
     off = noise_of(noise)
     if round(ratio["low"], 2) > round(off, 2):
         return FASTER
@@ -432,6 +438,7 @@ def _ratio_row(pair: tuple[str, str], measured: InterleavedTimes) -> dict[str, A
         "contestant": pair[0],
         "reference": pair[1],
         "equality": "",
+        "rounds": measured.times[pair[0]].rounds,
         **whole,
         "phases": phases if len(phases) > 1 else {},
     }

@@ -7,7 +7,7 @@ from typing import Any, Mapping
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from fpn_plugin.benchmark.measure import noise_of
+from fpn_plugin.benchmark.measure import TOO_FEW_ROUNDS, noise_of
 from fpn_plugin.benchmark.tables import TITLES
 from fpn_plugin.report.figures import COLOURS, GREY, new_figure
 
@@ -46,7 +46,8 @@ def _ratio_plot(timings: Mapping[str, Any]) -> Figure:
         axes.fill_betweenx([y - 0.5, y + 0.5], 1 / noise, noise, color=GREY, alpha=0.25, lw=0)
         if ratio is not None:
             line = [y + 0.27, y + 0.27]
-            axes.plot([ratio["low"], ratio["high"]], line, color=tone, linewidth=3, alpha=0.5)
+            if ratio["result"] != TOO_FEW_ROUNDS:
+                axes.plot([ratio["low"], ratio["high"]], line, color=tone, linewidth=3, alpha=0.5)
             axes.plot([ratio["value"]], line[:1], "o", color=tone, markersize=6)
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set_ylim(len(rows) - 0.5, -0.5)

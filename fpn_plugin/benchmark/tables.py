@@ -9,7 +9,15 @@ from collections import Counter
 from typing import Any, Mapping, Sequence
 
 from fpn_plugin.benchmark.equality import BIT_EQUAL, DIFFERS, NOT_COMPARED
-from fpn_plugin.benchmark.measure import FASTER, NO_DIFFERENCE, REFUSED, SLOWER, noise_of
+from fpn_plugin.benchmark.measure import (
+    FASTER,
+    MIN_ROUNDS,
+    NO_DIFFERENCE,
+    REFUSED,
+    SLOWER,
+    TOO_FEW_ROUNDS,
+    noise_of,
+)
 from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, shown
 from fpn_plugin.report.tables import Table
 
@@ -68,15 +76,20 @@ def headline(report: Mapping[str, Any]) -> str:
         parts.append(f"no difference beyond noise is shown by {_joined(texts[NO_DIFFERENCE])}")
     if REFUSED in texts:
         parts.append(f"too noisy for a ratio is {_joined(texts[REFUSED])}")
-    parts += [f"{len(rows) - _MOST} more are below"] if len(rows) > _MOST else []
+    if TOO_FEW_ROUNDS in texts:
+        few = f"rounds, fewer than {MIN_ROUNDS}, are too few for a verdict on"
+        parts.append(f"{rows[0]['rounds']} {few} {_joined(texts[TOO_FEW_ROUNDS])}")
+    parts += [f"and {len(rows) - _MOST} more below"] if len(rows) > _MOST else []
     return f"{lead}{'; '.join(parts)}."
 
 
 def _main_ratios(report: Mapping[str, Any], data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The ratio of each config to the first that it is compared with, such as the baseline."""
+    """The ratio of each config to the first model that it is compared with: the baseline's."""
+    models = {(row["contestant"], row["reference"]) for row in data["equality"]}
     first: dict[str, Mapping[str, Any]] = {}
     for row in data["ratios"]:
-        if row["contestant"] in report["contestants"]:
+        pair = row["contestant"], row["reference"]
+        if pair in models and row["contestant"] in report["contestants"]:
             first.setdefault(row["contestant"], row)
     return list(first.values())
 
@@ -93,6 +106,8 @@ def _clause(row: Mapping[str, Any], outputs: str) -> str:
     outputs = f"outputs {outputs}"
     if result == REFUSED:
         return f"{name} against {reference} ({outputs})"
+    if result == TOO_FEW_ROUNDS:
+        return f"{name} against {reference} ({row['value']:.2f} times as fast; {outputs})"
     interval = f"95% interval {row['low']:.2f} … {row['high']:.2f}; {outputs}"
     if result == FASTER:
         return f"{name} is {row['value']:.2f} times as fast as {reference} ({interval})"
@@ -174,10 +189,10 @@ def outputs_compared(report: Mapping[str, Any]) -> str:
     counts = Counter(row["verdict"] for row in rows if row["verdict"] != NOT_COMPARED)
     skipped = len(rows) - sum(counts.values())
     texts = [f"{count} {verdict}" for verdict, count in counts.items()]
-    text = "No outputs were compared"
-    if counts:
-        number = sum(counts.values())
-        text = f"Outputs of {weights} on noise were compared {_times(number)}: {', '.join(texts)}"
+    if not counts:
+        return f"No outputs were compared: the models of all {len(rows)} pairs have other weights."
+    number = sum(counts.values())
+    text = f"Outputs of {weights} on noise were compared {_times(number)}: {', '.join(texts)}"
     if skipped:
         text += f"; {_times(skipped)} they were not, as the models have other weights"
     return f"{text}."
@@ -261,7 +276,8 @@ def _ratios_table(title: str, data: Mapping[str, Any]) -> Table:
         result = row.get("result", "")
         rows.append([row["contestant"], row["reference"], *_format_ratio(row), result, outputs])
         for phase, ratio in row["phases"].items():
-            rows.append([f"· {phase}", "", *_format_ratio(ratio), "", ""])
+            cells = _format_ratio({**ratio, "rounds": row.get("rounds", MIN_ROUNDS)})
+            rows.append([f"· {phase}", "", *cells, "", ""])
     rows += [
         [row["contestant"], row["reference"], "not timed", "", "", "", _format_equality(row)]
         for row in data["equality"]
@@ -288,6 +304,8 @@ def _format_ratio(row: Mapping[str, Any]) -> list[str]:
     if row["value"] is None:
         return ["too wide", f"±{row['width'] / 2:.0%}", f"{row['spread']:.0%}"]
     interval = f"{row['low']:.2f} … {row['high']:.2f}"
+    if row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS:
+        interval = "–"
     return [f"{row['value']:.2f}×", interval, f"{row['spread']:.0%}"]
 
 

@@ -21,6 +21,7 @@ from fpn_plugin.cli import (
     convert,
     demo,
     export,
+    predict,
     show,
     study,
     train,
@@ -42,6 +43,7 @@ _READER_IS_GONE = 128 + 13  # what a shell says of a command that SIGPIPE has en
 COMMANDS = {
     "train": train,
     "show": show,
+    "predict": predict,
     "visualize": visualize,
     "benchmark": benchmark,
     "compare": compare,

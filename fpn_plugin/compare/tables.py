@@ -176,9 +176,19 @@ def _best_metrics(
     columns = {
         column: [mean(group, key) for group in report["groups"]]
         for column, key in enumerate(keys, first)
-        if _support(report, key, "images") >= MIN_IMAGES
+        if _support(report, key, "images") >= MIN_IMAGES and not _inconclusive(report, key)
     }
     return _best(columns)
+
+
+def _inconclusive(report: Mapping[str, Any], key: str) -> bool:
+    """Whether a metric is a task's AP, and the best one is not significantly above the next."""
+    task, _, metric = key.partition("/")
+    ranks = _ranking(report, task)
+    if metric != METRICS[0] or len(ranks) < 2:
+        return False
+    pair = report["pairs"].get(task, {}).get(ranks[0][0], {}).get(ranks[1][0])
+    return not pair or not pair["significant"]
 
 
 def _support(report: Mapping[str, Any], key: str, what: str) -> int:
@@ -187,8 +197,9 @@ def _support(report: Mapping[str, Any], key: str, what: str) -> int:
 
 
 _BOLD = (
-    f"Bold: the highest number of a column as shown, if one is and {MIN_IMAGES} images or more have"
-    " such objects; whether the difference is significant is another question."
+    "Bold: the highest number of a column as shown, if no other is the same and"
+    f" {MIN_IMAGES} images or more have such objects. AP itself is bold only if it is significantly"
+    " above the next; the others have no interval."
 )
 
 

@@ -10,14 +10,16 @@ from typing import Any, List, Mapping, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from fpn_plugin.data.classes import model_classes
 from fpn_plugin.data.deep_images import check_rule
+from fpn_plugin.modeling.build import score_threshold
+from fpn_plugin.visualize.images import class_names
 
 WHAT = ("backbone", "detector")
+MASK_THRESHOLD = 0.5  # of Detectron2's detector_postprocess, when it pastes masks
 BATCH = 2  # of the example, as torch.export specializes on a size of 1
 
 
@@ -93,6 +95,7 @@ def export_backbone(cfg: CfgNode, model: Any) -> ExportModel:
         windowed=_find_windows(backbone),
         info={
             **_pixels(cfg),
+            **_sizes(cfg),
             **facts,
             "layout": "NCHW",
             "size_divisibility": backbone.size_divisibility,
@@ -109,7 +112,8 @@ def export_detector(cfg: CfgNode, model: nn.Module) -> ExportModel:
     Raises:
         ValueError: for a model that Detectron2 cannot trace.
     """
-    if not isinstance(model, (GeneralizedRCNN, DenseDetector)):
+    traceable = isinstance(model, (GeneralizedRCNN, DenseDetector))
+    if not traceable or isinstance(model, PanopticFPN):
         raise ValueError(
             f"--what detector: Detectron2 traces R-CNNs, RetinaNet and FCOS, but this is a"
             f" {type(model).__name__}; take --what backbone"
@@ -119,8 +123,14 @@ def export_detector(cfg: CfgNode, model: nn.Module) -> ExportModel:
     adapter(torch.rand_like(image) * 255)  # sets outputs_schema
     names = tuple(adapter.outputs_schema.keys)
     facts = {"normalised": False, "layout": "CHW", "size_divisibility": 0, "square_size": 0}
-    classes = model_classes(cfg)
-    info = {**_pixels(cfg), **facts, "classes": list(classes.names) if classes else []}
+    info = {
+        **_pixels(cfg),
+        **_sizes(cfg),
+        **facts,
+        "classes": class_names(list(cfg.DATASETS.TEST), cfg),
+        "score_threshold": score_threshold(cfg)[1],
+        "mask_threshold": MASK_THRESHOLD if "pred_masks" in names else None,
+    }
     return ExportModel("detector", adapter, names, 1, 32, _find_windows(model), info)
 
 
@@ -147,6 +157,11 @@ def _pixels(cfg: CfgNode) -> dict[str, Any]:
         "format": cfg.INPUT.FORMAT,
         "deep_images": check_rule(cfg.INPUT.get("DEEP_IMAGES", "percentile")),
     }
+
+
+def _sizes(cfg: CfgNode) -> dict[str, int]:
+    """What `ResizeShortestEdge` resizes images to in an evaluation; 0 for not at all."""
+    return {"min_size_test": cfg.INPUT.MIN_SIZE_TEST, "max_size_test": cfg.INPUT.MAX_SIZE_TEST}
 
 
 def _step(network: Any) -> int:

@@ -4,7 +4,7 @@ not know too, a project's or a user's own."""
 from __future__ import annotations
 
 import re
-from typing import Iterable
+from typing import Any, Iterable
 
 from detectron2 import modeling
 from detectron2.config import CfgNode
@@ -95,3 +95,22 @@ def _missing_map(cfg: RecordingConfig, error: KeyError) -> ValueError | None:
         " and for a head of boxes those of MODEL.ROI_HEADS.IN_FEATURES alone,"
         f" {list(cfg.MODEL.ROI_HEADS.IN_FEATURES)}"
     )
+
+
+def score_threshold(cfg: CfgNode) -> tuple[str, float]:
+    """The key of the lowest score that a model's detections have, and its value.
+
+    Returns:
+        "" and 0 for a model that has no such key known here.
+    """
+    keys = {
+        "GeneralizedRCNN": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "PanopticFPN": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "RetinaNet": "MODEL.RETINANET.SCORE_THRESH_TEST",
+        "FCOS": "MODEL.FCOS.SCORE_THRESH_TEST",
+    }
+    node: Any = cfg
+    key = keys.get(cfg.MODEL.META_ARCHITECTURE, "")
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return (key, float(node)) if node is not None else ("", 0.0)

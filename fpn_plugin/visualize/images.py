@@ -30,8 +30,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 Record = Mapping[str, Any]  # one of Detectron2's dataset dicts; `file_name` is all that it needs
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
+def find_images(inputs: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The images that files, folders (not those below them) and patterns name, each once.
+
+    Args:
+        suffixes: of the files that count in folders and patterns.
 
     Raises:
         FileNotFoundError: naming the input that is or has no image.
@@ -45,10 +48,10 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             matches = (
                 path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
             )
-            files = sorted(match for match in matches if match.suffix.lower() in SUFFIXES)
+            files = sorted(match for match in matches if match.suffix.lower() in suffixes)
         if not files:
             raise FileNotFoundError(
-                f"--input {name!r}: no such image, or none in it ({', '.join(SUFFIXES)})"
+                f"--input {name!r}: no such image, or none in it ({', '.join(suffixes)})"
             )
         images.update(dict.fromkeys(files))
     return list(images)
@@ -203,7 +206,7 @@ def inspect_image(model: Any, mapper: Mapper, record: Record) -> InspectedImage:
         output = model([model_input])[0]
     height, width = model_input["image"].shape[-2:]
     pixels = read_image(path, "RGB", mapper.deep_images)
-    detections = _detections(output, pixels.shape[:2])
+    detections = detections_of(output, pixels.shape[:2])
     annotations = record.get("annotations")
     return InspectedImage(Path(path).name, pixels, detections, annotations, maps, (height, width))
 
@@ -220,7 +223,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _detections(output: Mapping[str, Any], size: tuple[int, int]) -> Instances:
+def detections_of(output: Mapping[str, Any], size: tuple[int, int]) -> Instances:
     """The detections; of RPN alone its proposals as objects of one class; else none."""
     if "instances" in output:
         return output["instances"].to("cpu")

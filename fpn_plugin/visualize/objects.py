@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
@@ -9,12 +10,15 @@ import numpy as np
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
-MOST_LABELS = 15  # more texts than this hide the objects
 _LABEL_SIZE = 7.0  # in points
+_LABEL_PADDING = 0.15  # around a text, in its size
+_MOST_COVERED = 0.3  # the part of an object's box that a label may cover
 _MASK_ALPHA = 0.4
 
 
@@ -109,23 +113,32 @@ def _labelled_points(keypoints: Sequence[float] | None) -> np.ndarray | None:
     return np.where(points[:, 2:] > 0, points[:, :2], np.nan)
 
 
+def class_name(category: int, names: Sequence[str]) -> str:
+    """The name of a class; one without is called by its number."""
+    return names[category] if category < len(names) else f"class {category}"
+
+
+def count_classes(objects: Sequence[ImageObject], names: Sequence[str], most: int = 3) -> str:
+    """How many objects of which class there are, such as "3 tree, 1 car"; at most so many named."""
+    counts = Counter(obj.category for obj in objects).most_common()
+    texts = [f"{count} {class_name(category, names)}" for category, count in counts[:most]]
+    if rest := counts[most:]:
+        texts.append(f"{sum(count for _, count in rest)} of {len(rest)} other classes")
+    return ", ".join(texts) or "0"
+
+
 def _label(category: int, names: Sequence[str], score: float | None) -> str:
-    name = names[category] if category < len(names) else f"class {category}"
+    name = class_name(category, names)
     return name if score is None else f"{name} {100 * score:.0f}%"
 
 
 def draw_objects(
-    axes: Axes,
-    pixels: np.ndarray,
-    objects: Sequence[ImageObject],
-    colours: Sequence[str],
-    labels: bool = True,
+    axes: Axes, pixels: np.ndarray, objects: Sequence[ImageObject], colours: Sequence[str]
 ) -> None:
-    """A photo with objects on it, each in its colour.
+    """A photo with objects on it, each in its colour, labelled where that hides no other one.
 
     Args:
         pixels: `(H, W, 3)`, RGB, 0 to 255.
-        labels: whether to write them, if there are few.
     """
     height, width = pixels.shape[:2]
     picture = pixels.astype(np.float32) / 255
@@ -146,12 +159,97 @@ def draw_objects(
             for pair in obj.lines:
                 axes.plot(*obj.points[list(pair)].T, "-", color=colour, linewidth=1)
             axes.plot(*obj.points.T, ".", color=colour, markersize=3)
-        if labels and len(objects) <= MOST_LABELS:
-            x, y = max(obj.box[0], 0), max(obj.box[1], 0)
-            box = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"}
-            text: dict[str, Any] = {"va": "top", "color": "black", "clip_on": True}
-            axes.text(x, y, obj.label, fontsize=_LABEL_SIZE, bbox={**box, "alpha": 0.85}, **text)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    _draw_labels(axes, objects, colours, (width, height))
+
+
+def highest_score(scores: Sequence[float]) -> str:
+    """What a title or message says where no detection reaches the threshold."""
+    return f"the highest is {max(scores):.2g}" if len(scores) else "nothing is detected at all"
+
+
+def nothing_found(scores: Sequence[float], score: float, threshold: str = "") -> str:
+    """A message for people where no detection in any image reaches the score that is shown.
+
+    Args:
+        threshold: the model's own, which explains why there may be none at all.
+    """
+    why = f" above {threshold}" if threshold and not len(scores) else ""
+    hint = "; give a lower --score" if len(scores) else ""
+    return f"No detection has a score ≥ {score:g}: {highest_score(scores)}{why}{hint}"
+
+
+def _draw_labels(
+    axes: Axes, objects: Sequence[ImageObject], colours: Sequence[str], size: tuple[int, int]
+) -> None:
+    """Write each object's label beside its box, the best detections first.
+
+    A place is free where the text covers no other text, and only a small part of any box. Where no
+    place is free for the label, its last word is tried (a detection's score), then it is left out.
+
+    Args:
+        size: width and height of the photo.
+    """
+    figure: Any = axes.figure
+    measure = FigureCanvasAgg(figure).get_renderer()
+    window = axes.get_window_extent(measure)
+    zoom = np.array([size[0] / window.width, size[1] / window.height])  # pixels of the photo
+    font = FontProperties(size=_LABEL_SIZE)
+    boxes = np.array([obj.box for obj in objects], dtype=float).reshape(-1, 4)
+    boxes = boxes.clip(0, [*size, *size])
+    texts: np.ndarray = np.zeros((0, 4))
+    pad = 2 * _LABEL_PADDING * _LABEL_SIZE * measure.dpi / 72
+    for i in sorted(range(len(objects)), key=lambda i: -objects[i].score):
+        words = objects[i].label.split()
+        for text in dict.fromkeys((objects[i].label, *words[len(words) - (len(words) > 1) :])):
+            width, height, _ = measure.get_text_width_height_descent(text, font, False)
+            place = _free_place(boxes, i, np.array([width + pad, height + pad]) * zoom, texts, size)
+            if not text or place is None:
+                continue
+            texts = np.vstack([texts, place])
+            (left, top), (right, bottom) = place[:2], place[2:]
+            box = Rectangle((left, top), right - left, bottom - top)
+            box.set(facecolor=colours[i], alpha=0.85, linewidth=0)
+            axes.add_patch(box)
+            middle = (left + right) / 2, (top + bottom) / 2
+            style: dict[str, Any] = {"va": "center_baseline", "ha": "center", "clip_on": True}
+            axes.text(*middle, text, fontproperties=font, **style)
+            break
+
+
+def _free_place(
+    boxes: np.ndarray, index: int, label: np.ndarray, texts: np.ndarray, size: tuple[int, int]
+) -> np.ndarray | None:
+    """A place for a label, x0, y0, x1, y1: above its box, below it, inside, or beside it.
+
+    Args:
+        boxes: of all objects.
+        index: of the label's object.
+        label: its width and height.
+        texts: the labels that are there.
+        size: of the photo.
+    """
+    x0, y0, x1, y1 = boxes[index]
+    (width, height), (right, bottom) = label, size
+    x = max(min(x0, right - width), 0.0)
+    corners = [(x, y0 - height), (x, y1), (x, y0), (x, y1 - height)]
+    corners += [(max(x1 - width, 0.0), y0 - height), (x1, y0), (x0 - width, y0)]
+    for left, top in corners:
+        place = np.array([left, top, left + width, top + height])
+        if left < 0 or top < 0 or place[2] > right + 1e-6 or place[3] > bottom + 1e-6:
+            continue
+        if _covered(place, texts).any():
+            continue
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        if (_covered(place, boxes) <= _MOST_COVERED * areas).all():
+            return place
+    return None
+
+
+def _covered(place: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """The area of each box that a place covers."""
+    low, high = np.maximum(place[:2], boxes[:, :2]), np.minimum(place[2:], boxes[:, 2:])
+    return (high - low).clip(0).prod(axis=1)
 
 
 def _rgb(colour: str) -> np.ndarray:

@@ -27,6 +27,7 @@ from fpn_plugin.visualize.maps import Cell, Row
 from fpn_plugin.visualize.objects import (
     ImageObject,
     draw_objects,
+    highest_score,
     objects_of_annotations,
     objects_of_instances,
 )
@@ -128,7 +129,7 @@ def draw_image(
     return figure
 
 
-def as_pixels(figure: Figure, dpi: int) -> np.ndarray:
+def as_pixels(figure: Figure, dpi: float) -> np.ndarray:
     """A figure as `(H, W, 3)`, 0 to 255."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
@@ -166,6 +167,8 @@ def _draw_top(
         left += photo_width + _MARGIN
     colours = [level_colour(level) for level in objects.levels]
     text = f"{len(objects.detections)} found with score ≥ {score:g}"
+    if not objects.detections:
+        text += f"; {highest_score(image.detections.scores.tolist())}"
     axes = draw_photo(objects.detections, colours, text)
     if any(level is not None for level in objects.levels):
         _draw_legend(axes, objects.levels)

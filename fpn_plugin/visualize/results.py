@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -29,14 +29,17 @@ from fpn_plugin.visualize.images import (
     without_unreadable,
 )
 from fpn_plugin.visualize.objects import (
-    MOST_LABELS,
     ImageObject,
+    count_classes,
     draw_objects,
+    highest_score,
+    nothing_found,
     objects_of_annotations,
 )
 
 # in inches: the longer side of each half, what is above it, and between both
 _SIDE, _TITLE_HEIGHT, _GAP = 6.0, 0.27, 0.06
+_DPI, _MOST_SIDE = 130, 10.0  # of a photo alone: dots per inch, until the longer side is so long
 _LEAST_PIXELS = 800  # of the longer side, if the image has not more
 # bright, because a dark line vanishes on a photo
 _COLOURS = (
@@ -101,6 +104,7 @@ def draw_results(
     num: int = 4,
     score: float = 0.5,
     deep_images: str = "percentile",
+    say: Callable[[str], object] = print,
 ) -> list[Path]:
     """Write pictures of some images of a dataset: ground truth and detections side by side.
 
@@ -113,6 +117,7 @@ def draw_results(
         num: of pictures, at most.
         score: detections below it are not drawn.
         deep_images: `INPUT.DEEP_IMAGES`.
+        say: gets a line for people, if no detection reaches `score`.
 
     Returns:
         the files, in the dataset's order.
@@ -132,14 +137,18 @@ def draw_results(
     read = lambda record: read_image(record["file_name"], "RGB", deep_images)  # noqa: E731
     good, faults = without_unreadable(records, read)
     kept, paths = set(map(id, good)), []
+    scores: list[float] = []
     for number, record in enumerate(records, 1):
         if id(record) not in kept:
             continue
-        detected = [d for d in detections[record["image_id"]] if d["score"] >= score]
+        detected = detections[record["image_id"]]
+        scores += [detection["score"] for detection in detected]
         pixels = read(record)
         figure = draw_pair(pixels, record.get("annotations", []), detected, dataset, score)
         paths.append(folder / f"detections_{number}_{Path(record['file_name']).stem}.jpg")
         figure.savefig(paths[-1], dpi="figure", pil_kwargs={"quality": 90})
+    if paths and max(scores, default=-1.0) < score:
+        say(nothing_found(scores, score))
     report_unreadable(faults, len(paths), folder)
     return paths
 
@@ -156,19 +165,21 @@ def draw_pair(
     Args:
         pixels: `(H, W, 3)`, RGB, 0 to 255.
         annotations: as in Detectron2's dataset dicts.
-        detections: the same with "score"; all of them are drawn.
+        detections: the same with "score".
         dataset: whose class names and colours to use.
-        score: the threshold that the title names.
+        score: detections below it are not drawn.
     """
     names, lines = class_names([dataset]), skeleton([dataset])
     truth = objects_of_annotations(annotations, names, lines)
-    detected = objects_of_annotations(detections, names, lines)
-    labels = max(len(truth), len(detected)) <= MOST_LABELS
+    shown = [detection for detection in detections if detection["score"] >= score]
+    detected = objects_of_annotations(shown, names, lines)
+    best = highest_score([detection["score"] for detection in detections])
+    found = count_classes(detected, names) if detected else f"0; {best}"
     height, width = (_SIDE * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
     size = np.array([2 * width + _GAP, height + _TITLE_HEIGHT])
     halves = (
-        (0.0, truth, f"ground truth: {len(truth)}"),
-        (width + _GAP, detected, f"detections with score ≥ {score:g}: {len(detected)}"),
+        (0.0, truth, f"ground truth: {count_classes(truth, names)}"),
+        (width + _GAP, detected, f"detections with score ≥ {score:g}: {found}"),
     )
     with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
         figure = Figure(size, facecolor="white", dpi=max(_LEAST_PIXELS, *pixels.shape) / _SIDE)
@@ -177,12 +188,36 @@ def draw_pair(
             axes = figure.add_axes((left / size[0], 0, width / size[0], height / size[1]))
             axes.spines[:].set_visible(False)
             axes.set_title(f" {title}", loc="left", fontsize=10, color="#1e2832")
-            draw_objects(axes, pixels, objects, _class_colours(objects, dataset), labels)
+            draw_objects(axes, pixels, objects, class_colours(objects, [dataset]))
     return figure
 
 
-def _class_colours(objects: Sequence[ImageObject], dataset: str) -> list[str]:
-    """The colour of each object's class: the dataset's, or one of _COLOURS."""
-    thing_colors = MetadataCatalog.get(dataset).get("thing_colors", ())
-    colours = [to_hex(np.array(rgb) / 255) for rgb in thing_colors] or _COLOURS
+def photo_figure(
+    pixels: np.ndarray, objects: Sequence[ImageObject], colours: Sequence[str], least: int = 0
+) -> Figure:
+    """A photo with objects on it and nothing else, in its own size.
+
+    Args:
+        pixels: `(H, W, 3)`, RGB, 0 to 255.
+        least: the longer side of the figure in pixels, if the photo's is shorter.
+    """
+    height, width = pixels.shape[:2]
+    longer = max(height, width, least)
+    zoom = longer / max(height, width)
+    # texts have the same size in inches: readable on small photos, and growing with large ones
+    dpi = longer / min(longer / _DPI, _MOST_SIDE)
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        size = ((round(side * zoom) + 0.01) / dpi for side in (width, height))
+        figure = Figure(tuple(size), dpi=dpi)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.spines[:].set_visible(False)
+        draw_objects(axes, pixels, objects, colours)
+        axes.set_aspect("auto")
+    return figure
+
+
+def class_colours(objects: Sequence[ImageObject], datasets: Sequence[str]) -> list[str]:
+    """The colour of each object's class: the first dataset's, or one of _COLOURS."""
+    named = [MetadataCatalog.get(name).get("thing_colors", ()) for name in datasets]
+    colours = [to_hex(np.array(rgb) / 255) for rgb in next(filter(None, named), ())] or _COLOURS
     return [colours[obj.category % len(colours)] for obj in objects]

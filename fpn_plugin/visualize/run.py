@@ -26,6 +26,7 @@ from fpn_plugin.data.classes import (
 from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.data.deep_images import check_rule
 from fpn_plugin.modeling.described import load_model_config
+from fpn_plugin.modeling.build import score_threshold
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar
@@ -46,7 +47,7 @@ from fpn_plugin.visualize.images import (
     without_unreadable,
 )
 from fpn_plugin.visualize.maps import map_rows
-from fpn_plugin.visualize.objects import ImageObject
+from fpn_plugin.visualize.objects import ImageObject, nothing_found
 from fpn_plugin.visualize.picture import (
     Level,
     Selection,
@@ -112,7 +113,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         ValueError: for another bad argument, naming it; at the end, if some images cannot be read.
     """
     if settings.results:
-        return _draw_results(settings)
+        return _draw_results(settings, bar)
     if not 0 <= settings.score <= 1:
         raise ValueError(f"--score: {settings.score} is not from 0 to 1")
     needed = needed_splits(settings.dataset)
@@ -125,7 +126,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
         records = records_of(find_images(settings.inputs), datasets, cfg)
     pictures = dict(zip(_names(records), records)) if settings.pictures else {}
     others = [*([GRAPH] if settings.pictures else []), SIZES, *([PAGE] if settings.html else [])]
-    _check_output(settings, [*pictures, *others])
+    check_output(settings.output, [*pictures, *others], settings.overwrite)
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     detector = load_detector(cfg, allow_partial=settings.allow_partial)
     records, faults = without_unreadable(records, lambda record: detector.mapper(dict(record)))
@@ -158,7 +159,7 @@ def visualize(settings: Settings, bar: Bar) -> list[Path]:
     return written
 
 
-def _draw_results(settings: Settings) -> list[Path]:
+def _draw_results(settings: Settings, bar: Bar) -> list[Path]:
     """The ground truth beside the detections of an evaluation; no model is built."""
     deep_images = "percentile"
     if settings.config_file:
@@ -178,6 +179,7 @@ def _draw_results(settings: Settings) -> list[Path]:
         settings.num,
         settings.score,
         deep_images,
+        bar.say,
     )
 
 
@@ -198,16 +200,22 @@ def _names(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _check_output(settings: Settings, names: Sequence[str]) -> None:
-    if settings.output.exists() and not settings.output.is_dir():
-        raise NotADirectoryError(f"--output {str(settings.output)!r} is a file, not a folder")
-    present = [name for name in names if (settings.output / name).exists()]
-    if present and not settings.overwrite:
+def check_output(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Make the folder of `--output`, where none of the files may be.
+
+    Raises:
+        FileExistsError: if one is there, unless `overwrite`.
+        NotADirectoryError: if the folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output {str(folder)!r} is a file, not a folder")
+    present = [name for name in names if (folder / name).exists()]
+    if present and not overwrite:
         raise FileExistsError(
-            f"--output {str(settings.output)!r} holds {', '.join(present[:3])}"
+            f"--output {str(folder)!r} holds {', '.join(present[:3])}"
             f"{', …' if len(present) > 3 else ''}; give --overwrite, or another folder"
         )
-    settings.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _draw_images(
@@ -221,16 +229,21 @@ def _draw_images(
 ) -> list[Selection]:
     """Draw the images into files; without `files` only find their objects."""
     selections = []
+    scores: list[float] = []
     bar.begin("Images", len(records))
     for number, record in enumerate(records):
         image = inspect_image(detector.model, detector.mapper, record)
         selections.append(select_objects(image, names, settings.score, lines))
+        scores += image.detections.scores.tolist()
         if files:
             rows = map_rows(detector.model.backbone, image.maps)
             figure = draw_image(image, selections[-1], rows, settings.score)
             figure.savefig(settings.output / files[number], dpi=_DPI)
         bar.step(number + 1)
     bar.end()
+    if max(scores, default=-1.0) < settings.score:
+        threshold = "{} {:g}".format(*score_threshold(detector.cfg))
+        bar.say(nothing_found(scores, settings.score, threshold))
     return selections
 
 

@@ -22,7 +22,7 @@ from fpn_plugin.benchmark.report import (
     terminal_text,
     write_report,
 )
-from fpn_plugin.benchmark.tables import headline, outputs_compared, report_tables
+from fpn_plugin.benchmark.tables import ap_summary, headline, outputs_compared, report_tables
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.report.environment import collect_environment, environment_warnings
 
@@ -84,6 +84,63 @@ def test_files(report: dict[str, Any], tmp_path: Path) -> None:
     check_folder(str(tmp_path / "new"), overwrite=False)
     with pytest.raises(NotADirectoryError):
         check_folder(str(page), overwrite=True)
+
+
+WIDE = {"value": None, "low": None, "high": None, "width": 0.4}
+COPY = {"value": 1.0, "low": 0.96, "high": 1.03, "width": 0.07}
+
+
+@pytest.mark.parametrize(
+    "low, high, noise, result",
+    [
+        (1.20, 1.40, {}, "faster"),
+        (0.80, 0.90, {}, "slower"),
+        (0.97, 1.10, {}, "no difference"),
+        (1.004, 1.02, {}, "no difference"),  # 1.00 as shown
+        (1.01, 1.05, {}, "faster"),
+        (1.03, 1.09, COPY, "no difference"),  # a copy of a model was off by 1 / 0.96
+        (1.06, 1.09, COPY, "faster"),
+        (0.93, 0.95, COPY, "slower"),
+        (1.30, 1.39, WIDE, "no difference"),
+        (1.41, 1.60, WIDE, "faster"),
+    ],
+)
+def test_results_are_beyond_noise(low: float, high: float, noise: Any, result: str) -> None:
+    ratio = {"value": (low + high) / 2, "low": low, "high": high, "rounds": 6}
+    assert measure.result_of(ratio, noise) == result
+    assert measure.result_of({**ratio, "rounds": 5}, noise) == "too few rounds"
+    assert measure.result_of({"value": None}, noise) == "refused"
+
+
+def test_the_result_in_a_sentence(report: dict[str, Any]) -> None:
+    report = copy.deepcopy(report)
+    assert "1 rounds, fewer than 6, are too few for a verdict on fpn against" in headline(report)
+    rows = report["timings"]["inference"]["ratios"]
+    numbers = {"value": 2.0, "low": 1.5, "high": 2.5, "result": "faster"}
+    values = {"fpn": numbers, "fpn [bf16]": {**numbers, "result": "slower"}}
+    values |= {"bifpn": {**numbers, "result": "no difference"}}
+    for row in rows:
+        row.update(values.get(row["contestant"], {**numbers, "value": None, "result": "refused"}))
+    cpu, threads = report["machine"]["cpu"], report["machine"]["threads"]
+    outputs = {
+        (row["contestant"], row["reference"]): row["verdict"]
+        for row in report["timings"]["inference"]["equality"]
+    }["fpn", "baseline base"]
+    assert headline(report) == (
+        f"On {cpu} ({threads} thread{'s' * (threads > 1)}), in full inference of 2 images of"
+        " 64 × 128, fpn is 2.00 times as fast as baseline base (95% interval 1.50 … 2.50; outputs"
+        f" {outputs}); fpn [bf16] is slower, 2.00 times as fast as baseline base (95% interval"
+        " 1.50 … 2.50; outputs within what bfloat16 rounds); no difference beyond noise is shown by"
+        " bifpn against baseline base (2.00 times as fast, 95% interval 1.50 … 2.50; outputs not"
+        " compared: other weights); and 1 more below."
+    )
+    assert ap_summary(report) == "AP was not compared (--weights with --dataset does that)."
+    text = outputs_compared(report)
+    assert text.startswith("Outputs of random weights (--seed 0) on noise were compared ")
+    assert text.endswith(" times they were not, as the models have other weights.")
+    for data in report["timings"].values():
+        data["equality"] = [row for row in data["equality"] if row["verdict"] == "not compared"]
+    assert outputs_compared(report).startswith("No outputs were compared: the models of all ")
 
 
 def test_terminal(report: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_masks_and_boxes_have_their_objects_colour() -> None:
     bitmap = ImageObject(polygon.box, mask=filled, points=np.array([[40.0, 35.0]]))
     for obj in (polygon, bitmap):
         axes = Figure().add_subplot()
-        draw_objects(axes, np.zeros((40, 50, 3)), [obj], ["#ff0000"], labels=obj is polygon)
+        draw_objects(axes, np.zeros((40, 50, 3)), [obj], ["#ff0000"])
         picture = axes.images[0].get_array()
         assert picture[20, 20].tolist() == pytest.approx([0.4, 0, 0])
         assert abs((picture[:, :, 0] > 0).sum() - 400) < 50 and not picture[:, :, 1:].any()

@@ -12,14 +12,16 @@ import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from helpers import own_datasets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 from pycocotools import mask as rle
 
 from fpn_plugin.cli.main import main
 from fpn_plugin.report.progress import Bar
-from fpn_plugin.visualize import results as module
 from fpn_plugin.visualize.images import spread
+from fpn_plugin.visualize.objects import ImageObject, draw_objects
 from fpn_plugin.visualize.results import draw_pair, draw_results, load_results
 from fpn_plugin.visualize.run import Settings, visualize
 
@@ -105,19 +107,18 @@ def test_results_of_other_classes(names: list[str], folder: Path, tmp_path: Path
             visualize(settings, Bar(quiet=True))
 
 
-def test_threshold(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-
-    def record(image: Any, truth: Any, detected: Any, dataset: str, score: float) -> Figure:
-        drawn.append((len(truth), [item["category_id"] for item in detected], score))
-        return Figure((1, 1))
-
-    monkeypatch.setattr(module, "draw_pair", record)
-    draw_results(folder / "results.json", NAME, tmp_path, num=9, score=0.5)
-    assert drawn == [(2, [0], 0.5), (1, [1], 0.5), (1, [], 0.5)]
-    drawn.clear()
-    draw_results(folder / "results.json", NAME, tmp_path, num=9, score=0.1)
-    assert drawn[0] == (2, [0, 0], 0.1)
+def test_threshold(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    photo: np.ndarray = np.zeros((60, 90, 3), dtype=np.uint8)
+    (found,) = [load_results(folder / "results.json", NAME)[10]]
+    for score, title in ((0.5, "1 cat"), (0.1, "2 cat"), (0.95, "0; the highest is 0.9")):
+        axes = draw_pair(photo, [], found, NAME, score).axes[1]
+        assert axes.get_title(loc="left").strip() == f"detections with score ≥ {score}: {title}"
+        assert len(axes.collections[-1].get_paths()) == (0 if "0" in title[:1] else int(title[0]))
+    draw_results(folder / "results.json", NAME, tmp_path, num=1, score=0.5)
+    assert capsys.readouterr().out == ""
+    draw_results(folder / "results.json", NAME, tmp_path, num=9, score=0.95)
+    said = "No detection has a score ≥ 0.95: the highest is 0.9; give a lower --score"
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_boxes_and_masks_are_drawn_on_their_side(folder: Path) -> None:
@@ -126,7 +127,7 @@ def test_boxes_and_masks_are_drawn_on_their_side(folder: Path) -> None:
     figure = draw_pair(photo, [annotation], [{**annotation, "score": 0.7}] * 2, NAME, 0.5)
     left, right = figure.axes
     titles = [axes.get_title(loc="left").strip() for axes in figure.axes]
-    assert titles == ["ground truth: 1", "detections with score ≥ 0.5: 2"]
+    assert titles == ["ground truth: 1 dog", "detections with score ≥ 0.5: 2 dog"]
     assert [text.get_text() for text in left.texts] == ["dog"]
     assert [text.get_text() for text in right.texts] == ["dog 70%"] * 2
     for axes in figure.axes:
@@ -135,13 +136,33 @@ def test_boxes_and_masks_are_drawn_on_their_side(folder: Path) -> None:
         assert len(axes.collections[-1].get_paths()) == len(axes.texts)
 
 
-@pytest.mark.parametrize("count", [15, 16])
-def test_crowds_are_boxes_without_text(folder: Path, count: int) -> None:
-    photo: np.ndarray = np.zeros((60, 90, 3), dtype=np.uint8)
-    DatasetCatalog.get(NAME)  # which has the metadata filled in
-    detection = {**result(10), "category_id": 0, "bbox_mode": 1}
-    figure = draw_pair(photo, [detection], [detection] * count, NAME, 0.5)
-    assert [len(axes.texts) for axes in figure.axes] == ([1, 15] if count == 15 else [0, 0])
+def test_names_and_scores_cover_neither_each_other_nor_small_objects() -> None:
+    """A crowd of objects from 8 to 60 pixels: the best have names, and no text hides anything."""
+    rng = np.random.default_rng(0)
+    corners, sides = rng.uniform(0, 340, (60, 2)), rng.uniform(8, 60, (60, 1))
+    objects = [
+        ImageObject((*corner, *(corner + side)), 0, f"tree {99 - i}%", 0.99 - i / 100)
+        for i, (corner, side) in enumerate(zip(corners, sides))
+    ]
+    figure = Figure((6, 6), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    photo: np.ndarray = np.zeros((400, 400, 3), dtype=np.uint8)
+    draw_objects(axes, photo, objects, ["#ffd400"] * len(objects))
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[0] == "tree 99%" and len(texts) > 40 and len(axes.patches) == len(texts)
+    transform = axes.transData.inverted()
+    places = [text.get_window_extent().transformed(transform) for text in axes.texts]
+    for i, place in enumerate(places):
+        low, high = sorted((place.y0, place.y1))
+        assert place.x0 >= 0 and low >= -1 and place.x1 <= 400 and high <= 401
+        for obj in objects:
+            box = Bbox([obj.box[:2], obj.box[2:]])
+            common = Bbox.intersection(place, box)
+            assert common is None or abs(common.width * common.height) <= 0.32 * obj.size**2
+        for other in places[:i]:
+            common = Bbox.intersection(place, other)
+            assert common is None or abs(common.width * common.height) < 1
 
 
 def test_rle_masks_of_the_evaluator(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 import scene_data
 import torch
 from browser import inspect
-from detectron2.modeling import build_model
 from PIL import Image
-from torch import nn
 
 from fpn_plugin.cli.main import main
 from fpn_plugin.report.progress import Bar
@@ -40,43 +37,6 @@ from fpn_plugin.visualize.run import (
     sizes_table,
     visualize,
 )
-
-CONFIG = """
-MODEL:
-  META_ARCHITECTURE: GeneralizedRCNN
-  DEVICE: cpu
-  MASK_ON: True
-  BACKBONE: {NAME: build_pyramid_backbone, FREEZE_AT: 0}
-  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: BN, OUT_FEATURES: [res2, res3, res4, res5]}
-  BOTTOM_UP: {WEIGHTS: there-is-no-such-file.pth, PIXELS: config}
-  FPN: {IN_FEATURES: [res2, res3, res4, res5], OUT_CHANNELS: 16, FUSE_TYPE: fast_normalized}
-  ANCHOR_GENERATOR: {SIZES: [[32], [64], [128], [256], [512]]}
-  RPN: {IN_FEATURES: [p2, p3, p4, p5, p6], POST_NMS_TOPK_TEST: 30}
-  ROI_HEADS: {NAME: StandardROIHeads, IN_FEATURES: [p2, p3, p4, p5], NUM_CLASSES: 6}
-  ROI_BOX_HEAD: {NAME: FastRCNNConvFCHead, NUM_FC: 1, FC_DIM: 16, POOLER_RESOLUTION: 7}
-  ROI_MASK_HEAD: {NAME: MaskRCNNConvUpsampleHead, NUM_CONV: 1, POOLER_RESOLUTION: 14}
-INPUT: {MIN_SIZE_TEST: 120}
-DATASETS: {TEST: [heads_val]}
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, a checkpoint and pictures, of a registered dataset and others."""
-    root = tmp_path_factory.mktemp("visualize")
-    scene_data.register(root)
-    (root / "config.yaml").write_text(CONFIG)
-    cfg = read_config(str(root / "config.yaml"), str(root / "config.yaml"), [])
-    cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.05)
-    torch.save({"model": model.state_dict()}, root / "model.pth")
-    (root / "other").mkdir()
-    shutil.copy(root / "val0.png", root / "other" / "strange.PNG")
-    return root
 
 
 def settings(folder: Path, output: Path, **changes: Any) -> Settings:
