@@ -18,7 +18,7 @@ from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.described import load_model_config
-from fpn_plugin.modeling.python_config import build_backbone
+from fpn_plugin.modeling.python_config import attached, build_backbone
 from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 from fpn_plugin.visualize import complexity, draw, fusion_weights
 
@@ -41,11 +41,16 @@ def build(cfg: CfgNode) -> PyramidBackbone:
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
     name = cfg.MODEL.BACKBONE.NAME
-    if name not in BACKBONE_REGISTRY:
+    if attached(cfg) is None and name not in BACKBONE_REGISTRY:
         known = [builder for builder, _ in BACKBONE_REGISTRY]
         raise unknown_name("MODEL.BACKBONE.NAME", name, known, advice=HOW_TO_ADD)
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
+        if attached(cfg) is not None:
+            raise ValueError(
+                f"model.backbone: a {name} is no pyramid of this plugin: call"
+                " fpn_plugin.put_pyramid(model, topology=…) in the config"
+            )
         raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid; use build_pyramid_backbone")
     return backbone
 
