@@ -31,6 +31,17 @@ def _shipped(folder: str) -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / folder
 
 
+def from_folder(path: str, folder: str = "") -> str:
+    """A path relative to a folder as an absolute one; "" and URLs stay.
+
+    Args:
+        folder: "" for the current one.
+    """
+    if not path or "://" in path:
+        return path
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+
+
 def dataset_root() -> Path:
     """The folder of all datasets: `$DETECTRON2_DATASETS`, or `datasets` in the current folder."""
     return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.checkpoint.checkpointer import TAG, list_checkpoints
 from fpn_plugin.checkpoint.record import plain_config, read_record
+from fpn_plugin.paths import from_folder
 from fpn_plugin.yaml_files import read_yaml
 
 CONFIG = "config.yaml"
@@ -120,6 +121,9 @@ def config_changes(
     """
     recorded = read_record(checkpoint).get("config") or recorded_config(folder)
     before, now = flatten(recorded), flatten(plain_config(cfg))
+    for key in before:
+        if key.startswith("DATASETS.OWN."):  # of a version that did not write them as absolute
+            before[key] = from_folder(before[key])
     keys = [key for key in now if key not in ignore]
     keys = [key for key in keys if not sections or key.split(".")[0] in sections]
     # a key that the record lacks is newer than the run

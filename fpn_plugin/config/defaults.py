@@ -228,7 +228,8 @@ _KEYS = [
         "DATASETS.OWN.TRAIN_JSON",
         "",
         "your own data in COCO's format, as the datasets `own_train` and `own_val`: the training"
-        " annotations",
+        " annotations. In a file, paths of `DATASETS.OWN` are relative to that file (all others are"
+        " relative to the current folder, as on a command line)",
     ),
     Key("DATASETS.OWN.TRAIN_IMAGES", "", "the folder of the training images"),
     Key("DATASETS.OWN.VAL_JSON", "", "the annotations to evaluate on"),

@@ -18,7 +18,7 @@ from fpn_plugin import plugins
 from fpn_plugin.checkpoint.record import read_record
 from fpn_plugin.config.defaults import ARGS, GONE
 from fpn_plugin.config.heads import spell_auto
-from fpn_plugin.paths import configs_dir, zoo_dir
+from fpn_plugin.paths import configs_dir, from_folder, zoo_dir
 from fpn_plugin.registry import UnknownNameError, close_name, unknown_name
 from fpn_plugin.yaml_files import read_yaml
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 BASE = "_BASE_"
 CONFIG_FILE = "--config-file"
+_OWN_PATHS = "_fpn_plugin_own_paths"
 _SUFFIXES = (".yaml", ".py")
 
 
@@ -90,6 +91,9 @@ def _similar_names(name: str, roots: Sequence[Path]) -> str:
 def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a YAML config, over the files of its `_BASE_`, into a config, in place.
 
+    Paths of `DATASETS.OWN` are relative to the file that names them, and become absolute; all other
+    paths stay as they are, as Detectron2 has it.
+
     Args:
         path: of the file; or of a checkpoint, for the config that its run recorded in it.
 
@@ -99,7 +103,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         ValueError: for what :func:`read_yaml` refuses, a value of another type than the key's, or
             a key that is gone. All name the file.
     """
-    content = read_record(path).get("config") or _read_with_base(path, ())
+    own_paths: dict[str, tuple[str, str]] = {}
+    content = read_record(path).get("config") or _read_with_base(path, (), own_paths)
     drop_gone_keys(content, path)
     version = content.pop("VERSION", cfg.VERSION)
     if version != cfg.VERSION:
@@ -109,6 +114,29 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         )
     check_keys(cfg, content, path)
     enter(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(content)), path)
+    vars(cfg)[_OWN_PATHS] = own_paths  # beside the keys: its dump does not have it
+
+
+def settle_own_paths(cfg: CfgNode) -> None:
+    """Make the paths of `DATASETS.OWN` absolute, in place, when file and command line are merged:
+    those of the command line are relative to the current folder.
+
+    Raises:
+        ValueError: naming both places, for a path of a file that is only there when it is taken
+            from the current folder, as earlier versions took it.
+    """
+    own_paths = vars(cfg).get(_OWN_PATHS, {})
+    for key, value in cfg.DATASETS.OWN.items():
+        given, file = own_paths.get(value, ("", ""))
+        here = from_folder(given)
+        if file and not os.path.exists(value) and os.path.exists(here):
+            better = os.path.relpath(here, os.path.dirname(file) or os.curdir)
+            raise ValueError(
+                f"{file}: DATASETS.OWN.{key}: {given!r} is relative to this file, but there is no"
+                f" {value}. There is {here}, relative to the current folder, as earlier versions"
+                f" read it: write {better!r} (or that whole path) into the file"
+            )
+        cfg.DATASETS.OWN[key] = from_folder(value)
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -239,8 +267,15 @@ def leaves(node: CfgNode, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _read_with_base(path: str, above: Sequence[str]) -> dict[str, Any]:
-    """A file's values over those of its `_BASE_`."""
+def _read_with_base(
+    path: str, above: Sequence[str], own_paths: dict[str, tuple[str, str]]
+) -> dict[str, Any]:
+    """A file's values over those of its `_BASE_`.
+
+    Args:
+        own_paths: gets the paths of `DATASETS.OWN` that were relative: what was written and where,
+            by what it became.
+    """
     if path in above:
         raise ValueError(f"{path}: is its own {BASE}, by way of {above[-1]}")
     content = read_yaml(path)
@@ -248,15 +283,33 @@ def _read_with_base(path: str, above: Sequence[str]) -> dict[str, Any]:
     drop_gone_keys(content, path)
     if isinstance(imports := content.get(plugins.KEY), list):
         content[plugins.KEY] = [plugins.beside(name, path) for name in imports]
+    own_paths.update(_own_paths_from_file(content, path))
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not base:
             raise ValueError(f"{path}: {BASE} {base!r} is no path of a file")
         if "://" not in base:  # else an address
             base = find_config_file(base, f"{path}: {BASE}", os.path.dirname(path))
-        _overlay(merged, _read_with_base(base, (*above, path)), path)
+        _overlay(merged, _read_with_base(base, (*above, path), own_paths), path)
     _overlay(merged, content, path)
     return merged
+
+
+def _own_paths_from_file(content: dict[str, Any], path: str) -> dict[str, tuple[str, str]]:
+    """Take the paths of `DATASETS.OWN` in a file from its folder, in place.
+
+    Returns:
+        what was written, and the file, by what it became.
+    """
+    datasets = content.get("DATASETS")
+    own = datasets.get("OWN") if isinstance(datasets, dict) else None
+    changed = {}
+    if isinstance(own, dict) and "://" not in path:
+        for key, value in own.items():
+            if isinstance(value, str) and (absolute := from_folder(value, os.path.dirname(path))):
+                own[key] = absolute
+                changed.update({absolute: (value, path)} if absolute != value else {})
+    return changed
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any], path: str, prefix: str = "") -> None:

@@ -5,24 +5,32 @@ A level `l` is a stride of `2**l` pixels.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
-from fpn_plugin.config.defaults import PYRAMID_BUILDER
+from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.settings import is_names, read_settings
 from fpn_plugin.config.validate import keys_in_errors
 from fpn_plugin.registry import bad_argument
 
+logger = logging.getLogger(__name__)
+
 AUTO = "auto"
 SIZES = "MODEL.ANCHOR_GENERATOR.SIZES"
 # Heads that look at every place of every map, and heads that look at what a box or a pixel shows
-_DENSE = ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES", "MODEL.FCOS.IN_FEATURES")
-_POOLED = ("MODEL.ROI_HEADS.IN_FEATURES", "MODEL.SEM_SEG_HEAD.IN_FEATURES")
+_RPN, _RETINANET = "MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES"
+_ROI_HEADS = "MODEL.ROI_HEADS.IN_FEATURES"
+_DENSE = (_RPN, _RETINANET, "MODEL.FCOS.IN_FEATURES")
+_POOLED = (_ROI_HEADS, "MODEL.SEM_SEG_HEAD.IN_FEATURES")
 AUTO_KEYS = (*_DENSE, *_POOLED, SIZES)
 # The keys whose maps have anchors
-_ANCHORED = ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES")
+_ANCHORED = (_RPN, _RETINANET)
+# the levels of Detectron2's base configs, whose anchors these are
+_BASE_LEVELS = {_RPN: range(2, 7), _RETINANET: range(3, 8)}
 # Boxes from 448 pixels on are pooled from this level (arXiv:1612.03144, equation 1): no coarser one
 # is of use
 _TOP_POOLED = 5
@@ -37,9 +45,10 @@ def resolve_heads(cfg: CfgNode) -> None:
     """Replace `[auto]` in `AUTO_KEYS` by what follows from the pyramid, in place, and check the
     heads against it.
 
-    RPN, RetinaNet and FCOS read all maps; the ROI heads and the semantic head those of level 5 and
-    finer. RPN's anchors are 8 strides large, RetinaNet's 4 strides in three steps per octave. For
-    the plain FPN these are the values of Detectron2's base configs.
+    What the config's heads do not read becomes Detectron2's default, so that one file can say
+    `[auto]` for all heads. RPN, RetinaNet and FCOS read all maps; the ROI heads and the semantic
+    head those of level 5 and finer. RPN's anchors are 8 strides large, RetinaNet's 4 strides in
+    three steps per octave. For the plain FPN these are the values of Detectron2's base configs.
 
     Raises:
         ValueError: if `auto` stands among other values, if there is no pyramid that it could follow
@@ -61,10 +70,14 @@ def resolve_heads(cfg: CfgNode) -> None:
         graph = read_settings(cfg).build_graph(_input_levels(cfg, auto[0] if auto else ""))
     levels = [int(name[1:]) for name in graph.output_names()]
     pooled = [level for level in levels if level <= _TOP_POOLED] or levels
+    read = {*_keys_read(cfg), SIZES}
+    read |= {_ROI_HEADS} if _RPN in read else set()  # the two halves of one detector
     for key in auto:
-        if key != SIZES:
+        if key not in read:
+            _set(cfg, key, list(cfg_get(_defaults(), key)))
+        elif key != SIZES:
             _set(cfg, key, [f"p{level}" for level in (levels if key in _DENSE else pooled)])
-    if SIZES in auto:  # after the maps that they are for
+    if SIZES in auto or _are_sizes_outgrown(cfg, auto):  # after the maps that they are for
         _set(cfg, SIZES, _anchor_sizes(cfg, levels))
     if _is_named_by_level(cfg):
         validate_heads(cfg, {f"p{level}": 2**level for level in levels})
@@ -184,6 +197,14 @@ def cfg_get(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
+@functools.lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    """The values of all keys that nobody has set; not to be changed."""
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    return cfg
+
+
 def _set(cfg: CfgNode, key: str, value: list[Any]) -> None:
     section, _, name = key.rpartition(".")
     cfg_get(cfg, section)[name] = value
@@ -268,12 +289,38 @@ def _anchor_sizes(cfg: CfgNode, levels: Sequence[int]) -> list[list[float]]:
     for key in _ANCHORED:
         if key in head_features(cfg):
             levels = [_pyramid_level(key, name, levels) for name in cfg_get(cfg, key)]
-    if cfg.MODEL.META_ARCHITECTURE != "RetinaNet":
+    return _sizes_of_levels(cfg.MODEL.META_ARCHITECTURE == "RetinaNet", levels)
+
+
+def _sizes_of_levels(retinanet: bool, levels: Iterable[int]) -> list[list[float]]:
+    if not retinanet:
         return [[8 * 2**level] for level in levels]
     return [
         [size, size * 2 ** (1 / 3), size * 2 ** (2 / 3)]
         for size in (4 * 2**level for level in levels)
     ]
+
+
+def _are_sizes_outgrown(cfg: CfgNode, auto: Sequence[str]) -> bool:
+    """Whether the anchors are those of Detectron2's base config, and the pyramid has more levels
+    or fewer than that: `[auto]` replaced its maps, and now the anchors have to follow. Anchors of a
+    user's own stay, or are an error.
+
+    Args:
+        auto: the keys that had `[auto]`.
+    """
+    sizes = cfg_get(cfg, SIZES)
+    for key in _ANCHORED:
+        base = _sizes_of_levels(key == _RETINANET, _BASE_LEVELS[key])
+        if key in auto and key in head_features(cfg) and list(map(_as_list, sizes)) == base:
+            if len(cfg_get(cfg, key)) != len(base):
+                logger.info("%s: Detectron2's %d follow the maps of %s", SIZES, len(base), key)
+                return True
+    return False
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _pyramid_level(key: str, name: str, levels: Sequence[int]) -> int:
@@ -292,7 +339,7 @@ def _validate_anchors(cfg: CfgNode, where: str, count: int) -> None:
         if lists and len(lists) not in (1, count):
             raise ValueError(
                 f"MODEL.ANCHOR_GENERATOR.{key}: {len(lists)} lists for the {count} maps of {where}"
-                f" {list(cfg_get(cfg, where))}: give one list for all, or {count}"
+                f" {list(cfg_get(cfg, where))}: give one list for all, {count}, or [{AUTO}]"
             )
 
 

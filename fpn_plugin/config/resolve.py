@@ -13,7 +13,12 @@ from fpn_plugin import plugins
 from fpn_plugin.bottom_up.names import check_network_name
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.config.defaults import OWN_BUILDERS, PYRAMID_BUILDER, add_fpn_config
-from fpn_plugin.config.files import find_config_file, merge_config_file, merge_overrides
+from fpn_plugin.config.files import (
+    find_config_file,
+    merge_config_file,
+    merge_overrides,
+    settle_own_paths,
+)
 from fpn_plugin.config.heads import resolve_heads
 from fpn_plugin.config.pixels import resolve_pixels
 from fpn_plugin.config.unread import refuse_unread_keys
@@ -96,6 +101,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     for flag in DATA_FLAGS:
         if path := getattr(args, flag, ""):
             cfg.DATASETS.OWN[flag.upper()] = path
+    settle_own_paths(cfg)
     # with both flags: an error, later
     is_resumed = getattr(args, "resume", False) and not args.overwrite
     checkpoint = find_checkpoint(cfg.OUTPUT_DIR) if is_resumed else ""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fpn_plugin.paths import dataset_root
+from fpn_plugin.paths import dataset_root, from_folder
 
 from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
@@ -153,6 +153,8 @@ def register_own(
         return cfg
     trains, needed = needed is None, tuple(_SPLITS) if needed is None else needed
     files = {split: _split_paths(cfg, split, split in needed) for split in _SPLITS}
+    for key, path in cfg.DATASETS.OWN.items():  # for the run's config.yaml, which is elsewhere
+        cfg.DATASETS.OWN[key] = from_folder(path)
     for split, (key, name) in _SPLITS.items():
         if paths := files[split]:
             register_coco_format(name, *paths, cfg.DATASETS.OUTSIDE_FILES)

@@ -15,6 +15,7 @@ from fpn_plugin import plugins
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.evaluation.size_bins import check_edges
 from fpn_plugin.modeling.python_config import is_override
+from fpn_plugin.paths import from_folder
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.yaml_files import read_yaml
 
@@ -234,5 +235,7 @@ def _words(path: Path, where: str, overrides: Any) -> list[str]:
             raise _error(path, f"{where}.{key}", value, "value for a config key (KEY.OF.CONFIG: 1)")
         if key == plugins.KEY and isinstance(value, list):
             value = [plugins.beside(name, str(path)) for name in value]
+        if key.startswith("DATASETS.OWN."):  # as in every file: relative to it
+            value = from_folder(str(value), str(path.parent))
         words += [key, str(value)]
     return words

@@ -25,8 +25,8 @@ from fpn_plugin.data.classes import (
 )
 from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.data.deep_images import check_rule
-from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.modeling.build import score_threshold
+from fpn_plugin.modeling.described import load_model_config
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.report.page import html_figure, html_page, html_table, paragraph
 from fpn_plugin.report.progress import Bar

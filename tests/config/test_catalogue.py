@@ -5,25 +5,30 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Mapping
 
 import pytest
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.layers import Conv2d
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import zoo_config
 from torch import Tensor, nn
 
 from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
+from fpn_plugin.config.files import merge_config_file
+from fpn_plugin.config.heads import head_features
 from fpn_plugin.pyramid.resample import Subsample
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted(CONFIGS.glob("presets/*.yaml"))  # parts, for other configs to stand on
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))  # of several configs: tests/study
-YAML = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in PRESETS + STUDIES)
+PYRAMID_PRESETS = sorted(CONFIGS.glob("pyramids/*.yaml"))
+PARTS = [*PRESETS, *PYRAMID_PRESETS, CONFIGS / "Base-Pyramid.yaml"]
+YAML = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in PARTS + STUDIES)
 QUICK = [path for path in YAML if path.parent.name == "quickstart" and path.stem[:4] != "Base"]
 LAZY = sorted(path for path in CONFIGS.glob("lazy/*.py") if path.stem != "common")
 NO_WEIGHTS = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BOTTOM_UP.WEIGHTS", "")
@@ -88,7 +93,7 @@ def load(path: Path, *overrides: object) -> CfgNode:
     """A config that no test may change."""
     cfg = get_cfg()
     add_fpn_config(cfg)
-    cfg.merge_from_file(str(path))
+    merge_config_file(cfg, str(path))
     cfg.merge_from_list([*NO_WEIGHTS, *overrides])
     return resolve_config(cfg)
 
@@ -153,11 +158,8 @@ def test_detectron2s_configs_differ_in_the_backbone_alone(path: str) -> None:
 def test_pyramids_follow_their_authors(path: Path) -> None:
     kind = re.fullmatch(r".*_R_50_(.*)_1x", path.stem)
     assert kind is not None
-    default = get_cfg()
-    add_fpn_config(default)
     values = {key: value for key, value in load(path).MODEL.FPN.items() if key != "IN_FEATURES"}
-    changed = {key: value for key, value in values.items() if value != default.MODEL.FPN[key]}
-    assert changed == AUTHORS[kind[1]]
+    assert changed_keys(values) == AUTHORS[kind[1]]
 
 
 def test_fpg_is_its_authors() -> None:
@@ -179,6 +181,71 @@ def test_a_preset_stands_beside_a_base(preset: Path, tmp_path: Path) -> None:
     assert cfg.SOLVER.BASE_LR == 0.5 and cfg.MODEL.CHANNELS_LAST and not plain.MODEL.CHANNELS_LAST
     assert cfg.SOLVER.AMP.ENABLED == (preset.stem != "fast_cpu")
     assert cfg.MODEL.FPN == plain.MODEL.FPN
+
+
+# one of each head, as Detectron2 has it, and what stands on a network without stages
+HEADS = {
+    "faster": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "keypoint": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "panoptic": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "fcos": "COCO-Detection/fcos_R_50_FPN_1x.yaml",
+}
+
+
+def test_every_topology_has_a_pyramid_to_stand_beside_a_config() -> None:
+    assert [path.stem for path in PYRAMID_PRESETS] == TOPOLOGIES.names()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pyramids_stand_beside_configs_of_any_head(head: str, tmp_path: Path) -> None:
+    for preset in PYRAMID_PRESETS:
+        mine = tmp_path / f"{preset.stem}.yaml"
+        mine.write_text(f"_BASE_: [{HEADS[head]}, pyramids/{preset.name}]\n")
+        cfg = get_cfg()
+        add_fpn_config(cfg)
+        merge_config_file(cfg, str(mine))
+        cfg.merge_from_list([*NO_WEIGHTS, "MODEL.DEVICE", "meta"])
+        resolve_config(cfg)
+        with torch.device("meta"):
+            backbone = build_backbone(cfg)  # checks the heads' keys and anchors too
+        read = set().union(*head_features(cfg).values())
+        assert read == set(backbone.output_shape()), preset
+        kind = {
+            value.get("TOPOLOGY", "fpn"): value for key, value in AUTHORS.items() if "_D" not in key
+        }
+        values = {key: value for key, value in cfg.MODEL.FPN.items() if key != "IN_FEATURES"}
+        assert changed_keys(values) == kind[cfg.MODEL.FPN.TOPOLOGY], preset
+
+
+def test_a_pyramid_replaces_another_and_keeps_anchors_and_width(tmp_path: Path) -> None:
+    mine, plain = tmp_path / "mine.yaml", tmp_path / "plain.yaml"
+    sizes = [[12], [24], [48], [96], [192]]
+    mine.write_text(
+        "_BASE_: [quickstart/faster_rcnn_trees_FPG.yaml, pyramids/bifpn.yaml]\n"
+        "MODEL: {FPN: {ACTIVATION: relu}}\n"
+    )
+    cfg = load(mine)
+    assert cfg.MODEL.FPN.LATERAL == "conv1x1" and cfg.MODEL.FPN.NORM == "SyncBN"
+    assert cfg.MODEL.FPN.OUT_CHANNELS == 32 and cfg.MODEL.ANCHOR_GENERATOR.SIZES == sizes
+    plain.write_text("_BASE_: [mine.yaml, pyramids/fpn.yaml]\nMODEL: {FPN: {OUT_CHANNELS: 256}}\n")
+    assert changed_keys(load(plain).MODEL.FPN) == {"IN_FEATURES": names_of_levels(2, 6)}
+    # levels for which there are no anchors of one's own are an error, Detectron2's own follow
+    own = "_BASE_: [{}, pyramids/simple.yaml]\nMODEL: {{ANCHOR_GENERATOR: {{SIZES: {}}}}}\n"
+    (tmp_path / "own.yaml").write_text(own.format(HEADS["retinanet"], sizes))
+    with pytest.raises(ValueError, match=r"SIZES: 5 lists for the 6 maps .* 6, or \[auto\]"):
+        load(tmp_path / "own.yaml")
+
+
+def changed_keys(values: Mapping[str, object]) -> dict[str, object]:
+    """The keys of MODEL.FPN that do not have their defaults."""
+    default = get_cfg()
+    add_fpn_config(default)
+    return {key: value for key, value in values.items() if value != default.MODEL.FPN[key]}
+
+
+def names_of_levels(first: int, end: int) -> list[str]:
+    return [f"res{level}" for level in range(first, end)]
 
 
 @pytest.mark.parametrize("folder", ["COCO-InstanceSegmentation", "quickstart"])

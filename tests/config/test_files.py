@@ -341,3 +341,43 @@ def test_a_base_may_be_a_configs_name(tmp_path: Path, monkeypatch: pytest.Monkey
     cfg = merged(tmp_path / "mine" / "a.yaml")
     assert cfg.SEED != 77 and cfg.SOLVER.OPTIMIZER == "AdamW"
     assert cfg.SOLVER.MAX_ITER == 270000
+
+
+def load(*words: str) -> CfgNode:
+    return load_config(argument_parser().parse_args(list(words)))
+
+
+def test_own_data_in_a_file_is_beside_it_and_on_a_command_line_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("configs/base", "data", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configs/base/b.yaml").write_text(
+        "DATASETS: {OWN: {TRAIN_JSON: t.json, VAL_JSON: v.json, VAL_IMAGES: ~/images}}\n"
+    )
+    mine = tmp_path / "configs/mine.yaml"
+    mine.write_text("_BASE_: base/b.yaml\nDATASETS: {OWN: {VAL_JSON: ../data/v.json}}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["--config-file", "../configs/mine.yaml", "--train-images", "images"]
+    expected = {
+        "TRAIN_JSON": tmp_path / "configs/base/t.json",
+        "TRAIN_IMAGES": tmp_path / "elsewhere/images",
+        "VAL_JSON": tmp_path / "data/v.json",
+        "VAL_IMAGES": tmp_path / "images",
+    }
+    own = load(*words).DATASETS.OWN
+    assert own == {key: str(path) for key, path in expected.items()}
+    # what a run writes down means the same from its own folder
+    (tmp_path / "config.yaml").write_text(load(*words).dump())
+    assert load("--config-file", str(tmp_path / "config.yaml")).DATASETS.OWN == own
+    # what is there only when it is taken from the current folder
+    (tmp_path / "data/v.json").touch()
+    (tmp_path / "elsewhere/t.json").touch()
+    with pytest.raises(ValueError, match="TRAIN_JSON: 't.json' .*write '../../elsewhere/t.json'"):
+        load(*words)
+    assert load(*words, "DATASETS.OWN.TRAIN_JSON", "t.json").DATASETS.OWN.TRAIN_JSON == str(
+        tmp_path / "elsewhere/t.json"
+    )
+    (tmp_path / "configs/base/t.json").touch()
+    assert load(*words).DATASETS.OWN == own

@@ -94,8 +94,9 @@ def test_values_follow_from_the_pyramid(
         read = {source for item in overrides[1] for source in item["inputs"] if "res" in source}
         overrides = [*overrides, "MODEL.FPN.IN_FEATURES", sorted(read)]
     cfg = resolve_config(config(PANOPTIC, *overrides))
-    assert cfg_get(cfg, RPN) == names(*dense)
-    assert cfg_get(cfg, ROI) == cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES == names(*pooled)
+    assert cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES == names(*pooled)
+    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+        assert cfg_get(cfg, RPN) == names(*dense) and cfg_get(cfg, ROI) == names(*pooled)
     assert cfg_get(cfg, SIZES) == [[8 * 2**level] for level in dense]
 
 
@@ -118,12 +119,12 @@ def test_anchors_are_for_the_maps_that_are_read() -> None:
     assert [sizes[0] for sizes in cfg_get(resolve_config(cfg), SIZES)] == [256]
 
 
-def test_what_no_head_reads_is_resolved_too() -> None:
-    """A config serves another meta-architecture later, and a head of one's own."""
-    cfg = config(MASK, "MODEL.META_ARCHITECTURE", "SemanticSegmentor")
-    resolve_config(cfg)
+def test_what_no_head_reads_is_detectron2s_default_and_a_head_of_ones_own_gets_all() -> None:
+    cfg = resolve_config(config(MASK, "MODEL.META_ARCHITECTURE", "SemanticSegmentor"))
     assert all("auto" not in cfg_get(cfg, key) for key in AUTO_KEYS)
-    assert cfg_get(cfg, SIZES)[0] == [32]
+    assert cfg_get(cfg, RPN) == ["res4"] and cfg_get(cfg, SIZES)[0] == [32]
+    cfg = resolve_config(config(MASK, "MODEL.META_ARCHITECTURE", "MyOwn"))
+    assert cfg_get(cfg, RPN) == cfg.MODEL.RETINANET.IN_FEATURES == names(2, 3, 4, 5, 6)
 
 
 def test_a_second_call_and_a_config_without_auto_change_nothing() -> None:

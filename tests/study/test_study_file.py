@@ -32,17 +32,19 @@ def test_overrides_of_the_command_line_come_last_and_those_of_all_runs_first(
         "a": {},
         "b": {"config": "other.yaml", "SEED": 3, "INPUT.FORMAT": "RGB"},
         "c": {"overrides": {"MODEL.RPN.IN_FEATURES": ["p2", "p3"]}},
+        "d": {"DATASETS.OWN.VAL_JSON": "my/val.json"},
     }
     shared = {"SEED": 1, "VIS_PERIOD": 5}
     path = write(tmp_path, runs=runs, overrides=shared, seeds=[4, 2], size_bins=[8, 16.5])
     study = read_study(path, ["VIS_PERIOD", "7"])
-    a, b, c = study.configs
+    a, b, c, d = study.configs
     assert (study.seeds, study.size_bins, study.baseline) == ((4, 2), (8, 16.5), "")
     assert study.keep_checkpoints
     assert (a.name, a.file) == ("a", (tmp_path / "base.yaml").resolve())
     assert a.overrides == ("SEED", "1", "VIS_PERIOD", "7")
     assert b.file == (tmp_path / "other.yaml").resolve()
     assert b.overrides == ("SEED", "3", "VIS_PERIOD", "7", "INPUT.FORMAT", "RGB")
+    assert d.overrides[-1] == str(tmp_path / "my" / "val.json")  # relative to the study file
     assert c.overrides[-2:] == ("MODEL.RPN.IN_FEATURES", "['p2', 'p3']")
 
 
