@@ -33,7 +33,7 @@ apidoc_modules = [
         "destination": "api",
         "separate_modules": True,
         "module_first": True,
-        "exclude_patterns": [str(ROOT / "fpn_plugin" / name) for name in ("cli*", "__main__.py")]
+        "exclude_patterns": [str(ROOT / "fpn_plugin" / name) for name in ("cli*", "__main__.py")],
     }
 ]
 napoleon_use_ivar = True  # the attributes of dataclasses are described once

@@ -75,6 +75,18 @@ def trust(trusted: bool = True) -> None:
     _trusted = trusted
 
 
+def is_trusted() -> bool:
+    """Whether files may name what is run: see :func:`trust`."""
+    return _trusted
+
+
+def named_modules() -> tuple[str, ...]:
+    """The modules that the user has named, or installed under the group of entry points."""
+    _load_installed()
+    installed = [entry.module for entry in importlib.metadata.entry_points(group=GROUP)]
+    return (*installed, *(imported.module for imported in _loaded.values() if imported.by_user))
+
+
 def named() -> list[str]:
     """What the user has named so far, as a config records it: files by their absolute paths."""
     return [name for name, imported in _loaded.items() if imported.by_user]

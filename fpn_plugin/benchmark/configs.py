@@ -18,8 +18,13 @@ from fpn_plugin.checkpoint.run_folder import (
 )
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.engine.run_folder import METRICS
-from fpn_plugin.modeling.described import changed_parts, load_model_config, run_keys
-from fpn_plugin.modeling.python_config import attached, is_override, is_python_config
+from fpn_plugin.modeling.described import changed_values, load_model_config, run_keys
+from fpn_plugin.modeling.python_config import (
+    attached,
+    is_override,
+    is_python_config,
+    pretrained_networks,
+)
 
 BASELINE = "--baseline"
 RUNS = "--runs"
@@ -28,6 +33,7 @@ _BY_FLAG = {
     "MASK_ON": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
 }
 _BY_ARCHITECTURE = {
+    "FCOS": "COCO-Detection/fcos_R_50_FPN_1x.py",
     "GeneralizedRCNN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "PanopticFPN": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
     "ProposalNetwork": "COCO-Detection/rpn_R_50_FPN_1x.yaml",
@@ -241,7 +247,10 @@ def model_differences(recorded: Mapping[str, Any], cfg: CfgNode) -> list[str]:
         kinds = ("Python", "YAML") if python is None else ("YAML", "Python")
         return ["everything: the run is of a {} config, this is a {} config".format(*kinds)]
     if python is not None:
-        return changed_parts(recorded, python, ("model",))
+        weights = [
+            f"{network._get_full_key(None)}.weights" for network in pretrained_networks(python)
+        ]
+        return list(changed_values(recorded, python, ("model",), weights))
     model = _flatten(recorded.get("MODEL", {}))
     return [
         f"MODEL.{key}"

@@ -25,7 +25,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     _add_configs(parser.add_argument)
     _add_measurements(parser.add_argument)
     _add_reports(parser.add_argument)
-    text = "overrides, not for the baseline"
+    text = "overrides, not for the baseline; of a Python config, which is run: path.key=value"
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=text)
     return parser
 

@@ -12,7 +12,10 @@ from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.config.defaults import add_fpn_config
 
-OVERRIDES_HELP = "config overrides, before or after flags"
+OVERRIDES_HELP = (
+    "config overrides, before or after flags; of a Python config, which is code and is run:"
+    " path.key=value"
+)
 _COMMON = ("traceback", "imports", "trust_imports")
 
 

@@ -19,8 +19,10 @@ from detectron2.utils.logger import setup_logger
 
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
 from fpn_plugin.config import load_config
+from fpn_plugin.config.files import find_config_file
 from fpn_plugin.engine.setup import argument_parser
 from fpn_plugin.engine.warm.convert import check_output, to_config, to_detectron2
+from fpn_plugin.modeling.python_config import is_python_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,6 +48,12 @@ def run(args: argparse.Namespace) -> None:
     if args.to == "detectron2":
         to_detectron2(args.weights, args.output)
         return
+    if is_python_config(find_config_file(args.config_file)):
+        raise ValueError(
+            f"--config-file {args.config_file}: fpn convert writes for YAML configs; in a Python"
+            " config give the new pyramid warm_from=L(PyramidBackbone)(…), the old one, and train"
+            f" from train.init_checkpoint={args.weights}"
+        )
     forced = ["MODEL.FPN.WARM_START", "True", "MODEL.WEIGHTS", args.weights]
     forced += ["MODEL.BOTTOM_UP.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
     command = ["--config-file", args.config_file, *args.opts, *forced]

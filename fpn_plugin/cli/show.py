@@ -31,7 +31,7 @@ from fpn_plugin.config.defaults import PYRAMID_BUILDER
 from fpn_plugin.config.heads import head_features
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.described import load_model_config
-from fpn_plugin.modeling.python_config import build_backbone
+from fpn_plugin.modeling.python_config import attached, build_backbone
 from fpn_plugin.report.environment import collect_environment, environment_warnings
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize import complexity, draw, fusion_weights
@@ -71,6 +71,11 @@ def build(cfg: CfgNode) -> PyramidBackbone:
     name = cfg.MODEL.BACKBONE.NAME
     backbone = build_backbone(cfg)
     if not isinstance(backbone, PyramidBackbone):
+        if attached(cfg) is not None:
+            raise ValueError(
+                f"model.backbone: a {name} is no pyramid of this plugin: call"
+                " fpn_plugin.put_pyramid(model, topology=…) in the config"
+            )
         raise ValueError(f"MODEL.BACKBONE.NAME: {name!r} is no pyramid; use build_pyramid_backbone")
     return backbone
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import yaml
 from detectron2.config import get_cfg
@@ -26,7 +26,12 @@ from fpn_plugin.checkpoint.run_folder import (
     recorded_config,
 )
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.modeling.described import run_keys, shared_keys
+from fpn_plugin.modeling.described import (
+    PYTHON_OUTER_KEYS,
+    keys_within,
+    run_keys,
+    shared_keys,
+)
 
 TASKS = ("bbox", "segm")
 RESULTS = "coco_instances_results.json"
@@ -43,11 +48,6 @@ _PYTHON_TRAINING_KEYS = (
     "train.max_iter",
     "dataloader.train",
     "model.backbone.bottom_up.weights",
-)
-_PYTHON_UNCOMPARED_KEYS = (
-    *("train.seed", "train.output_dir", "train.device", "train.eval_period", "train.log_period"),
-    *("train.checkpointer", "train.classes", "train.ddp", "dataloader.evaluator"),
-    *("dataloader.train.num_workers", "dataloader.test.num_workers"),
 )
 _KIND = "config"  # where configs of both kinds are compared: YAML or Python
 _MAX_NAME_LENGTH = 32  # of a group's name made of the values that differ
@@ -99,7 +99,7 @@ class Run:
     def compared_config(self) -> dict[str, Any]:
         """The config without the keys in which runs of one config may differ."""
         if self.is_python:
-            keys = _within(_python_keys(self.config), _PYTHON_UNCOMPARED_KEYS)
+            keys = keys_within(_python_keys(self.config), PYTHON_OUTER_KEYS)
             return {key: self.config[key] for key in _python_keys(self.config) if key not in keys}
         return {key: value for key, value in self.config.items() if key not in _UNCOMPARED_KEYS}
 
@@ -224,7 +224,7 @@ def _read_run(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
     config = {**{key: defaults[key] for key in known}, **run_keys(recorded)}
     if _EVALUATION.fullmatch(folder.resolve().name):
         parent = run_keys(recorded_config(str(folder.resolve().parent)))
-        taken = _within(parent, _PYTHON_TRAINING_KEYS if is_python else _TRAINING_KEYS)
+        taken = keys_within(parent, _PYTHON_TRAINING_KEYS if is_python else _TRAINING_KEYS)
         config.update({key: parent[key] for key in taken})
     test_sets = config["DATASETS.TEST"]
     dataset = test_sets[0] if test_sets else ""
@@ -264,11 +264,6 @@ def _read_run(name: str, folder: Path, defaults: Mapping[str, Any]) -> Run:
 def _python_keys(config: Mapping[str, Any]) -> list[str]:
     """A Python config's own keys, without those of YAML configs that follow from them."""
     return [key for key in config if key.partition(".")[0].islower()]
-
-
-def _within(keys: Iterable[str], sections: Sequence[str]) -> list[str]:
-    """The keys that are one of the sections, or below it."""
-    return [key for key in keys if any(f"{key}.".startswith(f"{each}.") for each in sections)]
 
 
 def _evaluation_metrics(line: Mapping[str, Any], dataset: str) -> dict[str, float]:

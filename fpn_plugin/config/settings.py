@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS
 from fpn_plugin.pyramid.compose import EXTRA_LEVELS, add_extra_levels, build_graph, stages
@@ -239,6 +240,24 @@ def make_settings(**arguments: Any) -> PyramidSettings:
 def settings_from_keys(keys: Mapping[str, Any]) -> PyramidSettings:
     """A record from values by the names of their keys."""
     return PyramidSettings(**{key.lower(): value for key, value in keys.items()})
+
+
+def settings_of_python(config: Mapping[str, Any]) -> PyramidSettings | None:
+    """The record of a Python config's pyramid, which is not built; None where it has none, or
+    holds two.
+
+    Args:
+        config: what a run of it wrote down.
+    """
+    whole = OmegaConf.create(dict(config), flags={"allow_objects": True})
+    backbone = OmegaConf.select(whole, "model.backbone")
+    if not isinstance(backbone, DictConfig):
+        return None
+    if not str(backbone.get("_target_")).endswith("PyramidBackbone") or "warm_from" in backbone:
+        return None
+    names = [name.lower() for name in pyramid_keys() if name.lower() in backbone]
+    values = OmegaConf.to_container(OmegaConf.create({name: backbone[name] for name in names}))
+    return make_settings(**values)  # type: ignore[arg-type]
 
 
 def read_settings(cfg: CfgNode) -> PyramidSettings:

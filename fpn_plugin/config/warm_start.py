@@ -12,7 +12,12 @@ from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import plugins
 from fpn_plugin.checkpoint.files import read_state_dict
-from fpn_plugin.checkpoint.run_folder import CONFIG, config_of_checkpoint, recorded_config
+from fpn_plugin.checkpoint.run_folder import (
+    CONFIG,
+    config_of_checkpoint,
+    is_python_record,
+    recorded_config,
+)
 from fpn_plugin.config.defaults import PYRAMID_BUILDER, add_fpn_config
 from fpn_plugin.config.files import drop_gone_keys
 from fpn_plugin.config.settings import (
@@ -20,6 +25,7 @@ from fpn_plugin.config.settings import (
     pyramid_keys,
     read_settings,
     settings_from_keys,
+    settings_of_python,
 )
 from fpn_plugin.registry import UnknownNameError, unknown_name
 
@@ -198,11 +204,20 @@ def recorded_model(path: str) -> Mapping[str, Any]:
     Raises:
         ValueError: naming the config.yaml, if it is no plain YAML.
     """
-    model = config_of_checkpoint(path).get("MODEL")
+    config = config_of_checkpoint(path)
+    if is_python_record(config):
+        settings = settings_of_python(config)
+        return _as_model(settings) if settings else {}
+    model = config.get("MODEL")
     if not isinstance(model, dict):
         return {}
     is_detectron2s = all(isinstance(model.get(section), dict) for section in ("FPN", "BACKBONE"))
     return model if is_detectron2s else {}
+
+
+def _as_model(settings: PyramidSettings) -> dict[str, Any]:
+    """The same as the `MODEL` of a YAML config says it."""
+    return {"BACKBONE": {"NAME": PYRAMID_BUILDER}, "FPN": settings.as_keys()}
 
 
 def _node(settings: Mapping[str, Any]) -> CfgNode:

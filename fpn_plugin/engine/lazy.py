@@ -25,6 +25,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from fpn_plugin import plugins
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, find_checkpoint
 from fpn_plugin.checkpoint.files import fetch, is_remote
 from fpn_plugin.checkpoint.record import make_record, plain_config, read_record
@@ -86,6 +87,8 @@ def setup(args: argparse.Namespace) -> DictConfig:
     _refuse_data_flags(args)
     args.config_file = find_config_file(args.config_file)
     cfg = read_python_config(args.config_file, args.opts)
+    if names := plugins.named():
+        cfg.train.imports = [*dict.fromkeys([*cfg.train.get("imports", ()), *names])]
     if device_of(cfg) != cfg.train.device:
         logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
     if args.eval_only:

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import tempfile
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.modeling import Backbone
@@ -25,7 +25,7 @@ from fpn_plugin.config import add_fpn_config
 from fpn_plugin.config.defaults import PYRAMID_BUILDER
 from fpn_plugin.config.files import find_config_file, merge_overrides
 from fpn_plugin.config.resolve import choose_device, load_config
-from fpn_plugin.config.settings import make_settings, pyramid_keys
+from fpn_plugin.config.settings import pyramid_keys, settings_of_python
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.modeling.python_config import (
     TARGET,
@@ -83,6 +83,13 @@ _FROM_DENSE_MODEL = {
     "TOPK_CANDIDATES_TEST": "test_topk_candidates",
 }
 _DENSE = ("RETINANET", "FCOS")
+# what of a Python config changes no numbers, as OUTER_KEYS of a YAML config, and the seed; each
+# stands for all below it
+PYTHON_OUTER_KEYS = (
+    *("train.seed", "train.output_dir", "train.device", "train.eval_period", "train.log_period"),
+    *("train.checkpointer", "train.classes", "train.ddp", "train.imports"),
+    *("dataloader.evaluator", "dataloader.train.num_workers", "dataloader.test.num_workers"),
+)
 # Detectron2's networks, as the builders in MODEL.BOTTOM_UP.NAME call them
 _NETWORKS = {
     **{"ResNet": "resnet", "RegNet": "regnet", "SwinTransformer": "swin"},
@@ -159,14 +166,8 @@ def run_keys(recorded: Mapping[str, Any]) -> dict[str, Any]:
         return flatten(recorded)
     python = OmegaConf.create(dict(recorded), flags={"allow_objects": True})
     keys = json.loads(json.dumps(_config_keys(python)))  # tuples become lists, as YAML has them
-    if str(OmegaConf.select(python, f"model.backbone.{TARGET}")).endswith("PyramidBackbone"):
-        arguments = {
-            name: _plain(OmegaConf.select(python, f"model.backbone.{name}"))
-            for name in python.model.backbone
-            if name.upper() in pyramid_keys()
-        }
-        settings = make_settings(**arguments).as_keys()
-        keys |= {f"MODEL.FPN.{key}": _plain(value) for key, value in settings.items()}
+    if settings := settings_of_python(recorded):
+        keys |= {f"MODEL.FPN.{key}": _plain(x) for key, x in settings.as_keys().items()}
     return {**keys, **flatten(recorded)}
 
 
@@ -178,25 +179,33 @@ def shared_keys() -> frozenset[str]:
     return frozenset((*_FROM_CONFIG, *data, *pyramid))
 
 
-def changed_parts(
-    recorded: Mapping[str, Any], python: DictConfig, parts: Sequence[str]
-) -> list[str]:
-    """The keys in which a run of a Python config differs from one.
+def keys_within(keys: Iterable[str], sections: Sequence[str]) -> list[str]:
+    """The keys that are one of the sections, or below it."""
+    return [key for key in keys if any(f"{key}.".startswith(f"{each}.") for each in sections)]
+
+
+def changed_values(
+    recorded: Mapping[str, Any],
+    python: DictConfig,
+    parts: Sequence[str],
+    ignore: Sequence[str] = (),
+) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a run of a Python config differs from one, with both values.
 
     Args:
         recorded: what the run wrote down.
         parts: those that are compared.
+        ignore: keys that are not, and all below them.
     """
     with tempfile.TemporaryDirectory() as folder:  # as a run writes it
         LazyConfig.save(python, os.path.join(folder, CONFIG))
         current = recorded_config(folder)
     before, now = ({part: config.get(part, {}) for part in parts} for config in (recorded, current))
     old, new = flatten(before), flatten(now)
-    return [
-        key
-        for key in {**old, **new}
-        if not key.endswith(".weights") and old.get(key) != new.get(key)
-    ]
+    both = {**old, **new}
+    ignored = set(keys_within(both, ignore))
+    changes = {key: (old.get(key), new.get(key)) for key in both if key not in ignored}
+    return {key: values for key, values in changes.items() if values[0] != values[1]}
 
 
 def _resize(python: DictConfig) -> dict[str, Any]:

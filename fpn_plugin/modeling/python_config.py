@@ -7,7 +7,6 @@ only those targets are called that :func:`require_trusted` knows.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from fpn_plugin import plugins
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.checkpoint.load import load_weights
 from fpn_plugin.config.files import find_config_file
@@ -34,7 +34,7 @@ from fpn_plugin.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
-TARGET = "_target_"
+TARGET, IMPORTS = "_target_", "train.imports"
 PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
 # what the tools beside the trainer build, from a config.yaml that names code
 TOOLS_PARTS = ("model", "optimizer", "dataloader.test.mapper")
@@ -122,14 +122,16 @@ def _keys(node: yaml.Node | None) -> dict[str, yaml.Node]:
 
 
 def read_python_config(
-    path: str, overrides: Sequence[str] = (), parts: Sequence[str] = PARTS, trust: bool = False
+    path: str, overrides: Sequence[str] = (), parts: Sequence[str] = PARTS
 ) -> DictConfig:
     """A Python config, which is run, or what a run wrote down of one; with overrides.
+
+    After :func:`fpn_plugin.plugins.trust`, what a run wrote down may name any code. What is listed
+    in `train.imports` is imported, as `IMPORTS` of a YAML config is.
 
     Args:
         overrides: `path.key=value` each.
         parts: what will be built of it: see :func:`require_trusted`.
-        trust: whether a YAML file may name any code.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -137,13 +139,18 @@ def read_python_config(
             twice or names other code, or for a bad override.
     """
     path = find_config_file(path)
-    if trust or not path.endswith(_SUFFIXES):
+    is_code = not path.endswith(_SUFFIXES)
+    if is_code or plugins.is_trusted():
         cfg = LazyConfig.load(path)
     else:
         content = read_yaml(path, objects=True)
         cfg = OmegaConf.create(content, flags={"allow_objects": True})
-        for part in parts:
-            require_trusted(cfg, part, path)
+    if names := list(OmegaConf.select(cfg, IMPORTS) or ()):
+        if is_code:
+            plugins.load(names, f"{path}: {IMPORTS}")
+        cfg.train.imports = plugins.require(names, f"{path} ({IMPORTS})")
+    for part in () if is_code or plugins.is_trusted() else parts:
+        require_trusted(cfg, part, path)
     _replace_mappers(cfg)
     apply_overrides(cfg, overrides)
     if missing := [part for part in PARTS if part not in cfg]:
@@ -190,11 +197,12 @@ def require_trusted(cfg: DictConfig, part: str, path: str) -> None:
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from error
     for key, target in _targets(content, part):
-        if not _is_trusted(target):
+        if not isinstance(target, str) or not _is_trusted(target):
             raise ValueError(
                 f"{path}: {key}: {target!r} is other code than that of Detectron2, torch and this"
                 " plugin, and a YAML file must not say what is run: give the Python config itself"
-                " (FILE.py), or --trust-imports if you trust this file"
+                " (FILE.py), --import MODULE for what the module defines, or --trust-imports if"
+                " you trust the whole file"
             )
 
 
@@ -210,10 +218,10 @@ def _targets(value: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _targets(entry, f"{key}[{i}]")
 
 
-@functools.lru_cache(maxsize=None)
-def _is_trusted(target: Any) -> bool:
-    roots = {module.partition(".")[0] for module in (*_TRUSTED_MODULES, _OWN)}
-    if not isinstance(target, str) or target.partition(".")[0] not in roots:
+def _is_trusted(target: str) -> bool:
+    named = tuple(f"{module}." for module in plugins.named_modules())
+    roots = {module.partition(".")[0] for module in (*_TRUSTED_MODULES, _OWN, *named)}
+    if target.partition(".")[0] not in roots:
         return False  # and nothing of it is imported
     try:
         found = locate(target)
@@ -222,7 +230,7 @@ def _is_trusted(target: Any) -> bool:
     module = f"{getattr(found, '__module__', '')}."
     if module.startswith(_OWN):
         return isinstance(found, type) or found in _OWN_FUNCTIONS
-    return callable(found) and module.startswith(_TRUSTED_MODULES)
+    return callable(found) and module.startswith((*_TRUSTED_MODULES, *named))
 
 
 def _replace_mappers(cfg: DictConfig) -> None:

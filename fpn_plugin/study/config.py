@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fpn_plugin import plugins
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.evaluation.size_bins import check_edges
+from fpn_plugin.modeling.python_config import is_override
 from fpn_plugin.paths import from_folder
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.yaml_files import read_yaml
@@ -175,6 +176,8 @@ def _error(path: Path, key: str, value: object, wanted: str = "") -> StudyError:
 
 
 def _configs(path: Path, values: dict[str, Any], opts: Sequence[str]) -> tuple[NamedConfig, ...]:
+    # of Python configs, whose overrides are path.key=value
+    opts = [x for text in opts for x in (text.split("=", 1) if is_override(text) else [text])]
     if len(opts) % 2:
         raise StudyError(f"the overrides are pairs KEY VALUE; {opts[-1]!r} has no partner")
     shared = _words(path, "overrides", values["overrides"])

@@ -9,10 +9,16 @@ from typing import Mapping, Sequence
 from detectron2.config import CfgNode
 
 from fpn_plugin import plugins
-from fpn_plugin.checkpoint.run_folder import OUTER_KEYS, RESULT_KEY, metric_lines
+from fpn_plugin.checkpoint.run_folder import (
+    OUTER_KEYS,
+    RESULT_KEY,
+    metric_lines,
+    recorded_config,
+)
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.run_folder import config_changes, run_results
-from fpn_plugin.engine.setup import argument_parser, load_config
+from fpn_plugin.modeling.described import PYTHON_OUTER_KEYS, changed_values, load_model_config
+from fpn_plugin.modeling.python_config import PARTS, attached, is_python_config
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.study.config import NamedConfig, Study, StudyError
 
@@ -44,12 +50,22 @@ class PlannedRun:
 
     def arguments(self) -> list[str]:
         """The arguments of `fpn train`, without --resume."""
-        config = [*plugins.flags(self.cfg.IMPORTS), "--config-file", str(self.config.file)]
+        python = attached(self.cfg)
+        imports = self.cfg.IMPORTS if python is None else plugins.named()
+        config = [*plugins.flags(imports), "--config-file", str(self.config.file)]
+        if python is not None:
+            words = _python_overrides(self.config.overrides)
+            return [*config, *words, f"train.output_dir={self.folder}", f"train.seed={self.seed}"]
         config += self.config.overrides
         return [*config, "OUTPUT_DIR", str(self.folder), "SEED", str(self.seed)]
 
     def changes(self) -> list[str]:
         """The keys that the folder's run has with other values, as "KEY old -> new"."""
+        python = attached(self.cfg)
+        if python is not None:
+            recorded = recorded_config(str(self.folder))
+            changes = changed_values(recorded, python, PARTS, PYTHON_OUTER_KEYS)
+            return [f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items()]
         return config_changes(str(self.folder), self.cfg, OUTER_KEYS)
 
     def state(self) -> str:
@@ -119,12 +135,13 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
 def _load_cfg(config: NamedConfig) -> CfgNode:
     """The config as `fpn train` resolves it."""
     where = f"runs.{config.name}"
-    for key in ("OUTPUT_DIR", "SEED"):
+    for key in ("OUTPUT_DIR", "SEED", "train.output_dir", "train.seed"):
         if key in config.overrides[::2]:
             raise StudyError(f"{where}: {key} is the study's to set (output, seeds)")
-    words = ["--config-file", str(config.file), *config.overrides]
+    file, overrides = str(config.file), config.overrides
+    opts = _python_overrides(overrides) if is_python_config(file) else overrides
     try:
-        cfg = register_own(load_config(argument_parser().parse_args(words)))
+        cfg = register_own(load_model_config(file, opts))
     except (KeyError, ValueError, FileNotFoundError) as error:
         text = error.args[0] if isinstance(error, KeyError) else error
         raise StudyError(f"{where}: {text}") from error
@@ -132,6 +149,11 @@ def _load_cfg(config: NamedConfig) -> CfgNode:
         if not cfg.DATASETS[key]:
             raise StudyError(f"{where}: DATASETS.{key} is empty: a study trains and evaluates")
     return cfg
+
+
+def _python_overrides(overrides: Sequence[str]) -> list[str]:
+    """`KEY VALUE` pairs as a Python config takes them."""
+    return [f"{key}={value}" for key, value in zip(overrides[::2], overrides[1::2])]
 
 
 def _check_test_sets(cfgs: Mapping[str, CfgNode]) -> None:

@@ -287,9 +287,8 @@ def test_another_programs_config_beside_a_checkpoint_says_nothing(
 
 
 def test_a_python_configs_run_can_be_gone_on_from(tmp_path: Path) -> None:
-    """Its config.yaml has tags that call code, which are not read."""
-    tag = "spec: !!python/object:detectron2.layers.shape_spec.ShapeSpec {}"
-    (tmp_path / "config.yaml").write_text(tag)
+    """Its config.yaml may have tags that call code, which are not read."""
+    (tmp_path / "config.yaml").write_text("norm: !!python/name:torch.nn.LayerNorm ''")
     cfg = a_config(tmp_path, PAFPN)
     cfg.MODEL.WEIGHTS = str(tmp_path / "m.pth")
     resolve_warm_start(cfg)
@@ -300,3 +299,14 @@ def test_a_python_configs_run_can_be_gone_on_from(tmp_path: Path) -> None:
     cfg.MODEL.FPN.WARM_START_FROM = CfgNode(settings, new_allowed=True)
     resolve_warm_start(cfg)
     assert cfg.MODEL.FPN.WARM_START_FROM == settings
+    model = "_target_: fpn_plugin.PyramidBackbone, out_channels: 32, in_features: [res4, res5]"
+    spec = "!!python/object:detectron2.layers.shape_spec.ShapeSpec {channels: 1}"
+    text = f"model: {{_target_: x.Y, shape: {spec}, backbone: {{{model}, topology: bifpn}}}}"
+    (tmp_path / "config.yaml").write_text(text)
+    resolve_warm_start(cfg)
+    found = cfg.MODEL.FPN.WARM_START_FROM
+    assert (found.TOPOLOGY, found.OUT_CHANNELS, found.IN_FEATURES) == (
+        "bifpn",
+        32,
+        ["res4", "res5"],
+    )
