@@ -126,10 +126,14 @@ UNSAFE_CALLS = {
     "unpack_archive": None,
     "LazyConfig.load": ("fpn_plugin/engine/lazy.py",),  # Python, as the README says
     # what the user names, and the packages in a table
-    "import_module": ("fpn_plugin/plugins.py", "fpn_plugin/evaluation/build.py"),
+    "import_module": (
+        "fpn_plugin/plugins.py",
+        "fpn_plugin/evaluation/build.py",
+        "fpn_plugin/cli/demo.py",  # the makers that are shipped
+    ),
     "__import__": None,
     "exec_module": None,
-    "run_path": ("setup.py",),  # the version
+    "run_path": ("setup.py", "tools/checkout.py"),  # the version
 }
 
 
