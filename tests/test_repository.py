@@ -124,7 +124,7 @@ UNSAFE_CALLS = {
     "extractall": None,
     "extract": None,
     "unpack_archive": None,
-    "LazyConfig.load": ("fpn_plugin/engine/lazy.py",),  # Python, as the README says
+    "LazyConfig.load": ("fpn_plugin/modeling/python_config.py",),  # Python, as the README says
     # what the user names, and the packages in a table
     "import_module": (
         "fpn_plugin/plugins.py",
