@@ -3,7 +3,6 @@ version. Where none is installed, it is this checkout's, also in the processes t
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import runpy
@@ -20,8 +19,9 @@ def run_command(name: str) -> int:
         its exit code.
     """
     use_package()
-    exit_code: int = importlib.import_module("fpn_plugin.cli.main").main([name, *sys.argv[1:]])
-    return exit_code
+    from fpn_plugin.cli.main import main  # only now
+
+    return main([name, *sys.argv[1:]])
 
 
 def use_package() -> None:

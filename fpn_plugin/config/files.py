@@ -66,10 +66,10 @@ def find_config_file(
             f"{key} {name!r}: there is no file{place}, and neither this plugin nor Detectron2 has"
             f" such a config{hint}"
         )
-    (owner, path), *others = found.items()
+    (owner, chosen), *others = found.items()
     other = f"; {others[0][0]} of this name is {others[0][1]}" if others else ""
-    logger.info("%s %s: taking %s, %s%s", key, name, owner, path, other)
-    return path
+    logger.info("%s %s: taking %s, %s%s", key, name, owner, chosen, other)
+    return chosen
 
 
 def _similar_names(name: str, roots: Sequence[Path]) -> str:
