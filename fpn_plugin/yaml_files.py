@@ -71,7 +71,8 @@ def _object(loader: _ObjectsLoader, suffix: str, node: yaml.Node) -> dict[str, A
             problem=f"could not determine a constructor for the tag {node.tag!r}",
             problem_mark=node.start_mark,
         )
-    return {"_target_": suffix, **loader.construct_mapping(node, deep=True)}
+    content = loader.construct_mapping(node, deep=True)
+    return {"_target_": suffix, **{str(key): value for key, value in content.items()}}
 
 
 _ObjectsLoader.add_multi_constructor("tag:yaml.org,2002:python/object:", _object)

@@ -133,7 +133,7 @@ def recorded_classes(config: Any, source: str) -> Classes | None:
         section, leaf, keys = "train", "classes", ("names", "ids")
     for key in (section, leaf):
         node = node.get(key) if isinstance(node, dict) else None
-    names, ids = (node.get(key) for key in keys) if isinstance(node, dict) else ([], [])
+    names, ids = [node.get(key) if isinstance(node, dict) else None for key in keys]
     if not isinstance(names, list) or not names:
         return None
     return Classes(tuple(map(str, names)), tuple(ids or ()), _MODEL, source)
