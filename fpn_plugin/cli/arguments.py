@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 from typing import Any, Sequence
 
@@ -79,6 +80,8 @@ def split_overrides(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
 def _is_key(word: str) -> bool:
     """Whether a word is a config's key, or may be one in a section that it has."""
     section, dot, rest = word.partition(".")
+    if not re.fullmatch(r"[\w.]+", word):  # such as the pairs of --baseline-opts 'KEY VALUE …'
+        return False
     node = _defaults().get(section)
     if isinstance(node, CfgNode):
         return bool(rest) and rest.partition(".")[0].isupper()

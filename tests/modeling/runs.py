@@ -121,7 +121,12 @@ TINY: dict[str, object] = {
 
 def config(head: str, pyramid: str, folder: Path, *overrides: object) -> CfgNode:
     path, _, tasks = HEADS[head]
-    keys = [part for pair in TINY.items() for part in pair] + PYRAMIDS[pyramid]
+    unread = () if head == "fcos" else ("MODEL.FCOS.SCORE_THRESH_TEST",)
+    if "MODEL.BOTTOM_UP.NAME" in overrides:
+        network = str(overrides[overrides.index("MODEL.BOTTOM_UP.NAME") + 1])
+        unread += () if "resnet_backbone" in network else ("MODEL.RESNETS.",)
+    keys = [part for pair in TINY.items() for part in pair if not pair[0].startswith(unread)]
+    keys += PYRAMIDS[pyramid]
     keys += ["DATASETS.TEST", [VAL, SEM_SEG] if "sem_seg" in tasks else [VAL]]
     keys += ["OUTPUT_DIR", str(folder), *overrides]
     return load_config(Namespace(config_file=str(CONFIGS / path), opts=[str(key) for key in keys]))
