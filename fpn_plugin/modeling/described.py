@@ -227,7 +227,7 @@ def _resize(python: DictConfig) -> dict[str, Any]:
 
 def _model_keys(model: nn.Module, python: DictConfig) -> dict[str, Any]:
     name, backbone = type(model).__name__, getattr(model, "backbone", None)
-    keys = {"MODEL.META_ARCHITECTURE": name}
+    keys: dict[str, Any] = {"MODEL.META_ARCHITECTURE": name}
     places = dict(_FROM_MODEL)
     if name.upper() in _DENSE:
         section = f"MODEL.{name.upper()}"
