@@ -9,7 +9,7 @@ import pytest
 from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
 
-from fpn_plugin import put_pyramid
+from fpn_plugin import plugins, put_pyramid
 from fpn_plugin.cli import show
 from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.described import load_model_config, run_keys
@@ -143,3 +143,18 @@ def test_put_pyramid_needs_a_network() -> None:
 def test_a_config_of_detectron2s_zoo_by_its_name() -> None:
     cfg = load_model_config("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.py")
     assert cfg.MODEL.BACKBONE.NAME == "ResNet" and cfg.MODEL.MASK_ON
+
+
+def test_a_users_own_module_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "own_models_of_a_test.py"
+    module.write_text("from detectron2.modeling import GeneralizedRCNN as G\nclass Own(G): pass\n")
+    file = tmp_path / "config.yaml"
+    LazyConfig.save(read_python_config(str(TREES)), str(file))
+    text = file.read_text().replace("detectron2.modeling.GeneralizedRCNN", f"{module.stem}.Own")
+    file.write_text(text)
+    with pytest.raises(ValueError, match="own_models_of_a_test.Own.*--import MODULE"):
+        load_model_config(str(file))
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.load([str(module)])
+    assert load_model_config(str(file)).MODEL.META_ARCHITECTURE == "Own"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from fpn_plugin.cli import train
 from fpn_plugin.cli.main import main
 from fpn_plugin.compare import costs
 from fpn_plugin.engine import lazy
+from fpn_plugin.study.config import read_study
+from fpn_plugin.study.plan import DONE, plan_runs
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
 OVERRIDES = [
@@ -126,3 +129,17 @@ def test_the_config_may_be_the_first_word(capsys: pytest.CaptureFixture) -> None
     with pytest.raises(SystemExit):
         train.parse_args(["--config-file", "a.yaml", "b.yaml"])
     assert "two configs: --config-file a.yaml and b.yaml" in capsys.readouterr().err
+
+
+def test_a_study_of_python_configs(run: Path, tmp_path: Path) -> None:
+    overrides = dict(text.split("=", 1) for text in OVERRIDES if "seed" not in text)
+    study = {"output": "out", "base": str(CONFIG), "overrides": overrides, "runs": {"fpn": {}}}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    (planned,) = plan_runs(read_study(tmp_path / "study.yaml", ["train.max_iter=1"]))
+    assert planned.arguments()[-1] == "train.seed=0" and "train.max_iter=1" in planned.arguments()
+    shutil.copytree(run, tmp_path / "done")
+    assert dataclasses.replace(planned, folder=tmp_path / "done").state() == DONE
+    (other,) = plan_runs(read_study(tmp_path / "study.yaml", ["optimizer.lr=1"]))
+    assert dataclasses.replace(other, folder=tmp_path / "done").changes() == [
+        "optimizer.lr 0.0004 -> 1"
+    ]
