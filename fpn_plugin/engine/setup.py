@@ -148,6 +148,10 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flags.
     """
+    if args.resume and args.overwrite:
+        raise ValueError(
+            "--resume keeps the run that is there and --overwrite removes it: choose one"
+        )
     if args.allow_partial and not args.eval_only:
         raise ValueError("--allow-partial is for --eval-only: training may start from any part")
 

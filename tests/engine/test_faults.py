@@ -195,5 +195,5 @@ def test_the_one_that_died_is_named_not_the_one_that_lost_it(
         raise RuntimeError(message)
 
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        launch._run_rank(launch.SharedLocks(), fail)
+        launch._run_rank(launch.Loaded(), launch.SharedLocks(), fail)
     assert bool(slept) == waits

@@ -17,6 +17,7 @@ from torch import nn
 from fpn_plugin.engine import lazy
 from fpn_plugin.engine.faults.actionable import OutOfMemoryError, actionable_errors
 from fpn_plugin.engine.trainer import Trainer
+from fpn_plugin.modeling.python_config import read_python_config
 
 MakeConfig = Callable[..., CfgNode]
 CONFIG = Path(__file__).parents[2] / "configs" / "lazy" / "faster_rcnn_trees_FPN.py"
@@ -42,7 +43,12 @@ def exhausted(*args: Any) -> None:
 
 
 def test_a_gpu_that_has_no_more(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    on = {"SOLVER__AMP__ENABLED": True, "MODEL__FPN__RECOMPUTE": True, "TEST__EVAL_PERIOD": 0}
+    on: dict[str, Any] = {
+        "SOLVER__AMP__ENABLED": True,
+        "MODEL__FPN__RECOMPUTE": True,
+        "TEST__EVAL_PERIOD": 0,
+    }
+    on["MODEL__BACKBONE__NAME"] = "build_pyramid_backbone"
     trainer = Trainer(make_config(SOLVER__CHECKPOINT_PERIOD=1, **on))
     trainer.register_hooks([At(lambda model: model.roi_heads.register_forward_hook(exhausted))])
     with pytest.raises(torch.OutOfMemoryError) as caught:
@@ -77,7 +83,7 @@ class Loader:
 
 
 def test_from_a_python_config(dataset: Path, tmp_path: Path) -> None:
-    cfg = lazy.load_config(
+    cfg = read_python_config(
         str(CONFIG),
         [
             "model.backbone.bottom_up.weights=''",

@@ -223,7 +223,7 @@ def test_own_data_flags() -> None:
     )
     own = load_config(args).DATASETS.OWN
     paths = (own.TRAIN_JSON, own.TRAIN_IMAGES, own.VAL_JSON, own.VAL_IMAGES)
-    assert paths == ("a.json", "a", "b.json", "")
+    assert paths == (*(os.path.abspath(name) for name in ("a.json", "a", "b.json")), "")
 
 
 @pytest.mark.parametrize(
