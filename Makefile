@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # which Detectron2: pinned (the republication) or git (upstream main); else the one in VENV, or pinned
 DETECTRON2 ?=
+# cpu: builds of torch without CUDA, 2 GB instead of 6; default: undoes that; else as before
+TORCH ?=
 DEMO ?= output/demo
 BENCHMARK ?= output/benchmark
 TEST_JOBS ?= 2
@@ -29,16 +31,16 @@ LEVERS := --variant 'channels-last: MODEL.CHANNELS_LAST True' --variant 'amp: SO
   --variant 'ROIAlign: MODEL.FAST_ROI_ALIGN True' --variant 'fp32: $(FP32)' --variant 'bf16: $(FP32) SOLVER.AMP.ENABLED True'
 NECKS := --variant 'folded: TEST.FOLD_NORMS True' --variant 'recompute: MODEL.FPN.RECOMPUTE True' \
   --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
-SOURCES := fpn_plugin tools tests datasets setup.py
+SOURCES := fpn_plugin tools tests datasets docs setup.py
 
-.PHONY: help setup demo demo-masks benchmark test lint format lock clean
+.PHONY: help setup demo demo-masks benchmark test test-oldest docs lint format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (pinned or git)"
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (pinned or git) TORCH=$(TORCH) (cpu or default)"
 
 setup: ## make the environment (.venv, about 6 GB); the other targets do this by themselves
-	@$(PYTHON) tools/setup_env.py --venv $(VENV) --detectron2 "$(DETECTRON2)"
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --detectron2 "$(DETECTRON2)" --torch "$(TORCH)"
 
 demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw what it finds (10 minutes)
 	@$(PY) tools/demo.py trees --output $(DEMO)
@@ -60,6 +62,17 @@ test: setup ## run all tests, in TEST_JOBS processes of one thread each
 	@mkdir -p .cache
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal
 
+# Left out: what needs minutes (training, exports, whole detectors, pages in a browser)
+test-oldest: ## run the fast tests with the oldest versions that setup.py allows, in .venv-oldest
+	@$(PYTHON) tools/setup_env.py --venv .venv-oldest --oldest
+	@mkdir -p .cache
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/pyramid tests/bottom_up tests/checkpoint tests/config tests/data tests/modeling \
+	  --basetemp=.cache/pytest-oldest -n $(TEST_JOBS) --dist worksteal
+
+docs: setup ## build the documentation as one site, output/docs; a broken link is an error
+	@$(PY) -m sphinx -W --keep-going -q -E -b html docs output/docs
+	@echo "output/docs/index.html"
+
 lint: setup ## black, isort, flake8 and mypy
 	@$(PY) -m black --check --quiet $(SOURCES) || { echo "black: run 'make format'"; exit 1; }
 	@$(PY) -m isort --check-only --quiet $(SOURCES) || { echo "isort: run 'make format'"; exit 1; }
@@ -75,5 +88,5 @@ lock: setup ## work out requirements.txt again from the ranges in setup.py and t
 	@$(PY) tools/setup_env.py --venv $(VENV) --lock
 
 clean: ## remove the environment and all caches; datasets/ and output/ are kept
-	rm -rf .venv .cache .mypy_cache .pytest_cache build *.egg-info
+	rm -rf .venv .venv-oldest .cache .mypy_cache .pytest_cache build *.egg-info
 	find fpn_plugin tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} +

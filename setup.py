@@ -20,10 +20,18 @@ EXTRAS = {
     "fast_eval": ["faster-coco-eval>=1.8,<2"],  # TEST.FAST_COCO_EVAL
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # tools/export.py to ONNX
 }
+# Either of them, and none in the place of the other: `import fpn_plugin` says so where both lack
+EXTRAS["opencv"] = ["opencv-python>=4.8"]
+EXTRAS["headless"] = ["opencv-python-headless>=4.8"]
+EXTRAS["docs"] = [  # make docs
+    f"{package}; python_version >= '3.11'" for package in ("sphinx>=8.2", "myst-parser>=5", "furo")
+]
 EXTRAS["dev"] = [
     *EXTRAS["timm"],
     *EXTRAS["fast_eval"],
     *EXTRAS["export"],
+    *EXTRAS["docs"],
+    *EXTRAS["opencv"],
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6",
@@ -42,7 +50,7 @@ class WholeCheckout(sdist):
     def make_distribution(self) -> None:
         for folder in (".ci", "docs", "tests", "tools"):
             self.filelist.graft(folder)
-        for pattern in ("*.md", "*.txt", "*.cff", "Makefile", ".flake8", ".gitignore"):
+        for pattern in ("*.md", "*.txt", "*.cff", "LICENSE", "Makefile", ".flake8", ".gitignore"):
             self.filelist.include(pattern)
         self.filelist.include("datasets/*.md")
         self.filelist.global_exclude("*.py[cod]")
@@ -56,6 +64,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[*find_packages(include=["fpn_plugin", "fpn_plugin.*"]), *SHIPPED],
     package_dir=SHIPPED,
@@ -73,7 +82,6 @@ setup(
         "fvcore>=0.1.5",
         "omegaconf>=2.1",  # study files
         "Jinja2>=3",  # reports' pages
-        "opencv-python>=4.8",
         "pycocotools>=2.0.7",
         "numpy>=1.24",
         "Pillow>=10",

@@ -20,7 +20,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"FPN Plugin {release}"
-exclude_patterns = ["examples"]
+exclude_patterns = ["examples", "data"]
 
 # Pages: Markdown that also reads well in the repository
 myst_enable_extensions = ["dollarmath"]
@@ -50,6 +50,7 @@ CODE = re.compile(r"(:\w+(?::\w+)*:`[^`]+`|``[^`]+``)|`([^`]+)`(?=(\w?))")
 INCLUDED = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "datasets/README.md": "datasets.md",
 }
 LINK = re.compile(r"\[([^][]*)\]\((?!https?:|#)([^)#\s]+)([^)]*)\)")

@@ -1,6 +1,7 @@
 """Feature pyramids for Detectron2. Importing this package registers everything with Detectron2."""
 
 import builtins
+import importlib.util
 import os
 import warnings
 
@@ -32,6 +33,12 @@ except ImportError as error:
         " Detectron2's installation guide, or run"
         " `pip install ./tools/detectron2_wheel` in the checkout (pure Python, no compiler needed)."
     ) from error
+
+if importlib.util.find_spec("cv2") is None:
+    raise ImportError(
+        "fpn_plugin needs OpenCV: pip install 'opencv-python>=4.8', or opencv-python-headless where"
+        " there is no display"
+    )
 
 from fpn_plugin.config import add_fpn_config, resolve_config, validate_config  # noqa: E402
 from fpn_plugin.data import register_all  # noqa: E402

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ UV_LOCK = ROOT / "tools" / "requirements-uv.txt"
 REPUBLICATION = ROOT / "tools" / "detectron2_wheel"
 LOCK_HEADER = "# Made by `make lock` from setup.py and tools/detectron2_wheel/pyproject.toml.\n"
 GITHUB = "detectron2 @ git+https://github.com/facebookresearch/detectron2.git@main"
+# What the CPU builds of torch do without
+GPU_ONLY = ("nvidia-", "cuda-", "triton==")
 THEIRS = "theirs"  # the environment came with a Detectron2
 INPUTS = [LOCK, UV_LOCK, ROOT / "setup.py", *sorted(REPUBLICATION.glob("*.*"))]
 
@@ -33,9 +36,9 @@ def run(*command: object) -> None:
         sys.exit(f"setup_env: failed with exit code {done.returncode}: {' '.join(words)}")
 
 
-def fingerprint(detectron2: str) -> str:
+def fingerprint(detectron2: str, torch: str = "") -> str:
     """A digest of everything that the set-up depends on."""
-    digest = hashlib.sha256(f"{detectron2} {sys.version}".encode())
+    digest = hashlib.sha256(f"{detectron2} {torch} {sys.version}".encode())
     for path in INPUTS:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -83,13 +86,40 @@ def install(args: argparse.Namespace, python: Path, detectron2: str) -> None:
     command = installer(python)
     constraint = str(write_build_constraint(args))
     os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = constraint
-    run(*command, "--require-hashes", "--requirement", LOCK)
+    if args.oldest:
+        run(*command, "--resolution", "lowest-direct", f"{ROOT}[dev]")
+    elif args.torch == "cpu":
+        install_for_cpu(args.venv, command)
+    else:
+        run(*command, "--require-hashes", "--requirement", LOCK)
     if detectron2 == "git":
         run(*command, "--no-deps", "--no-build-isolation", GITHUB)
     else:
         run(*command, "--no-deps", REPUBLICATION)
     run(*command, "--no-deps", "--no-build-isolation", "--editable", ROOT)
     run(python, "-m", "pip", "check", "--disable-pip-version-check")
+
+
+def install_for_cpu(venv: Path, command: list[str]) -> None:
+    """Install the lock with the CPU builds of torch, which come from an index of their own.
+
+    That index has no hashes in the lock: the versions are the lock's, everything else is checked.
+    """
+    if "uv" not in Path(command[0]).name and command[1:3] == ["-m", "pip"]:
+        sys.exit("setup_env: TORCH=cpu needs uv, which cannot be installed here: leave TORCH out")
+    entries = re.split(r"\n(?=[a-z0-9])", LOCK.read_text())
+    builds = [entry for entry in entries if entry.startswith(("torch==", "torchvision=="))]
+    others = [entry for entry in entries if entry not in builds]
+    rest, torch = venv / "requirements-cpu.txt", venv / "requirements-torch.txt"
+    rest.write_text("\n".join(entry for entry in others if not entry.startswith(GPU_ONLY)) + "\n")
+    torch.write_text("".join(build.split(" \\\n")[0] + "\n" for build in builds))
+    run(*command, "--require-hashes", "--no-deps", "--requirement", rest)
+    print(
+        "setup_env: fetching torch for the CPU, from its own index; without TORCH=cpu it comes"
+        " with the other packages",
+        flush=True,
+    )
+    run(*command, "--torch-backend", "cpu", "--no-deps", "--requirement", torch)
 
 
 def write_build_constraint(args: argparse.Namespace) -> Path:
@@ -109,6 +139,14 @@ def parse() -> argparse.Namespace:
         default="",
         help="the republication, or upstream main; default: the one that is there, else pinned",
     )
+    parser.add_argument(
+        "--torch",
+        choices=["", "cpu", "default"],
+        default="",
+        help="cpu: builds without CUDA; default: as the package index has them; else as before",
+    )
+    text = "with the oldest versions that setup.py allows, instead of the lock"
+    parser.add_argument("--oldest", action="store_true", help=text)
     parser.add_argument("--lock", action="store_true", help="work out requirements.txt again")
     return parser.parse_args()
 
@@ -139,11 +177,13 @@ def main() -> None:
     stamp = args.venv / "fpn-plugin-setup"  # which Detectron2, then the fingerprint
     state = stamp.read_text().split() if stamp.exists() else []
     detectron2 = choose(args.detectron2, python, state)
-    wanted = [detectron2, fingerprint(detectron2)]
+    args.torch = args.torch or (state[2] if len(state) > 2 else "default")
+    wanted = [detectron2, fingerprint(detectron2, args.torch), args.torch]
     if state == wanted:
         return
     start = time.time()
-    size = "" if detectron2 == THEIRS else ", about 6 GB; this happens once"
+    gigabytes = 2 if args.torch == "cpu" else 6
+    size = "" if detectron2 == THEIRS else f", about {gigabytes} GB; this happens once"
     print(f"setup_env: setting up {args.venv}{size}", flush=True)
     if not python.exists():
         run(sys.executable, "-m", "venv", args.venv)

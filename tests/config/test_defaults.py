@@ -159,12 +159,20 @@ MODEL:
         assert backbone.get_submodule("low_fuse").eps == 0.001
 
 
-def test_without_detectron2_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['detectron2'] = None; import fpn_plugin"
+@pytest.mark.parametrize(
+    "module, texts",
+    [
+        ("detectron2", ("fpn_plugin needs Detectron2", "tools/detectron2_wheel")),
+        ("cv2", ("needs OpenCV", "opencv-python-headless")),  # any of its packages will do
+    ],
+)
+def test_without_a_package_the_import_says_what_to_install(
+    module: str, texts: tuple[str, ...]
+) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; import fpn_plugin"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
-    assert "fpn_plugin needs Detectron2" in done.stderr
-    assert "tools/detectron2_wheel" in done.stderr
+    assert all(text in done.stderr for text in texts)
 
 
 def test_the_import_registers_everything_and_loads_no_package_that_detectron2_does_not() -> None:

@@ -37,11 +37,10 @@ def make_environment(folder: Path) -> Path:
 
 
 def call(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, venv: Path, detectron2: str = ""
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, venv: Path, detectron2: str = "", *flags: str
 ) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["setup_env.py", "--venv", str(venv), "--detectron2", detectron2]
-    )
+    words = ["setup_env.py", "--venv", str(venv), "--detectron2", detectron2, *flags]
+    monkeypatch.setattr(sys, "argv", words)
     tool.main()
 
 
@@ -65,7 +64,7 @@ def test_a_users_own_detectron2_is_kept_also_when_the_lock_changes(
     monkeypatch.setattr(tool, "has_detectron2", lambda python: True)
     for fingerprint in ("before", "after a git pull"):
         monkeypatch.setattr(
-            tool, "fingerprint", lambda detectron2, value=fingerprint: value.replace(" ", "")
+            tool, "fingerprint", lambda *choices, value=fingerprint: value.replace(" ", "")
         )
         commands.clear()
         call(tool, monkeypatch, env)
@@ -99,3 +98,31 @@ def test_an_interrupted_set_up_goes_on_as_our_own(
     monkeypatch.setattr(tool, "install", lambda args, python, detectron2: chosen.append(detectron2))
     call(tool, monkeypatch, tmp_path / "env")
     assert chosen == ["pinned"]
+
+
+def test_the_cpu_builds_of_torch_are_chosen_once(
+    tool: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "has_detectron2", lambda python: False)
+    call(tool, monkeypatch, tmp_path / "env", "", "--torch", "cpu")
+    (backend,) = [line for line in commands if "--torch-backend cpu" in line]
+    builds = Path(backend.split()[-1]).read_text()
+    assert "torch==" in builds and "torchvision==" in builds and "--hash" not in builds
+    (hashed,) = [line for line in commands if "--require-hashes" in line]
+    others = Path(hashed.split()[-1]).read_text()
+    assert "\nnumpy==" in others
+    assert not any(f"\n{name}" in others for name in ("torch==", "nvidia-", "triton==", "cuda-"))
+    commands.clear()
+    call(tool, monkeypatch, tmp_path / "env")  # as before
+    assert commands == []
+    call(tool, monkeypatch, tmp_path / "env", "", "--torch", "default")
+    assert not any("--torch-backend" in line for line in commands)
+
+
+def test_the_oldest_versions_are_those_of_setup_py(
+    tool: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "has_detectron2", lambda python: False)
+    call(tool, monkeypatch, tmp_path / "env", "", "--oldest")
+    assert any("--resolution lowest-direct" in line and "[dev]" in line for line in commands)
+    assert not any("requirements.txt" in line for line in commands)
