@@ -79,7 +79,7 @@ setup(
     install_requires=[
         "torch>=2.7",  # torch.compiler.is_exporting
         "torchvision>=0.22",
-        "fvcore>=0.1.5",
+        "fvcore>=0.1.5.post20221221",  # MultiStepParamScheduler without num_updates
         "omegaconf>=2.1",  # study files
         "Jinja2>=3",  # reports' pages
         "pycocotools>=2.0.7",

@@ -168,8 +168,8 @@ def compare_reports(
         threshold: a count may grow by this part of itself.
 
     Returns:
-        regressions of counts, each naming the config and the figure; and warnings: ratios of times
-        beyond the threshold, and configs that only the old report has.
+        two lists. The first has what became more, each naming the config and the figure; the second
+        has warnings, ratios of times beyond the threshold and configs that only the old one has.
 
     Raises:
         ValueError: if the two cannot be compared.
