@@ -336,8 +336,10 @@ def bifpn_sentence(costs: Mapping[str, Any], times: Mapping[str, Any]) -> str:
         return f"{text}; many of them are small and depthwise."
     ratio = times["entries"]["bifpn"]["relative"][0]
     what = f"takes {ratio:.1f} times as long" if ratio > 1 else f"takes {ratio:.2f} of its time"
-    f"{text} and {what} on this CPU: its convolutions are depthwise and small, and fusions,"
-    " norms and activations cost as much."
+    return (
+        f"{text} and {what} on this CPU: its convolutions are depthwise and small, and fusions,"
+        " norms and activations cost as much."
+    )
 
 
 def pyramid_section(
