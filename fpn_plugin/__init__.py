@@ -15,10 +15,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 _ANNOUNCED = (
     "ignore::FutureWarning:torch.jit._script",
     "ignore::UserWarning:detectron2.model_zoo.model_zoo",
+    "ignore::FutureWarning:detectron2.engine.defaults",
+    "ignore:torch.meshgrid:UserWarning:torch.functional",
 )
 for _filter in _ANNOUNCED:
-    _category, _module = _filter.split(":")[2:]
-    warnings.filterwarnings("ignore", category=getattr(builtins, _category), module=_module)
+    _action, _message, _category, _module = _filter.split(":")
+    warnings.filterwarnings("ignore", _message, getattr(builtins, _category), _module)
 os.environ["PYTHONWARNINGS"] = ",".join(
     filter(None, dict.fromkeys([*os.environ.get("PYTHONWARNINGS", "").split(","), *_ANNOUNCED]))
 )

@@ -125,6 +125,17 @@ def run_tool(path: Path, python_path: str, *flags: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+def test_nothing_is_said_of_announced_removals() -> None:
+    """Also not in a process that this one starts, which imports Detectron2 first."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    code = (
+        "import subprocess, sys; import fpn_plugin\n"
+        "subprocess.run([sys.executable, '-c', 'import detectron2.modeling, detectron2.model_zoo'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+
+
 def test_threads_are_told_to_sleep_before_torch_is_imported() -> None:
     """By the package itself, unless the user has chosen otherwise."""
     code = "import os, fpn_plugin; print(os.environ['OMP_WAIT_POLICY'])"
