@@ -246,9 +246,10 @@ def predict(settings: Settings, bar: Bar, show: Callable[[str], object]) -> int:
     results = ResultFile(settings.output / RESULTS if writes else None, artist.ids)
     tally, code = Tally(), 0
     with results, contextlib.closing(_Stages(bar, sources)) as stages:
+        run = _Run(predictor, artist, results, tally, stages)
         try:
             for source in sources:
-                _predict_source(source, predictor, artist, results, tally, stages)
+                run.predict(source)
         except KeyboardInterrupt:
             code = 0 if sources[-1].camera is not None else _INTERRUPTED
     for line in [*tally.lines, *([str(settings.output / RESULTS)] if writes else [])]:
@@ -379,72 +380,67 @@ class _Stages:
         self._bar.end()
 
 
-def _predict_source(
-    source: Source,
-    predictor: Predictor,
-    artist: Artist,
-    results: ResultFile,
-    tally: Tally,
-    stages: _Stages,
-) -> None:
-    """Predict on an image, or on all frames of a video; a file that cannot be read is noted."""
-    draws = not artist.settings.json_only
-    path = artist.settings.output / source.output
-    if source.is_video:
-        try:
-            video = Video(Path(source.name) if source.camera is None else source.camera)
-        except ValueError as error:
-            tally.faults.append(f"{source.name} ({error})")
-        else:
-            _predict_video(video, source, predictor, artist, results, tally, stages)
-        return
-    try:
-        model_input = predictor.mapper(dict(source.record))
-        pixels = artist.read(source.name) if draws else None
-    except READ_ERRORS as error:
-        tally.faults.append(f"{source.name} ({read_fault(error)})")
-        stages.step()
-        return
-    output = predictor.predict(model_input)
-    instances = detections_of(output, (model_input["height"], model_input["width"]))
-    found = tally.add(instances, artist.settings.score)
-    if pixels is not None:
-        drawn = artist.draw(pixels, output, instances, _LEAST_PIXELS)
-        Image.fromarray(drawn).save(path, quality=90)
-        tally.lines.append(f"{path}: {found} found")
-    names = {} if "image_id" in source.record else {"file_name": source.name}
-    results.add(instances, source.record.get("image_id", tally.images), **names)
-    stages.step()
+@dataclass(frozen=True)
+class _Run:
+    """What all sources of a call go through."""
 
+    predictor: Predictor
+    artist: Artist
+    results: ResultFile
+    tally: Tally
+    stages: _Stages
 
-def _predict_video(
-    video: Video,
-    source: Source,
-    predictor: Predictor,
-    artist: Artist,
-    results: ResultFile,
-    tally: Tally,
-    stages: _Stages,
-) -> None:
-    """Predict on all frames; ctrl-C leaves a whole file."""
-    path, found = artist.settings.output / source.output, 0
-    clock = wall_clock if video.is_camera else None
-    with video, VideoWriter(path, video.rate, clock) as writer:
-        stages.begin(Path(source.name).name, video.count)
+    def predict(self, source: Source) -> None:
+        """On an image, or on all frames of a video; a file that cannot be read is noted."""
+        if source.is_video:
+            try:
+                video = Video(Path(source.name) if source.camera is None else source.camera)
+            except ValueError as error:
+                self.tally.faults.append(f"{source.name} ({error})")
+            else:
+                self._predict_video(video, source)
+            return
         try:
-            for number, pixels in enumerate(video):
-                output = predictor.predict(predictor.frame_input(pixels))
-                instances = detections_of(output, pixels.shape[:2])
-                found += tally.add(instances, artist.settings.score)
-                if not artist.settings.json_only:
-                    writer.write(artist.draw(pixels, output, instances))
-                results.add(instances, tally.images, file_name=source.name, frame=number)
-                stages.step()
-        finally:
-            if not artist.settings.json_only:
-                tally.lines.append(f"{path}: {found} found in {video.read} frames")
-    if fault := video.fault():
-        tally.faults.append(f"{source.name} ({fault})")
+            model_input = self.predictor.mapper(dict(source.record))
+            pixels = None if self.artist.settings.json_only else self.artist.read(source.name)
+        except READ_ERRORS as error:
+            self.tally.faults.append(f"{source.name} ({read_fault(error)})")
+            self.stages.step()
+            return
+        output = self.predictor.predict(model_input)
+        instances = detections_of(output, (model_input["height"], model_input["width"]))
+        found = self.tally.add(instances, self.artist.settings.score)
+        if pixels is not None:
+            path = self.artist.settings.output / source.output
+            drawn = self.artist.draw(pixels, output, instances, _LEAST_PIXELS)
+            Image.fromarray(drawn).save(path, quality=90)
+            self.tally.lines.append(f"{path}: {found} found")
+        names = {} if "image_id" in source.record else {"file_name": source.name}
+        self.results.add(instances, source.record.get("image_id", self.tally.images), **names)
+        self.stages.step()
+
+    def _predict_video(self, video: Video, source: Source) -> None:
+        """On all frames; ctrl-C leaves a whole file."""
+        settings, found = self.artist.settings, 0
+        path = settings.output / source.output
+        clock = wall_clock if video.is_camera else None
+        with video, VideoWriter(path, video.rate, clock) as writer:
+            self.stages.begin(Path(source.name).name, video.count)
+            try:
+                for number, pixels in enumerate(video):
+                    output = self.predictor.predict(self.predictor.frame_input(pixels))
+                    instances = detections_of(output, pixels.shape[:2])
+                    found += self.tally.add(instances, settings.score)
+                    if not settings.json_only:
+                        writer.write(self.artist.draw(pixels, output, instances))
+                    images = self.tally.images
+                    self.results.add(instances, images, file_name=source.name, frame=number)
+                    self.stages.step()
+            finally:
+                if not settings.json_only:
+                    self.tally.lines.append(f"{path}: {found} found in {video.read} frames")
+        if fault := video.fault():
+            self.tally.faults.append(f"{source.name} ({fault})")
 
 
 def _summarize(tally: Tally, artist: Artist, score: float, threshold: str, bar: Bar) -> None:
