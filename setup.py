@@ -13,12 +13,13 @@ HERE = Path(__file__).parent
 SHIPPED = {"fpn_plugin.configs": "configs", "fpn_plugin.datasets": "datasets"}
 
 EXTRAS = {
-    "timm": ["timm>=1.0,<2"],
+    # before, a ResNet with grad_checkpointing lacks gradients above frozen stages
+    "timm": ["timm>=1.0.31,<2"],
     # Evaluators; the panoptic one needs panopticapi, which is not on PyPI, as its error says
     "lvis": ["lvis>=0.5.3"],
     "cityscapes": ["cityscapesscripts>=2.2"],
     "fast_eval": ["faster-coco-eval>=1.8,<2"],  # TEST.FAST_COCO_EVAL
-    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # tools/export.py to ONNX
+    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # fpn export to ONNX
 }
 # Either of them, and none in the place of the other: `import fpn_plugin` says so where both lack
 EXTRAS["opencv"] = ["opencv-python>=4.8"]
@@ -75,18 +76,20 @@ setup(
     entry_points={"console_scripts": ["fpn = fpn_plugin.cli.main:main"]},
     cmdclass={"sdist": WholeCheckout},
     # Detectron2 is not listed: it is not on PyPI under its own name, and the build that is
-    # already installed must be kept. Without it, `import fpn_plugin` says what to install.
+    # already installed must be kept. Nor is OpenCV, which comes in four packages that overwrite
+    # each other's files. Without them, `import fpn_plugin` says what to install.
+    # The lower bounds are what `make test-oldest` installs and tests.
     install_requires=[
-        "torch>=2.7",  # torch.compiler.is_exporting
-        "torchvision>=0.22",
+        "torch>=2.4",  # fpn_plugin/compat.py says what the oldest lack
+        "torchvision>=0.19",
         "fvcore>=0.1.5.post20221221",  # MultiStepParamScheduler without num_updates
         "omegaconf>=2.1",  # study files
         "Jinja2>=3",  # reports' pages
         "pycocotools>=2.0.7",
         "numpy>=1.24",
-        "Pillow>=10",
+        "Pillow>=10.1",  # TIFFs are turned once
         "PyYAML>=6",
-        "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
+        "setuptools>=65,<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
         "matplotlib>=3.7",
         "tabulate>=0.9",
         "tqdm>=4.60",

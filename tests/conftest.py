@@ -2,14 +2,29 @@
 
 import logging
 import os
+import re
 from pathlib import Path
-from typing import Iterator
+from typing import Generator, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers import own_imports  # noqa: E402
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """A test of what this torch is refused for (`fpn_plugin.compat`) is skipped, saying why."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if needs := re.search("needs torch [0-9.]+ or later, not", str(error)):
+            pytest.skip(f"{needs[0]} {torch.__version__}")
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call
 
 
 @pytest.fixture(autouse=True)

@@ -87,8 +87,8 @@ def install(args: argparse.Namespace, python: Path, detectron2: str) -> None:
     constraint = str(write_build_constraint(args))
     os.environ["PIP_CONSTRAINT"] = os.environ["UV_BUILD_CONSTRAINT"] = constraint
     if args.oldest:
-        run(*command, "--resolution", "lowest-direct", f"{ROOT}[dev]")
-    elif args.torch == "cpu":
+        return install_oldest(python, command)
+    if args.torch == "cpu":
         install_for_cpu(args.venv, command)
     else:
         run(*command, "--require-hashes", "--requirement", LOCK)
@@ -100,12 +100,27 @@ def install(args: argparse.Namespace, python: Path, detectron2: str) -> None:
     run(python, "-m", "pip", "check", "--disable-pip-version-check")
 
 
+def install_oldest(python: Path, command: list[str]) -> None:
+    """Install the lower bounds of setup.py, and what Detectron2 needs beside them."""
+    if is_pip(command):
+        sys.exit("setup_env: --oldest needs uv, which cannot be installed here")
+    # built apart: the oldest setuptools has no wheel package
+    run(*command, "--resolution", "lowest-direct", "--editable", f"{ROOT}[dev]")
+    run(*command, REPUBLICATION)
+    run(python, "-m", "pip", "check", "--disable-pip-version-check")
+
+
+def is_pip(command: list[str]) -> bool:
+    """Whether packages are installed by pip, in the place of uv."""
+    return command[1:3] == ["-m", "pip"]
+
+
 def install_for_cpu(venv: Path, command: list[str]) -> None:
     """Install the lock with the CPU builds of torch, which come from an index of their own.
 
     That index has no hashes in the lock: the versions are the lock's, everything else is checked.
     """
-    if "uv" not in Path(command[0]).name and command[1:3] == ["-m", "pip"]:
+    if is_pip(command):
         sys.exit("setup_env: TORCH=cpu needs uv, which cannot be installed here: leave TORCH out")
     entries = re.split(r"\n(?=[a-z0-9])", LOCK.read_text())
     builds = [entry for entry in entries if entry.startswith(("torch==", "torchvision=="))]
@@ -174,7 +189,7 @@ def main() -> None:
     python = args.venv / "bin" / "python"
     if args.lock:
         return lock(python)
-    stamp = args.venv / "fpn-plugin-setup"  # which Detectron2, then the fingerprint
+    stamp = args.venv / "fpn-plugin-setup"  # which Detectron2, the fingerprint, which torch
     state = stamp.read_text().split() if stamp.exists() else []
     detectron2 = choose(args.detectron2, python, state)
     args.torch = args.torch or (state[2] if len(state) > 2 else "default")
@@ -187,7 +202,8 @@ def main() -> None:
     print(f"setup_env: setting up {args.venv}{size}", flush=True)
     if not python.exists():
         run(sys.executable, "-m", "venv", args.venv)
-    stamp.write_text(detectron2)  # so that an interrupted set-up is known as our own
+    # so that an interrupted set-up is known as our own, with its choices
+    stamp.write_text(f"{detectron2} unfinished {args.torch}")
     install(args, python, detectron2)
     stamp.write_text(" ".join(wanted))
     print(f"setup_env: done in {time.time() - start:.0f} s", flush=True)

@@ -173,7 +173,7 @@ def _trace(network: nn.Module, source: str, channels: int) -> list[_Step]:
             f"MODEL.BOTTOM_UP.NAME: {source} gives no maps of an image of any size ({reason})."
             + (plain_vit if "/vit_" in source else "")
         ) from error
-    nodes = extractor.graph.output_node().args[0]
+    nodes: Any = list(extractor.graph.nodes)[-1].args[0]  # what the graph returns
     steps, is_learned = [], False
     for name in small:
         parameters = _parameters(extractor, nodes[name])

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_plugin.compat import SAFE_GLOBALS, require_torch, safe_globals
+
 _ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
 
 
@@ -70,12 +72,16 @@ def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
 
 def _read_torch(file: Path | BinaryIO, where: str, mmap: bool = False) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
+        with safe_globals([argparse.Namespace, *_NUMPY]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     # torch raises errors of many classes here, all meaning "not a plain weight file"
     except Exception as error:
-        called = re.search(r"GLOBAL (\S+)", str(error))
-        raise _unreadable(where, called[1] if called else "", error) from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        called = found[1] if found else ""
+        if called in _PLAIN:
+            what = f"{where} cannot be read as plain weights: it calls {called}, which"
+            require_torch(SAFE_GLOBALS, what, "save its state dict alone")
+        raise _unreadable(where, called, error) from error
 
 
 def read_pickle(file: Path, where: str) -> Any:
@@ -130,6 +136,7 @@ def _dtype(*args: Any) -> np.dtype:
     return dtype
 
 
+_MAKERS = ("_reconstruct", "scalar")
 _NUMPY: list[Any] = [
     (np.ndarray, "\n"),  # torch sets the state of listed classes only; no file can have this name
     *((_Array, "numpy.ndarray"), (_dtype, "numpy.dtype"), _SCALAR),
@@ -137,6 +144,13 @@ _NUMPY: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 ]
+
+# what `safe_globals` lets through
+_PLAIN = {
+    "argparse.Namespace",
+    *("numpy.ndarray", "numpy.dtype"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _MAKERS),
+}
 
 
 def _encode(text: str, encoding: str) -> bytes:

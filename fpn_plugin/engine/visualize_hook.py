@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any, Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from fpn_plugin.compat import total_norm
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedNode
@@ -151,7 +151,7 @@ def gradient_norms(pyramid: GraphExecutor) -> dict[str, Tensor]:
         grads = [p.grad for p in _parameters(pyramid, step) if p.grad is not None]
         if grads:
             # in float32, as norms of half-precision gradients overflow early
-            total = torch.nn.utils.get_total_norm([grad.detach().float() for grad in grads])
+            total = total_norm([grad.detach().float() for grad in grads])
             norms[step.node.name] = total
     return norms
 

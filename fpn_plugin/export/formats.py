@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fpn_plugin.compat import EXPORT, TRACED_ONNX, require_torch
 from fpn_plugin.export.errors import (
     detector_error,
     onnx_error,
@@ -163,7 +164,7 @@ def _trace_to_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
                 model.module,
                 (model.example(shape.example, 1),),
                 str(path),
-                dynamo=False,
+                **TRACED_ONNX,
                 input_names=[INPUT],
                 output_names=list(model.outputs),
                 dynamic_axes=axes,
@@ -193,6 +194,7 @@ def export_program(model: ExportModel, shape: Shape, name: str) -> Any:
         raise detector_error(name)
     if shape.size is None and model.windowed:
         raise window_error(name, model.windowed)
+    require_torch(EXPORT, f"--format {name}", "take --format torchscript")
     image = model.example(shape.example, shape.batch or BATCH)
     sizes = _dynamic(model, shape)
     with torch.no_grad(), warnings.catch_warnings():

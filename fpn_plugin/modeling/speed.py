@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin.bottom_up.base import AdaptedBackbone
+from fpn_plugin.compat import COMPILE as COMPILE_TORCH
+from fpn_plugin.compat import require_torch
 from fpn_plugin.config.validate import plugin_config
 from fpn_plugin.modeling.fold import cast_weights, fold_norms, fold_traced
 from fpn_plugin.modeling.pooling import gather_poolers
@@ -55,6 +57,8 @@ class Speed:
     def __post_init__(self) -> None:
         if self.compile not in COMPILE:
             raise unknown_name(self.where, self.compile, COMPILE)
+        if self.compile:
+            require_torch(COMPILE_TORCH, f"{self.where}: {self.compile!r}", "choose ''")
 
 
 def speed_of(cfg: CfgNode) -> Speed:

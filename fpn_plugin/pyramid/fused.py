@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fpn_plugin.compat import is_exporting
+
 Factors = Optional[List[float]]
 
 
 def is_traced() -> bool:
     """Whether a tracer, compiler or exporter records the operations."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_exporting()
 
 
 def usable(maps: Sequence[Tensor], coarse: Sequence[bool], size: Sequence[int]) -> bool:

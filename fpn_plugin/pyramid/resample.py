@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
+from fpn_plugin.compat import is_exporting
 from fpn_plugin.pyramid.blocks import (
     ACTIVATIONS,
     ModulatedConv,
@@ -56,7 +57,7 @@ def _is_exporting() -> bool:
     prove, so the same result is then computed without a branch.
     """
     if not torch.jit.is_scripting():  # TorchScript does not know is_exporting
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return False
 
 

@@ -10,9 +10,9 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
+from fpn_plugin.compat import uncompiled
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedNode
 
@@ -56,7 +56,7 @@ def record_maps(backbone: nn.Module) -> Iterator[RecordedMaps]:
     """
     maps = RecordedMaps()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         if isinstance(backbone, GraphExecutor):
             _record_nodes(backbone, maps, stack)
         _record_inputs_and_outputs(backbone, maps, stack)

@@ -359,7 +359,8 @@ def _draw_cell(
 ) -> None:
     """A map over the photo in grey; a dash where the stage has none."""
     axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=_LINE, linewidth=0.6)
+    for spine in axes.spines.values():
+        spine.set(color=_LINE, linewidth=0.6)
     if cell is None:
         axes.set_facecolor("#f7f8fa")
         axes.text(0.5, 0.5, "—", transform=axes.transAxes, ha="center", va="center", color=_SOFT)

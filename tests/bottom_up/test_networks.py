@@ -12,6 +12,7 @@ from networks import CASES, DETECTRON2, Case
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.detectron2 import register_builders
+from fpn_plugin.compat import EXPORT, require_torch
 from fpn_plugin.modeling.bottom_up import HOLDERS
 
 
@@ -65,6 +66,7 @@ def test_maps_are_what_was_promised_and_export(case: Case, network: Backbone) ->
             assert given in (side // stride, -(-side // stride))
         assert y.isfinite().all()
     if case.name in EXPORTED:
+        require_torch(EXPORT, "torch.export", "")
         with torch.no_grad():
             exported = torch.export.export(network, (x,), strict=False).module()
             assert_same(exported(x), maps, 1e-5)

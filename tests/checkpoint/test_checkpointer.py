@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -23,6 +24,7 @@ FIRST, SECOND = "model_0000001.pth", "model_0000003.pth"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two checkpoints of a run; the weight says which."""
+    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))  # each message is logged once, and names it
     for age, name in enumerate((FIRST, SECOND)):
         checkpointer(tmp_path, float(age)).save(name[:-4], iteration=age)
         os.utime(tmp_path / name, (age, age))

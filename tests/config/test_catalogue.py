@@ -177,7 +177,8 @@ def test_a_preset_stands_beside_a_base(preset: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     base = CONFIGS / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     mine.write_text(f"_BASE_: [{base}, {preset}]\nSOLVER: {{BASE_LR: 0.5}}\n")
-    cfg, plain = load(mine), load(base)
+    # not from the cache: another test may have had a folder of this name
+    cfg, plain = load.__wrapped__(mine), load(base)
     assert cfg.SOLVER.BASE_LR == 0.5 and cfg.MODEL.CHANNELS_LAST and not plain.MODEL.CHANNELS_LAST
     assert cfg.SOLVER.AMP.ENABLED == (preset.stem != "fast_cpu")
     assert cfg.MODEL.FPN == plain.MODEL.FPN

@@ -8,6 +8,7 @@ import logging
 import operator
 import random
 import re
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -242,7 +243,8 @@ def test_checks_are_fast_enough_for_coco_and_use_little_memory(tmp_path: Path) -
     check_dataset("t", "annotations", masks=True, evaluation=True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * file.stat().st_size
+    limit = 4 if sys.version_info >= (3, 11) else 4.5  # measured: 3.8, with Python 3.10 4.2
+    assert peak < limit * file.stat().st_size
 
 
 def write_large(path: Path, images: int, annotations: int, points: int) -> None:

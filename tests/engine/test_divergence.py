@@ -328,7 +328,7 @@ def test_no_room_for_looking_at_the_gradients() -> None:
     model = nn.Linear(1, 1)
 
     def full(grad: Tensor) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     model.weight.register_hook(full)
     call = nn.Module()

@@ -39,7 +39,7 @@ def test_a_process_that_may_take_no_more(dataset: Path, tmp_path: Path) -> None:
 
 def exhausted(*args: Any) -> None:
     """As CUDA's allocator says it."""
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_a_gpu_that_has_no_more(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -51,10 +51,10 @@ def test_a_gpu_that_has_no_more(make_config: MakeConfig, caplog: pytest.LogCaptu
     on["MODEL__BACKBONE__NAME"] = "build_pyramid_backbone"
     trainer = Trainer(make_config(SOLVER__CHECKPOINT_PERIOD=1, **on))
     trainer.register_hooks([At(lambda model: model.roi_heads.register_forward_hook(exhausted))])
-    with pytest.raises(torch.OutOfMemoryError) as caught:
+    with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         trainer.train()
     text = str(caught.value)
-    assert type(caught.value.__cause__) is torch.OutOfMemoryError
+    assert type(caught.value.__cause__) is torch.cuda.OutOfMemoryError
     assert text.startswith("Out of memory while training: CUDA out of memory. Tried to allocate 2")
     assert "AMP" not in text and "RECOMPUTE" not in text
     assert "height x width: " in text and text in caplog.text

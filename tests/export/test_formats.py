@@ -18,6 +18,7 @@ from networks import CASES
 from torch import Tensor, nn
 
 from fpn_plugin import PyramidBackbone
+from fpn_plugin.compat import EXPORT, require_torch
 from fpn_plugin.export.formats import FORMATS, IntegerPaddedConv, Shape, with_integer_padding
 from fpn_plugin.export.model import ExportModel, export_backbone
 from fpn_plugin.export.verify import TOLERANCE, make_inputs, verify
@@ -86,22 +87,19 @@ def test_padding_by_whole_numbers_is_the_same(size, kernel, stride, dilation) ->
     assert torch.equal(network(x), other(x))
 
 
-@torch.library.custom_op("fpn_test::twice", mutates_args=())
-def twice(x: Tensor) -> Tensor:
-    return x * 2
-
-
-@twice.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
 class OwnOperator(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return twice(super().forward(x))
+        return torch.ops.fpn_test.twice(super().forward(x))
 
 
 def test_an_operator_without_a_counterpart_is_named_with_its_node(tmp_path: Path) -> None:
+    require_torch(EXPORT, "--format onnx", "")
+
+    @torch.library.custom_op("fpn_test::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
     subject = tiny_subject()
     pyramid = subject.module
     pyramid.fpn_output3 = OwnOperator(16, 16, 3, padding=1)
@@ -125,6 +123,7 @@ with time_limit(1, "a hint"):
 
 def test_a_time_limit_ends_an_export_and_not_what_catches_exceptions(tmp_path: Path) -> None:
     """In a process of its own: torch is left in the middle of a trace."""
+    require_torch(EXPORT, "--format torch_export", "")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", ENDLESS, str(tmp_path / "model.pt2")]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)

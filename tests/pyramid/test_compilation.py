@@ -8,6 +8,7 @@ from helpers import CHANNELS, assert_same, randomize, rounding_of, small_pyramid
 from inline_graphs import INLINE, inline_pyramid
 from torch import Tensor, nn
 
+from fpn_plugin.compat import COMPILE, EXPORT, TORCH, require_torch
 from fpn_plugin.pyramid.build import REGISTRIES
 from fpn_plugin.pyramid.graph import Graph, node, op
 from fpn_plugin.pyramid.pyramid import Pyramid
@@ -47,13 +48,15 @@ def assert_compiles(pyramid: Pyramid) -> None:
     export with dynamic height and width to 1e-5."""
     model = FromImage(pyramid).eval()
     example = torch.randn(1, 3, *EXAMPLE)
-    sides = {dim: torch.export.Dim(f"d{dim}", min=SMALLEST, max=2048) for dim in (2, 3)}
-    torch._dynamo.reset()
     exact = [torch.jit.script(model), torch.jit.trace(model, (example,), strict=False)]
-    close = [
-        torch.compile(model, fullgraph=True, backend="eager", dynamic=True),
-        torch.export.export(model, (example,), dynamic_shapes=(sides,)).module(),
-    ]
+    close = []
+    if TORCH >= EXPORT:
+        torch._dynamo.reset()
+        sides = {dim: torch.export.Dim(f"d{dim}", min=SMALLEST, max=2048) for dim in (2, 3)}
+        close = [
+            torch.compile(model, fullgraph=True, backend="eager", dynamic=True),
+            torch.export.export(model, (example,), dynamic_shapes=(sides,)).module(),
+        ]
     for x in (example, torch.randn(1, 3, *SIZE)):
         expected = model(x)
         if "res5" in pyramid.graph.inputs:  # else finer maps are multiples of the one input's
@@ -94,6 +97,7 @@ def test_inline_graphs(name: str) -> None:
 
 
 def test_inductor_gives_the_eager_numbers() -> None:
+    require_torch(COMPILE, "torch.compile", "")
     model = FromImage(inline_pyramid("bifpn", fuse=op("fast_normalized"))).eval()
     torch._dynamo.reset()
     x = torch.randn(1, 3, 64, 96)

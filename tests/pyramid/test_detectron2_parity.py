@@ -17,6 +17,7 @@ from helpers import zoo_config
 from torch import Tensor, nn
 
 from fpn_plugin import PyramidBackbone
+from fpn_plugin.compat import EXPORT, require_torch
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 ARCHITECTURES = {
@@ -198,6 +199,7 @@ def test_backbone_scripts_traces_and_exports() -> None:
     backbone = build_backbone(ours(cfg)).eval()
     x, other = torch.randn(1, 3, 128, 192), torch.randn(1, 3, 256, 160)
     assert_equal(torch.jit.trace(backbone, (x,), strict=False)(other), backbone(other))
+    require_torch(EXPORT, "torch.export", "")
     side = {dim: 32 * torch.export.Dim(name, min=2, max=40) for dim, name in ((2, "h"), (3, "w"))}
     exported = torch.export.export(backbone, (x,), dynamic_shapes=(side,)).module()
     for name, value in backbone(other).items():

@@ -93,11 +93,13 @@ def test_an_interrupted_set_up_goes_on_as_our_own(
     monkeypatch.setattr(tool, "has_detectron2", lambda python: python.exists())
     monkeypatch.setattr(tool, "install", lambda *args: sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
-        call(tool, monkeypatch, tmp_path / "env")
+        call(tool, monkeypatch, tmp_path / "env", "", "--torch", "cpu")
     chosen: list[str] = []
-    monkeypatch.setattr(tool, "install", lambda args, python, detectron2: chosen.append(detectron2))
+    monkeypatch.setattr(
+        tool, "install", lambda args, python, detectron2: chosen.extend([detectron2, args.torch])
+    )
     call(tool, monkeypatch, tmp_path / "env")
-    assert chosen == ["pinned"]
+    assert chosen == ["pinned", "cpu"]
 
 
 def test_the_cpu_builds_of_torch_are_chosen_once(

@@ -25,7 +25,7 @@ class WorkerError(RuntimeError):
     """A process that loads data died."""
 
 
-class OutOfMemoryError(torch.OutOfMemoryError):
+class OutOfMemoryError(torch.cuda.OutOfMemoryError):
     """Memory ran out; the message says what to lower."""
 
 
@@ -76,7 +76,7 @@ def _worker_error(event: str, folder: str, workers_key: str) -> WorkerError:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)

@@ -21,6 +21,7 @@ from fpn_plugin.checkpoint.finite import (
     non_finite,
     tensors_of,
 )
+from fpn_plugin.compat import uncompiled
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 
 Condition = Callable[[nn.Module, Any, Any], bool]
@@ -133,7 +134,7 @@ def find_origin(
         return ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model, device, random))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         condition = _has_large if large else _has_non_finite
         trace = stack.enter_context(ForwardTrace(model, condition))
         gradients = stack.enter_context(GradientTrace(model)) if backward else None

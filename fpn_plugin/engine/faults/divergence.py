@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint
 from fpn_plugin.checkpoint.finite import DivergedError, listed, non_finite
+from fpn_plugin.compat import total_norm
 from fpn_plugin.engine.faults.diagnose import (
     LARGE,
     find_origin,
@@ -270,7 +271,7 @@ class LossGuard(HookBase):
         values = [loss.detach().float().reshape(()) for loss in losses.values()]
         grads = [] if self._scaler else self._gradients().values()
         if grads:
-            values.append(torch.nn.utils.get_total_norm(grads).float())
+            values.append(total_norm(grads).float())
         stacked = torch.stack(values)
         if comm.get_world_size() > 1:
             dist.all_reduce(stacked)
