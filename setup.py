@@ -27,7 +27,20 @@ EXTRAS["headless"] = ["opencv-python-headless>=4.8"]
 EXTRAS["docs"] = [  # make docs
     f"{package}; python_version >= '3.11'" for package in ("sphinx>=8.2", "myst-parser>=5", "furo")
 ]
+# The packages that pyramids are compared with (tests/parity). mmdet refuses a newer mmcv, and runs
+# without its compiled operators.
+EXTRAS["parity"] = [
+    "effdet>=0.4.1",
+    "transformers>=5",
+    "mmcv-lite==2.1.0",
+    "mmdet==3.3.0",
+    "mmyolo==0.6.0",
+    "mmsegmentation==1.2.2",
+    "feneck==0.0.1",
+    "libreyolo>=1.6",
+]
 EXTRAS["dev"] = [
+    *EXTRAS["parity"],
     *EXTRAS["timm"],
     *EXTRAS["fast_eval"],
     *EXTRAS["export"],
@@ -36,7 +49,6 @@ EXTRAS["dev"] = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6",
-    "effdet>=0.4.1",  # the reference for bifpn and qufpn
     "black>=25,<27",
     "isort>=6",
     "flake8>=7",

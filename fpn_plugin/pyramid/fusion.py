@@ -1,4 +1,4 @@
-"""FUSIONS: several maps of one shape in, one map of that shape out.
+"""FUSIONS: several maps of one shape in, one map of that shape out (`stack`: of more channels).
 
 Shapes are `(N, C, H, W)`; `n` is the number of maps.
 
@@ -155,6 +155,24 @@ class Concat(Fusion):
 
     def forward(self, maps: List[Tensor]) -> Tensor:
         return self.conv(torch.cat(maps, dim=1))  # (N, Σ widths, H, W) -> (N, C, H, W)
+
+
+@FUSIONS.register("stack")
+class Stack(Fusion):
+    """`concat(xᵢ)`, of as many channels as all maps together: the node's block takes them (YOLO's
+    necks, RT-DETR, arXiv:2304.08069).
+
+    Args:
+        widths: the channels of each map, which may differ.
+    """
+
+    def __init__(
+        self, channels: int, count: int, norm: str = "", widths: Sequence[int] = ()
+    ) -> None:
+        super().__init__(channels, count)
+
+    def forward(self, maps: List[Tensor]) -> Tensor:
+        return torch.cat(maps, dim=1)  # (N, Σ widths, H, W)
 
 
 @FUSIONS.register("weighted")

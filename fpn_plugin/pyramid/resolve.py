@@ -11,6 +11,9 @@ from typing import Iterator, Mapping
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, op
 
+# The fusion that gives the widths of all its inputs together; every other gives the pyramid's width
+WIDENING = "stack"
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -100,10 +103,14 @@ def resolve(
     block changes them if the node has one input; where maps are fused or the block is the identity,
     each edge gets a 1x1 convolution of its own (as in the first cell of EfficientDet,
     arXiv:1911.09070), unless it says `project: identity`: then it keeps the channels of its source.
+    Where they are fused by `stack`, the node's block gets the sum of what its edges deliver.
 
     Args:
         in_channels: of the graph's inputs, by name.
         per_node: other defaults, of the same width, for single nodes, by the node's name.
+
+    Raises:
+        ValueError: naming a node that is fused by `stack` and has no block to take its width.
     """
     common, channels = defaults, dict(in_channels)
     levels = dict(graph.inputs)
@@ -116,7 +123,13 @@ def resolve(
         )
         widths = tuple(_width(edge, channels, defaults) for edge in edges)
         fuse = _fusion(node, levels, widths, defaults) if len(edges) > 1 else None
-        width = defaults.channels if fuse else widths[0]
+        width = fuse.out_channels if fuse else widths[0]
+        if fuse and _is_identity(node.block) and width != defaults.channels:
+            raise ValueError(
+                f"node {node.name!r}, block: identity, but {fuse.operator} gives {width} channels"
+                f" and the pyramid has {defaults.channels}: give the node a block (conv1x1, csp,"
+                " ...), or fuse by concat, which ends in a 1x1 convolution"
+            )
         block = _block(
             node.name, node.block, width, defaults.channels, f"node {node.name!r}, block"
         )
@@ -143,7 +156,8 @@ def _fusion(
     sources = tuple(levels[edge.source] for edge in node.inputs)
     path, where, width = f"{node.name}_fuse", f"node {node.name!r}, fuse", defaults.channels
     operator = node.fuse or defaults.fuse
-    return ModuleSpec(path, "fuse", operator, width, width, len(widths), where, sources, widths)
+    result = sum(widths) if operator.name == WIDENING else width
+    return ModuleSpec(path, "fuse", operator, width, result, len(widths), where, sources, widths)
 
 
 def _block(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Edge, Graph, node, op
 from fpn_plugin.pyramid.pyramid import Pyramid
-from fpn_plugin.pyramid.resolve import Defaults
+from fpn_plugin.pyramid.resolve import WIDENING, Defaults
 
 A = torch.tensor([[[[1.0, -2.0]]]])
 B = torch.tensor([[[[3.0, 4.0]]]])
@@ -153,7 +153,7 @@ def test_every_fusion_keeps_the_shape_and_its_inputs(name: str, count: int) -> N
     before = [x.detach().clone() for x in maps]
     result = module(list(maps))
     (result * torch.randn_like(result)).sum().backward()
-    assert result.shape == (2, 8, 5, 3)
+    assert result.shape == (2, 8 * count if name == WIDENING else 8, 5, 3)
     assert all(torch.equal(x.detach(), y) for x, y in zip(maps, before))
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in maps)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
@@ -254,7 +254,7 @@ def same(name: str) -> Edge:
             [same("res3"), "res4", same("res5")],
             "sum",
             "node 'x', fuse: sum fuses maps of one width, but its inputs have 16, 24 and 32"
-            " channels; .* or fuse by concat$",
+            " channels; .* or fuse by concat, stack$",
         ),
         (
             [same("res3"), same("res3"), "res4", "res5"],
@@ -265,6 +265,12 @@ def same(name: str) -> Edge:
             [same("res5"), same("res5")],
             "max",
             "max fuses maps of the pyramid's width, 24 channels, but its inputs have 32 and 32",
+        ),
+        (
+            ["res4", "res5"],
+            "stack",
+            "node 'x', block: identity, but stack gives 48 channels and the pyramid has 24: give .*"
+            " or fuse by concat",
         ),
         (["res4", "res5"], op("asff", hidden=0), "fuse: hidden 0 is not a positive whole number"),
         (["res4", "res5"], op("attention", reduction=0.5), "node 'x', fuse: reduction 0.5 is not"),
@@ -282,3 +288,15 @@ def test_mistakes_name_the_node(inputs: list, fuse: object, message: str) -> Non
     )
     with pytest.raises((ValueError, KeyError), match=message):
         Pyramid(graph, CHANNELS, Defaults(24))
+
+
+def test_stack_hands_the_sum_of_the_widths_to_the_block() -> None:
+    """An edge's `identity` keeps its source's channels, and the maps come in the order given."""
+    inputs = [Edge("res5"), Edge("res4", project=op("identity"))]
+    graph = Graph({"res4": 4, "res5": 5}, (node("x", 4, inputs, "stack", "conv1x1"),), ("x",))
+    pyramid = randomize(Pyramid(graph, CHANNELS, Defaults(12)))
+    fine, coarse = torch.randn(2, 24, 6, 5), torch.randn(2, 32, 3, 3)
+    moved = F.interpolate(pyramid.get_submodule("x_edge0.project")(coarse), size=(6, 5))
+    expected = pyramid.get_submodule("x")(torch.cat([moved, fine], dim=1))
+    assert pyramid.get_submodule("x").weight.shape == (12, 12 + 24, 1, 1)
+    assert torch.equal(pyramid({"res4": fine, "res5": coarse})["p4"], expected)

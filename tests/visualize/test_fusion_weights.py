@@ -28,14 +28,16 @@ MODEL:
   ROI_HEADS: {NAME: StandardROIHeads, IN_FEATURES: [p2, p3, p4, p5]}
 """
 NOTES = {
-    **dict.fromkeys(("sum", "avg", "max", "product"), "nothing is learned"),
+    **dict.fromkeys(("sum", "avg", "max", "product", "stack"), "nothing is learned"),
     "concat": "a convolution of all inputs",
     **dict.fromkeys(("global_attention", "asff", "gate", "attention"), "depends on the input"),
 }
 
 
 def test_every_fusion_is_listed_with_its_weights() -> None:
-    nodes = [node(name, 4, ["res4", "res5"], fuse=name) for name in FUSIONS.names()]
+    nodes = [
+        node(name, 4, ["res4", "res5"], fuse=name, block="conv1x1") for name in FUSIONS.names()
+    ]
     nodes.append(node("last", 4, FUSIONS.names(), fuse="channel_fast"))
     pyramid = Pyramid(Graph({"res4": 4, "res5": 5}, tuple(nodes), ("last",)), CHANNELS, Defaults(2))
     pyramid.get_submodule("weighted_fuse").weights.data = torch.tensor([2.0, -0.5])
