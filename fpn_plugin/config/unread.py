@@ -16,6 +16,7 @@ from fpn_plugin.registry import HOW_TO_ADD, unknown_name
 BACKBONE = "MODEL.BACKBONE.NAME"
 ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 _FPN, _BOTTOM_UP, _RESNETS, _FCOS = "MODEL.FPN", "MODEL.BOTTOM_UP", "MODEL.RESNETS", "MODEL.FCOS"
+_WARM_FROM = f"{_FPN}.WARM_START_FROM"
 # Detectron2's own keys, which base files set for all backbones, and the fusions that it knows
 _THEIRS = frozenset(f"{_FPN}.{key}" for key in ("OUT_CHANNELS", "NORM", "FUSE_TYPE"))
 _THEIR_FUSIONS = ("sum", "avg")
@@ -54,6 +55,9 @@ def refuse_unread_keys(cfg: CfgNode) -> None:
         if keys := [key for key in changed if key in _NOT_OF_GRAPHS]:
             text = "MODEL.FPN.GRAPH is the whole pyramid"
             raise _unread(keys, changed, text, "set MODEL.FPN.GRAPH to []")
+    if name == PYRAMID_BUILDER and _WARM_FROM in changed and not cfg.MODEL.FPN.WARM_START:
+        text = f"{_FPN}.WARM_START is False"
+        raise _unread([_WARM_FROM], changed, text, f"say {_FPN}.WARM_START: True")
     if name in OWN_BUILDERS:
         _refuse_of_resnet(cfg, changed)
     _refuse_of_fcos(cfg, changed)
@@ -71,7 +75,7 @@ def changed_keys(cfg: CfgNode) -> dict[str, Any]:
     if cfg.MODEL.BOTTOM_UP.ARGS:
         changed[ARGS] = dict(cfg.MODEL.BOTTOM_UP.ARGS)
     if cfg.MODEL.FPN.WARM_START_FROM:  # its own keys are those of another pyramid
-        changed[f"{_FPN}.WARM_START_FROM"] = dict(cfg.MODEL.FPN.WARM_START_FROM)
+        changed[_WARM_FROM] = dict(cfg.MODEL.FPN.WARM_START_FROM)
     return changed
 
 

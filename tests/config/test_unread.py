@@ -62,6 +62,11 @@ def test_no_config_that_comes_with_us_is_refused(files: list[Path]) -> None:
         (C4, [*ALONE, "MODEL.FPN.FUSE_TYPE", "max"], f"FPN.FUSE_TYPE: 'max' is set.*{SAY}"),
         (
             FASTER,
+            [*PYRAMID, "MODEL.FPN.WARM_START_FROM", {"TOPOLOGY": "fpn"}],
+            "WARM_START_FROM: .*WARM_START is False. Say MODEL.FPN.WARM_START: True",
+        ),
+        (
+            FASTER,
             [*PYRAMID, *TIMM, "MODEL.RESNETS.DEPTH", 101, "MODEL.RESNETS.NORM", "BN"],
             "RESNETS.DEPTH: 101, MODEL.RESNETS.NORM: 'BN' are set.*NAME: timm/resnet18 is no such",
         ),
