@@ -13,7 +13,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.blocks import at_least_float32, conv_block
-from fpn_plugin.pyramid.resample import DOWNSAMPLE, Resampler, Size, crop, fit
+from fpn_plugin.pyramid.resample import DOWNSAMPLE, Resampler, Size, fit
 
 
 class Halving(Resampler):
@@ -43,7 +43,7 @@ class _HalfConvHalfPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The average is one pixel smaller. Of an odd side that would leave half a side rounded
         # down, so the last row or column is repeated.
-        x = crop(x, [x.shape[2] + x.shape[2] % 2, x.shape[3] + x.shape[3] % 2])
+        x = F.pad(x, [0, x.shape[3] % 2, 0, x.shape[2] % 2], mode="replicate")
         first, second = F.avg_pool2d(x, kernel_size=2, stride=1).chunk(2, dim=1)
         second = F.max_pool2d(second, kernel_size=3, stride=2, padding=1)
         return torch.cat([self.conv(first), self.pooled(second)], dim=1)
