@@ -74,6 +74,12 @@ def initialize_together() -> Iterator[None]:
         _WAITING.reset(token)
 
 
+def check_order(order: str) -> None:
+    """Raise a ValueError if `order` is not one of `ORDERS`."""
+    if order not in ORDERS:
+        raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+
+
 class _PreActivationConv(Conv2d):
     """activation -> convolution -> norm, with the parameter names of Detectron2's `Conv2d`."""
 
@@ -120,8 +126,7 @@ def conv_block(
         "bias": norm == "" if bias is None else bias,
         "norm": norm_layer(norm, out_channels),
     }
-    if order not in ORDERS:
-        raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+    check_order(order)
     if order == "conv-norm-act":
         conv = Conv2d(
             in_channels, out_channels, kernel, activation=act if activation else None, **keywords
@@ -271,8 +276,7 @@ class DeformableBlock(nn.Module):
         groups: int = 1,
     ) -> None:
         super().__init__()
-        if order not in ORDERS:
-            raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+        check_order(order)
         first = order == _PRE
         self.pre_activation = ACTIVATIONS.get(activation if first else "", "activation")()
         has_bias = norm == "" if bias is None else bias

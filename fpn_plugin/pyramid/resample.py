@@ -225,16 +225,23 @@ class Carafe(Doubling):
 class _PointSample(nn.Module):
     """DySample for a factor of two."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, dynamic_scope: bool) -> None:
         super().__init__()
         self.groups = groups
         self.offset = Conv2d(channels, 2 * groups * 4, 1)
         nn.init.normal_(self.offset.weight, std=0.001)
         nn.init.zeros_(self.offset.bias)
+        self.scope = Conv2d(channels, 2 * groups * 4, 1, bias=False) if dynamic_scope else None
+        if self.scope is not None:
+            nn.init.zeros_(self.scope.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        offset = at_least_float32(self.offset(x)) * 0.25
+        offset = at_least_float32(self.offset(x))
+        if self.scope is None:
+            offset = offset * 0.25
+        else:
+            offset = offset * at_least_float32(self.scope(x)).sigmoid() * 0.5
         offset = F.pixel_shuffle(offset, 2).reshape(n, 2, self.groups, 2 * h, 2 * w)
         # the positions of bilinear interpolation, in source pixels
         columns = (torch.arange(2 * w, dtype=offset.dtype, device=x.device) + 0.5) / 2
@@ -253,19 +260,24 @@ class _PointSample(nn.Module):
 @UPSAMPLE.register("dysample")
 class DySample(Doubling):
     """Bilinear interpolation at positions moved by `0.25 · 1×1(x)` source pixels, per level
-    (DySample, arXiv:2308.15085, its style 'lp' with a static scope).
+    (DySample, arXiv:2308.15085, its style 'lp').
 
     Args:
         groups: of the channels, each with its own positions.
+        dynamic_scope: whether they move by `0.5 · 1×1(x) · σ(1×1(x))` instead (DySample+). The
+            second 1×1 has no bias and starts at zero, and so with the same movement.
 
     Raises:
         ValueError: if the groups do not divide the channels.
     """
 
-    def __init__(self, channels: int, steps: int, groups: int = 4) -> None:
+    def __init__(
+        self, channels: int, steps: int, groups: int = 4, dynamic_scope: bool = False
+    ) -> None:
         if groups < 1 or channels % groups:
             raise ValueError(f"groups: {groups} groups do not divide {channels} channels")
-        super().__init__(channels, steps, [_PointSample(channels, groups) for _ in range(steps)])
+        layers = [_PointSample(channels, groups, dynamic_scope) for _ in range(steps)]
+        super().__init__(channels, steps, layers)
 
 
 @UPSAMPLE.register("fam")

@@ -19,6 +19,7 @@ from fpn_plugin.pyramid.resolve import Defaults
 
 SINGLE = ["conv1x1", "conv3x3", "separable", "deformable"]
 COMPOUND = ["bottleneck", "csp", "fsm"]
+ATTENTION = ["se", "eca", "cbam", "coord", "ema"]  # tests/pyramid/test_attention.py
 PRE = ORDERS[1]
 X = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
 
@@ -140,7 +141,7 @@ def every_block() -> list[str]:
 
 
 def test_every_block_has_a_test_of_its_values() -> None:
-    assert set(SINGLE + COMPOUND) == set(every_block())
+    assert set(SINGLE + COMPOUND + ATTENTION) == set(every_block())
 
 
 @pytest.mark.parametrize("name", every_block())

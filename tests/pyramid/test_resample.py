@@ -175,12 +175,18 @@ def bilinear_at(x: Tensor, row: float, column: float) -> Tensor:
     return (1 - v) * upper + v * ((1 - u) * x[:, bottom, left] + u * x[:, bottom, right])
 
 
-def test_dysample_is_the_papers_sampling() -> None:
-    """S = G + O with O = 0.25 linear(X), pixel-shuffled: channels are (x or y, group, place in the 2×2)."""
-    module = build("up", "dysample")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dysample_is_the_papers_sampling(dynamic: bool) -> None:
+    """S = G + O with O = 0.25 linear(X), pixel-shuffled: channels are (x or y, group, place in the 2×2).
+
+    With a dynamic scope O = 0.5 σ(linear₁(X)) linear₂(X).
+    """
+    module = randomize(UPSAMPLE.get("dysample")(WIDTH, 1, dynamic_scope=dynamic))
     x = X[:1, :, :4, :3].contiguous()
-    conv = module.layers[0].offset
-    offset = 0.25 * F.conv2d(x, conv.weight, conv.bias)[0].view(2, 4, 2, 2, 4, 3)
+    layer = module.layers[0]
+    scope = 0.5 * F.conv2d(x, layer.scope.weight).sigmoid() if dynamic else 0.25
+    offset = F.conv2d(x, layer.offset.weight, layer.offset.bias)
+    offset = (scope * offset)[0].view(2, 4, 2, 2, 4, 3)
     expected = torch.zeros(1, WIDTH, 8, 6)
     for group in range(4):
         part = x[0, group * 4 : group * 4 + 4]
@@ -210,6 +216,19 @@ def test_dysample_starts_near_bilinear() -> None:
     conv = module.layers[0].offset
     assert conv.weight.shape == (32, 64, 1, 1) and not conv.bias.any()
     assert 0.0008 < conv.weight.std() < 0.0012
+
+
+def test_a_dynamic_scope_starts_as_the_static_one() -> None:
+    static, dynamic = (UPSAMPLE.get("dysample")(WIDTH, 1, dynamic_scope=on) for on in (False, True))
+    assert dynamic.load_state_dict(static.state_dict(), strict=False).missing_keys == [
+        "layers.0.scope.weight"
+    ]
+    dynamic.layers[0].offset.weight.data *= 100  # or its own start would be near bilinear anyway
+    static.load_state_dict(dynamic.state_dict(), strict=False)
+    assert torch.equal(dynamic(X, None), static(X, None))
+    assert sum(x.numel() for x in UPSAMPLE.get("dysample")(256, 1).parameters()) == 8224
+    scope = UPSAMPLE.get("dysample")(256, 1, dynamic_scope=True).layers[0].scope
+    assert sum(x.numel() for x in scope.parameters()) == 8192
 
 
 def test_fam_without_offsets_is_half_a_convolution() -> None:
@@ -281,6 +300,59 @@ def test_conv_down_is_one_strided_convolution_per_level() -> None:
     for conv in module.convs:
         expected = F.relu(F.conv2d(expected, conv.weight, conv.bias, stride=2, padding=1))
     assert torch.equal(module(X, None), expected)
+
+
+def test_adown_pools_both_halves() -> None:
+    module = randomize(DOWNSAMPLE.get("adown")(WIDTH, 1))
+    layer, half = module.layers[0], WIDTH // 2
+    for x in (X, X[:, :, :5, :7]):
+        pooled = F.avg_pool2d(x, 2, stride=1)
+        one = F.conv2d(pooled[:, :half], layer.conv.weight, layer.conv.bias, stride=2, padding=1)
+        other = F.max_pool2d(pooled[:, half:], 3, 2, padding=1)
+        other = F.conv2d(other, layer.pooled.weight, layer.pooled.bias)
+        expected = F.silu(torch.cat([one, other], 1))  # upstream: odd sides are rounded down
+        result = module(x, None)[:, :, : x.shape[2] // 2, : x.shape[3] // 2]
+        assert torch.allclose(result, expected, atol=1e-6)
+    repeated = torch.cat([X[:, :, :5], X[:, :, 4:5]], 2)
+    assert torch.equal(module(X[:, :, :5], None), module(repeated, None))
+    with pytest.raises(ValueError, match="adown halves its channels: 7 is odd"):
+        DOWNSAMPLE.get("adown")(7, 1)
+
+
+@pytest.mark.parametrize("name", ["spd", "haar"])
+def test_two_by_two_pixels_become_channels(name: str) -> None:
+    """Held: SPD-Conv's order of places, and Haar's bands as pytorch-wavelets gives them."""
+    module = DOWNSAMPLE.get(name)(2, 1)
+    seen: list[Tensor] = []
+    module.layers[0].conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    module(torch.stack([x, 10 * x])[None], None)
+    one = [1.0, 3.0, 2.0, 5.0] if name == "spd" else [5.5, -2.5, -1.5, 0.5]
+    assert seen[0].flatten().tolist() == [value for each in one for value in (each, 10 * each)]
+    odd = torch.randn(1, 2, 5, 1)
+    assert torch.equal(module(odd, None), module(F.pad(odd, [0, 1, 0, 1]), None))
+
+
+def test_carafe_down_is_the_papers_sum() -> None:
+    """Every pixel l' sums kernel[n, m] * x[2 l' + (n, m)] for n, m from -2 to 2."""
+    module = randomize(DOWNSAMPLE.get("carafe_down")(WIDTH, 1))
+    x, layer = X[:1, :, :5, :4].contiguous(), module.layers[0]
+    compressed = F.conv2d(x, layer.compress.weight, layer.compress.bias)
+    kernels = F.conv2d(compressed, layer.encode.weight, layer.encode.bias, stride=2, padding=1)
+    kernels = kernels.softmax(1).reshape(1, 1, 25, 6)
+    patches = F.unfold(x, 5, padding=2, stride=2).reshape(1, WIDTH, 25, 6)
+    expected = (patches * kernels).sum(2).reshape(1, WIDTH, 3, 2)
+    assert torch.allclose(module(x, None), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, norm, count",
+    [("adown", "BN", 164352), ("spd", "BN", 2359808), ("haar", "BN", 262912)]
+    + [("carafe_down", "", 30873)],
+)
+def test_parameters_of_a_downsampler(name: str, norm: str, count: int) -> None:
+    module = DOWNSAMPLE.get(name)(256, 1, **({"norm": norm} if norm else {}))
+    assert sum(x.numel() for x in module.parameters()) == count
 
 
 # In a graph
