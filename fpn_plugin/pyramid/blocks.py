@@ -100,6 +100,7 @@ def conv_block(
     activation: str = "",
     order: str = "conv-norm-act",
     bias: bool | None = None,
+    groups: int = 1,
 ) -> Conv2d:
     """A "same"-padded convolution with norm and activation; its size is `ceil(H / stride)`.
 
@@ -117,6 +118,7 @@ def conv_block(
     keywords = {
         "stride": stride,
         "padding": kernel // 2,
+        "groups": groups,
         "bias": norm == "" if bias is None else bias,
         "norm": norm_layer(norm, out_channels),
     }
@@ -285,7 +287,7 @@ class DeformableBlock(nn.Module):
         return self.activation(self.norm(self.conv(x, x)))
 
 
-def _ends(activation: str, inner: str, order: str) -> tuple[str, str]:
+def ends(activation: str, inner: str, order: str) -> tuple[str, str]:
     """The activations of a block's first and last convolution."""
     return (activation, inner) if order == _PRE else (inner, activation)
 
@@ -316,7 +318,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         inner = (activation or "relu") if inner_activation is None else inner_activation
         hidden = hidden_channels or max(out_channels // 4, 1)
-        first, _ = _ends(activation, inner, order)
+        first, _ = ends(activation, inner, order)
         last = inner if order == _PRE else ""  # after the sum otherwise
         self.conv1 = conv_block(in_channels, hidden, 1, 1, norm, first, order)
         self.conv2 = conv_block(hidden, hidden, 3, 1, norm, inner, order)
@@ -376,7 +378,7 @@ class CSP(nn.Module):
             raise ValueError(f"depth: {depth} residual units; give 0 or more")
         inner = (activation or "silu") if inner_activation is None else inner_activation
         half = out_channels // 2
-        first, last = _ends(activation, inner, order)
+        first, last = ends(activation, inner, order)
         self.main = conv_block(in_channels, half, 1, 1, norm, first, order)
         self.short = conv_block(in_channels, half, 1, 1, norm, first, order)
         self.units = nn.Sequential(*(_CSPUnit(half, norm, inner, order) for _ in range(depth)))
