@@ -454,6 +454,24 @@ class NonLocal(nn.Module):
         return x + self.out(y.reshape(x.shape[0], -1, x.shape[2], x.shape[3]))
 
 
+@BLOCKS.register("norm")
+class Norm(nn.Module):
+    """A normalisation layer alone; the map as it is if `norm` is "".
+
+    Raises:
+        ValueError: if the channels change, or `norm` is unknown.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "") -> None:
+        super().__init__()
+        if in_channels != out_channels:
+            raise ValueError(f"norm cannot turn {in_channels} channels into {out_channels}")
+        self.norm = norm_layer(norm, in_channels) or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
 @BLOCKS.register("identity")
 class Identity(nn.Module):
     """The map as it is.

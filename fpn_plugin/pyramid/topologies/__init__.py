@@ -4,7 +4,24 @@ A topology function takes its input maps as `{name: level}` and a `Style` with t
 Node names are checkpoint keys: changing one breaks users' checkpoints.
 """
 
-from fpn_plugin.pyramid.topologies import fpn, gather, search, two_way
-from fpn_plugin.pyramid.topologies.base import INNER_LEVELS, TOPOLOGIES, Style, Topology
+from fpn_plugin.pyramid.topologies import fpn, gather, one_level, search, two_way
+from fpn_plugin.pyramid.topologies.base import (
+    INNER_LEVELS,
+    OWN_LEVELS,
+    TOPOLOGIES,
+    Style,
+    Topology,
+)
 
-__all__ = ["INNER_LEVELS", "Style", "TOPOLOGIES", "Topology", "fpn", "gather", "search", "two_way"]
+__all__ = [
+    "INNER_LEVELS",
+    "OWN_LEVELS",
+    "Style",
+    "TOPOLOGIES",
+    "Topology",
+    "fpn",
+    "gather",
+    "one_level",
+    "search",
+    "two_way",
+]
