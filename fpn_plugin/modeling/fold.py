@@ -26,14 +26,20 @@ def fold_norms(model: nn.Module) -> int:
     Which convolution that is follows from the structure for Detectron2's `Conv2d` (and so for the
     pyramid's blocks) and for `nn.Sequential`; :func:`fold_traced` finds the others. Norms that
     compute their statistics from the map, and convolutions that compute their weights as they run,
-    are left alone.
+    are left alone. A block of parallel convolutions then becomes one, if it has a method
+    `merge_branches` (the pyramid's `rep`).
 
     Returns:
         the number of norms that are gone.
     """
     uses = _count_uses(model)
     pairs = [(owner, *pair) for owner in model.modules() for pair in _neighbours(owner)]
-    return sum(_fold(conv, owner, name, uses) for owner, conv, name in pairs)
+    count = sum(_fold(conv, owner, name, uses) for owner, conv, name in pairs)
+    for block in [each for each in model.modules() if hasattr(each, "merge_branches")]:
+        parts = [*block.modules(), *block.parameters()]
+        if all(uses[id(part)] <= 1 for part in parts):  # none is another's too
+            block.merge_branches()
+    return count
 
 
 def fold_traced(network: nn.Module) -> int:

@@ -100,6 +100,7 @@ def conv_block(
     activation: str = "",
     order: str = "conv-norm-act",
     bias: bool | None = None,
+    groups: int = 1,
 ) -> Conv2d:
     """A "same"-padded convolution with norm and activation; its size is `ceil(H / stride)`.
 
@@ -117,6 +118,7 @@ def conv_block(
     keywords = {
         "stride": stride,
         "padding": kernel // 2,
+        "groups": groups,
         "bias": norm == "" if bias is None else bias,
         "norm": norm_layer(norm, out_channels),
     }
@@ -285,7 +287,7 @@ class DeformableBlock(nn.Module):
         return self.activation(self.norm(self.conv(x, x)))
 
 
-def _ends(activation: str, inner: str, order: str) -> tuple[str, str]:
+def ends(activation: str, inner: str, order: str) -> tuple[str, str]:
     """The activations of a block's first and last convolution."""
     return (activation, inner) if order == _PRE else (inner, activation)
 
@@ -316,7 +318,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         inner = (activation or "relu") if inner_activation is None else inner_activation
         hidden = hidden_channels or max(out_channels // 4, 1)
-        first, _ = _ends(activation, inner, order)
+        first, _ = ends(activation, inner, order)
         last = inner if order == _PRE else ""  # after the sum otherwise
         self.conv1 = conv_block(in_channels, hidden, 1, 1, norm, first, order)
         self.conv2 = conv_block(hidden, hidden, 3, 1, norm, inner, order)
@@ -331,59 +333,6 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv3(self.conv2(self.conv1(x)))
         return self.activation(self.shortcut(x) + branch)
-
-
-class _CSPUnit(nn.Module):
-    """`x + 3×3(1×1(x))`."""
-
-    def __init__(self, channels: int, norm: str, inner: str, order: str) -> None:
-        super().__init__()
-        self.conv1 = conv_block(channels, channels, 1, 1, norm, inner, order)
-        self.conv2 = conv_block(channels, channels, 3, 1, norm, inner, order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.conv1(x))
-
-
-@BLOCKS.register("csp")
-class CSP(nn.Module):
-    """Residual units on one half of the channels, the other half past them, and a 1×1 over both
-    (CSPNet, arXiv:1911.11929; the layer as in YOLOX, arXiv:2107.08430).
-
-    Args:
-        depth: the number of residual units.
-        inner_activation: of all convolutions but the last (in the order "act-conv-norm": but the
-            first two). None for `activation`, or else "silu".
-
-    Raises:
-        ValueError: if `out_channels` is odd or `depth` negative.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        norm: str = "",
-        activation: str = "",
-        order: str = "conv-norm-act",
-        depth: int = 1,
-        inner_activation: str | None = None,
-    ) -> None:
-        super().__init__()
-        if out_channels % 2:
-            raise ValueError(f"csp halves its channels: {out_channels} is odd")
-        if depth < 0:
-            raise ValueError(f"depth: {depth} residual units; give 0 or more")
-        inner = (activation or "silu") if inner_activation is None else inner_activation
-        half = out_channels // 2
-        first, last = _ends(activation, inner, order)
-        self.main = conv_block(in_channels, half, 1, 1, norm, first, order)
-        self.short = conv_block(in_channels, half, 1, 1, norm, first, order)
-        self.units = nn.Sequential(*(_CSPUnit(half, norm, inner, order) for _ in range(depth)))
-        self.final = conv_block(out_channels, out_channels, 1, 1, norm, last, order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.final(torch.cat([self.units(self.main(x)), self.short(x)], dim=1))
 
 
 @BLOCKS.register("fsm")
