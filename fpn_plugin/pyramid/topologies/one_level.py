@@ -46,7 +46,7 @@ def projector(inputs: Levels, style: Style) -> Graph:
         outputs[level] = f"projector_output{level}"
         mixed = f"projector_mix{level}"
         nodes.append(node(mixed, level, edges, "stack", style.block))
-        nodes.append(node(outputs[level], level, [mixed], block=op("norm", norm="LN")))
+        nodes.append(node(outputs[level], level, [mixed], block=op("norm", norm="LN", activation="")))
     return graph_of(inputs, nodes, outputs)
 
 
