@@ -26,15 +26,16 @@ class MapInfo(NamedTuple):
     channels_last: bool = False
 
 
-def name_maps(source: str, strides: Sequence[int]) -> dict[str, int]:
+def name_maps(source: str, strides: Sequence[int], advice: str = "") -> dict[str, int]:
     """Name maps by their strides: `res<log2(stride)>`.
 
     Of several maps with the same stride the last counts, the deepest of its stage, as in
-    arXiv:1612.03144.
+    arXiv:1612.03144; the others have names by :func:`number_maps`.
 
     Args:
         source: the network's name, for messages.
         strides: in pixels, in the order in which the network computes the maps.
+        advice: what to do about a stride that is not a power of two.
 
     Returns:
         the position of each map in `strides` by its name, from high to low resolution.
@@ -50,10 +51,29 @@ def name_maps(source: str, strides: Sequence[int]) -> dict[str, int]:
         if stride < 1 or stride & (stride - 1):
             raise ValueError(
                 f"{where} gives a map of stride {stride} pixels, not a power of two"
-                f" (its strides: {list(strides)})"
+                f" (its strides: {list(strides)}){advice}"
             )
         deepest[stride] = position
     return {f"res{stride.bit_length() - 1}": deepest[stride] for stride in sorted(deepest)}
+
+
+def number_maps(strides: Sequence[int]) -> dict[str, int]:
+    """Name each of several maps with the same stride: `res4_1`, `res4_2`, ... for a plain ViT, after
+    its first block, its second, ...
+
+    Args:
+        strides: in pixels, in the order in which the network computes the maps.
+
+    Returns:
+        the position of each map in `strides` by its name.
+    """
+    names: dict[str, int] = {}
+    for stride in dict.fromkeys(strides):
+        same = [position for position, other in enumerate(strides) if other == stride]
+        if len(same) > 1 and stride & (stride - 1) == 0:
+            level = stride.bit_length() - 1
+            names.update({f"res{level}_{number}": at for number, at in enumerate(same, start=1)})
+    return names
 
 
 def select_maps(source: str, names: Sequence[str], out_features: Sequence[str]) -> list[str]:

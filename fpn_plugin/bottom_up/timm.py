@@ -10,7 +10,14 @@ from urllib.request import getproxies
 
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
+from fpn_plugin.bottom_up.base import (
+    AdaptedBackbone,
+    MapInfo,
+    freeze,
+    name_maps,
+    number_maps,
+    select_maps,
+)
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.probe import frozen_names, is_channels_last, probe, unused_names
 from fpn_plugin.paths import download_advice
@@ -22,14 +29,16 @@ _HUB, _PATIENCE = "https://huggingface.co", 15.0  # seconds for the hub to answe
 ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
 # Arguments of timm.create_model that other keys or this adapter decide
 RESERVED = ("features_only", "out_indices", "in_chans", "pretrained", "feature_cls", "model_name")
+OWN_ARGS = ("grad_checkpointing", "norm_maps")  # that this adapter reads itself
 
 
 class TimmBackbone(AdaptedBackbone):
     """A timm network (`features_only=True`) whose maps are named `res<level>`, where level =
     log2(stride).
 
-    Of several maps with the same stride the last counts, so a plain ViT has one. Layers after the
-    last wanted map are dropped; parameters that no wanted map depends on are frozen.
+    Of several maps with the same stride the last counts, so a plain ViT has one, `res4`. What its
+    blocks give has names too: `res4_3` after the third, `res4_6`, ... Layers after the last wanted
+    map are dropped; parameters that no wanted map depends on are frozen.
 
     Args:
         model: timm's name for it, e.g. "tf_efficientnet_lite0" or "resnet50.a1_in1k".
@@ -39,7 +48,9 @@ class TimmBackbone(AdaptedBackbone):
             counts. For HRNet, whose `res2` depends on nearly everything, it counts stages instead.
         norm: converts its batch norms to this one of `norms.NORMS`; "" keeps them.
         in_channels: of the image.
-        args: more arguments for `timm.create_model`, and `grad_checkpointing: True`.
+        args: more arguments for `timm.create_model`, and of the adapter's own
+            `grad_checkpointing: True`, and `norm_maps: True`, which passes every map of a ViT
+            through the network's last norm, as maps of DINOv2 and DINOv3 are read.
         pretrained: start from the weights that timm publishes for it.
 
     Raises:
@@ -58,25 +69,33 @@ class TimmBackbone(AdaptedBackbone):
         pretrained: bool = False,
     ) -> None:
         source = f"timm/{model}"
-        options = {key: value for key, value in (args or {}).items() if key != "grad_checkpointing"}
+        options = {key: value for key, value in (args or {}).items() if key not in OWN_ARGS}
         # the network with all its maps says which there are and what they depend on ...
         whole, options = _create(model, in_channels, options)
+        normed = _normed(source, whole) if (args or {}).get("norm_maps") else {}
+        named, choices = _map_indices(source, whole)
+        names = select_maps(source, list(choices), out_features or list(named))
+        indices = [choices[name] for name in names]
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"MODEL.FPN.IN_FEATURES: {names}: two of them are one map of {source}")
+        if normed or not set(indices) <= set(_indices(whole)):
+            all_indices = sorted({*named.values(), *indices})
+            whole, options = _create(model, in_channels, options, out_indices=all_indices, **normed)
         info: Any = whole.feature_info
-        all_indices = [index % len(info.info) for index in info.out_indices]
-        positions = name_maps(source, info.reduction())
-        names = select_maps(source, list(positions), out_features)
-        wanted = [positions[name] for name in names]
+        all_indices = _indices(whole)
+        positions = {name: all_indices.index(index) for name, index in named.items()}
+        wanted = [all_indices.index(index) for index in indices]
         probed = probe(whole, source, in_channels, options.get("img_size"), wanted)
         frozen = frozen_names(source, whole, probed, positions, freeze_at)
         frozen |= unused_names(whole, [probed.maps[position] for position in wanted])
 
         # ... and another one is built with the wanted maps alone
-        indices = [all_indices[position] for position in wanted]
+        settings = {"out_indices": indices, **normed}
         network = whole
         if pretrained:
-            network = _pretrained(model, in_channels, options, indices)
+            network = _pretrained(model, in_channels, options, settings)
         elif indices != all_indices:
-            network = _shorten(_create(model, in_channels, options, out_indices=indices)[0])
+            network = _shorten(_create(model, in_channels, options, **settings)[0])
         channels_last = is_channels_last(whole)
         maps = {
             name: MapInfo(info.channels(index), info.reduction(index), channels_last)
@@ -125,6 +144,55 @@ def _create(
             ) from error
 
 
+def _indices(network: Any) -> list[int]:
+    """Which of the network's maps it returns."""
+    info = network.feature_info
+    return [index % len(info.info) for index in info.out_indices]
+
+
+def _map_indices(source: str, network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """The indices of the network's maps by name: of those that it has for every user, the last of
+    each stride, and of all that can be asked for, in the network's order.
+
+    Raises:
+        ValueError: if a stride is not a power of two.
+    """
+    info, indices = network.feature_info, _indices(network)
+    advice = _patch_advice(network) if len(set(info.reduction())) == 1 else ""
+    positions = name_maps(source, info.reduction(), advice)
+    named = {name: indices[position] for name, position in positions.items()}
+    choices = {**number_maps([each["reduction"] for each in info.info]), **named}
+    return named, dict(sorted(choices.items(), key=lambda pair: pair[1]))
+
+
+def _patch_advice(network: Any) -> str:
+    """What to do about patches of 14 pixels, as DINOv2's."""
+    patches = getattr(getattr(network, "model", network), "patch_embed", None)
+    if not hasattr(patches, "patch_size"):
+        return ""
+    return (
+        f"; with {ARGS}: {{patch_size: 16}} it has patches of 16 pixels, and timm resamples the"
+        " weights that it publishes to them"
+    )
+
+
+def _normed(source: str, network: Any) -> dict[str, Any]:
+    """Settings with which a plain ViT's maps pass its last norm.
+
+    Raises:
+        ValueError: naming the argument, for any other network.
+    """
+    getter: Any = type(network)
+    if getter.__name__ != "FeatureGetterNet" or len(set(network.feature_info.reduction())) > 1:
+        raise ValueError(f"{ARGS}.norm_maps: {source} is no plain ViT, whose maps share a norm")
+
+    class Normed(getter):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, norm=True, **kwargs)
+
+    return {"feature_cls": Normed}
+
+
 def _any_size(timm: Any, model: str) -> dict[str, bool]:
     published = timm.models.get_pretrained_cfg(model)
     return dict(ANY_SIZE) if getattr(published, "fixed_input_size", False) else {}
@@ -162,7 +230,7 @@ def require_model(model: str) -> Any:
 
 
 def _pretrained(
-    model: str, in_channels: int, args: Mapping[str, Any], indices: list[int]
+    model: str, in_channels: int, args: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> nn.Module:
     where = f"{WEIGHTS}: 'timm': the weights of timm/{model}"
     published = require_model(model).models.get_pretrained_cfg(model)
@@ -173,7 +241,7 @@ def _pretrained(
     try:
         if not any(name.startswith("pretrained_cfg") for name in args):  # a file of the user's
             _require_hub(published)
-        network, _ = _create(model, in_channels, args, out_indices=indices, pretrained=True)
+        network, _ = _create(model, in_channels, args, pretrained=True, **settings)
     except Exception as error:  # of the hub's client, its cache or the network connection
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where} could not be had: {reason}\n{advice}") from error

@@ -34,7 +34,7 @@ _BASE_LEVELS = {_RPN: range(2, 7), _RETINANET: range(3, 8)}
 # Boxes from 448 pixels on are pooled from this level (arXiv:1612.03144, equation 1): no coarser one
 # is of use
 _TOP_POOLED = 5
-_LEVEL = re.compile(r"(?:res|p)(\d+)")
+_LEVEL = re.compile(r"(?:res|p)(\d+)(?:_\d+)?")  # res4_3: one of several maps of a level
 # Networks whose maps are named by their levels: those of the adapters, and of Detectron2
 _MAPS = {"res2", "res3", "res4", "res5"}
 _NAMED_BY_LEVEL = re.compile(r"(timm|torchvision)/.*|build_(resnet|regnet|swin|mvit|vit)_backbone")

@@ -21,7 +21,7 @@ from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator,
 from fpn_plugin.pyramid.norms import norm_layer
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults
-from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
+from fpn_plugin.pyramid.topologies import INNER_LEVELS, OWN_LEVELS, TOPOLOGIES, Style
 from fpn_plugin.registry import Registry, bad_argument, unknown_name
 
 SECTION = "MODEL.FPN"
@@ -282,8 +282,8 @@ def extra_levels_for(cfg: CfgNode) -> str:
     if fpn.GRAPH or INNER_LEVELS.get(first) or fpn.INNER_LEVELS > 0:
         return "none"
     extra = _EXTRA_LEVELS.get(cfg.MODEL.META_ARCHITECTURE, "maxpool")
-    # the simple pyramid's own levels go beyond the one map that it reads
-    return "conv_p5" if extra == "conv_c5" and first == "simple" else extra
+    # their own levels go beyond the maps that they read
+    return "conv_p5" if extra == "conv_c5" and first in OWN_LEVELS else extra
 
 
 def is_names(value: object) -> bool:

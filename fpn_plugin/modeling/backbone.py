@@ -241,7 +241,8 @@ def _feature_levels(shapes: Mapping[str, ShapeSpec], settings: PyramidSettings) 
 
     Raises:
         ValueError: naming `in_features`, if a map does not exist, comes twice or out of order, or
-            has a stride that is not a power of two.
+            has a stride that is not a power of two. Several maps of one level are the topology's to
+            take or to refuse.
     """
     names, argument = settings.in_features, "in_features"
     if not is_names(names):
@@ -263,10 +264,10 @@ def _feature_levels(shapes: Mapping[str, ShapeSpec], settings: PyramidSettings) 
             )
         levels[name] = stride.bit_length() - 1
     order = list(levels.values())
-    if order != sorted(set(order)) or len(levels) != len(names):
+    if order != sorted(order) or len(levels) != len(names):
         raise bad_argument(
             argument,
-            f"{list(names)} are of levels {order}: list each level once, finest first",
+            f"{list(names)} are of levels {order}: list each map once, finest first",
         )
     return levels
 

@@ -407,6 +407,39 @@ class NonLocal(nn.Module):
         return x + self.out(y.reshape(x.shape[0], -1, x.shape[2], x.shape[3]))
 
 
+@BLOCKS.register("norm")
+class Norm(nn.Module):
+    """A norm alone, with activation.
+
+    Args:
+        order: one of `ORDERS`.
+
+    Raises:
+        ValueError: if the channels change, or `order`, `norm` or `activation` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+    ) -> None:
+        super().__init__()
+        if in_channels != out_channels:
+            raise ValueError(f"norm cannot turn {in_channels} channels into {out_channels}")
+        if order not in ORDERS:
+            raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+        first = order == _PRE
+        self.pre_activation = ACTIVATIONS.get(activation if first else "", "activation")()
+        self.norm = norm_layer(norm, in_channels) or nn.Identity()
+        self.activation = ACTIVATIONS.get("" if first else activation, "activation")()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.pre_activation(x)))
+
+
 @BLOCKS.register("identity")
 class Identity(nn.Module):
     """The map as it is.

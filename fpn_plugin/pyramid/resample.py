@@ -26,6 +26,7 @@ from fpn_plugin.pyramid.blocks import (
     conv_block,
 )
 from fpn_plugin.pyramid.norms import norm_layer
+from fpn_plugin.pyramid.resolve import halvings
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]
@@ -136,9 +137,12 @@ class Deconv(Doubling):
 
     Args:
         shrink: whether each level halves the channels, as in ViTDet.
+        reduce_above: with `shrink`, a map of more channels than this first passes a 1×1 that halves
+            them, with norm and ReLU (LW-DETR, arXiv:2406.03459: 512); 0 for none such.
 
     Raises:
-        ValueError: if the channels cannot be halved that often.
+        ValueError: if the channels cannot be halved that often, or `reduce_above` is given without
+            `shrink`.
     """
 
     def __init__(
@@ -148,10 +152,19 @@ class Deconv(Doubling):
         norm: str = "",
         activation: str = "",
         shrink: bool = False,
+        reduce_above: int = 0,
     ) -> None:
-        if shrink and channels % 2**steps:
-            raise ValueError(f"shrink: {channels} channels cannot be halved {steps} times")
+        if type(reduce_above) is not int or reduce_above < 0 or (reduce_above and not shrink):
+            raise ValueError(
+                f"reduce_above: {reduce_above!r}; give a number of channels, with shrink=True, or 0"
+            )
+        times = halvings({"shrink": shrink, "reduce_above": reduce_above}, channels, steps)
+        if channels % 2**times:
+            raise ValueError(f"shrink: {channels} channels cannot be halved {times} times")
         layers: List[nn.Module] = []
+        if times > steps:
+            layers.append(conv_block(channels, channels // 2, 1, norm=norm, activation="relu"))
+            channels //= 2
         for step in range(steps):
             if step:
                 layers += [layer for layer in (norm_layer(norm, channels),) if layer is not None]

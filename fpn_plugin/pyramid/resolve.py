@@ -7,7 +7,7 @@ This module imports no torch. The executor builds from it, and `fpn show` prints
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator, Mapping
+from typing import Any, Iterator, Mapping
 
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, op
 
@@ -204,7 +204,8 @@ def _resolve_edge(
     # 3. The resampler, which keeps the channels unless it shrinks.
     resample = None
     if steps:
-        wide, width = width, width >> steps if shrinks else width
+        wide = width
+        width >>= halvings(dict(operator.args), width, steps) if shrinks else 0
         resample = ModuleSpec(
             f"{path}.resample",
             "up" if steps > 0 else "down",
@@ -222,6 +223,14 @@ def _resolve_edge(
         following = None
     block = _block(f"{path}.block", following, width, defaults.channels, f"{where}, block")
     return ResolvedEdge(edge.source, project, resample, block)
+
+
+def halvings(arguments: Mapping[str, Any], width: int, steps: int) -> int:
+    """How often an upsampler with these arguments halves the channels of a map of that width."""
+    if not arguments.get("shrink"):
+        return 0
+    limit = arguments.get("reduce_above")
+    return steps + int(type(limit) is int and 0 < limit < width)
 
 
 def _default_projection(node: Node, edge: Edge, width: int, defaults: Defaults) -> Operator | None:

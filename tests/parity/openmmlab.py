@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -35,6 +36,7 @@ def neck(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
 
 
+@functools.cache  # its classes register themselves, once
 def file_of(package: str, path: str) -> ModuleType:
     """A file of a package, without the modules around it, which need more than it does."""
     spec = importlib.util.find_spec(package)

@@ -43,6 +43,9 @@ Topology = Callable[[Levels, Style], Graph]
 TOPOLOGIES: Registry[Topology] = Registry("topology")
 # how many levels a topology that makes levels of its own brings its inputs to, if it comes first
 INNER_LEVELS: dict[str, int] = {}
+# topologies that make coarser levels than they read; those that read several maps of one level
+OWN_LEVELS = {"simple", "projector", "feature2pyramid"}
+SEVERAL_OF_A_LEVEL = OWN_LEVELS - {"simple"}
 
 
 def prescribe(operator: Operator, **hints: Any) -> Operator:
@@ -51,8 +54,47 @@ def prescribe(operator: Operator, **hints: Any) -> Operator:
 
 
 def by_level(inputs: Levels) -> Maps:
-    """The inputs by level, from high to low resolution."""
-    return {level: name for name, level in sorted(inputs.items(), key=lambda pair: pair[1])}
+    """The inputs by level, from high to low resolution.
+
+    Raises:
+        ValueError: naming `in_features`, if there are several of one level.
+    """
+    maps: Maps = {}
+    for name, level in sorted(inputs.items(), key=lambda pair: pair[1]):
+        if level in maps:
+            raise bad_argument(
+                "in_features",
+                f"{maps[level]!r} and {name!r} are both of level {level}, and `topology` reads one"
+                " map of each: name one of them, or take a topology that reads several of one"
+                f" level ({', '.join(sorted(SEVERAL_OF_A_LEVEL))})",
+            )
+        maps[level] = name
+    return maps
+
+
+def the_level(topology: str, inputs: Levels, finer: int) -> int:
+    """The level that all inputs have.
+
+    Args:
+        finer: how many finer levels are made from it.
+
+    Raises:
+        ValueError: naming the inputs, if they are of several levels, or too fine.
+    """
+    levels = sorted(set(inputs.values()))
+    if len(levels) > 1:
+        raise bad_argument(
+            "topology",
+            f"{topology!r} reads maps of one level, as a plain ViT's, but `in_features`"
+            f" {list(inputs)} are of levels {levels}",
+        )
+    if levels[0] < finer:
+        raise bad_argument(
+            "topology",
+            f"{topology!r} makes a map {2**finer} times finer than {next(iter(inputs))!r}, which"
+            f" has a stride of {2 ** levels[0]} already",
+        )
+    return levels[0]
 
 
 def graph_of(inputs: Levels, nodes: list[Node], outputs: Mapping[int, str]) -> Graph:
@@ -121,6 +163,8 @@ __all__ = [
     "Maps",
     "Node",
     "Operator",
+    "OWN_LEVELS",
+    "SEVERAL_OF_A_LEVEL",
     "Style",
     "TOPOLOGIES",
     "Topology",
@@ -133,4 +177,5 @@ __all__ = [
     "node",
     "op",
     "prescribe",
+    "the_level",
 ]

@@ -17,6 +17,7 @@ from fpn_plugin.pyramid.topologies.base import (
     node,
     op,
     prescribe,
+    the_level,
 )
 
 
@@ -119,13 +120,7 @@ def simple(inputs: Levels, style: Style) -> Graph:
             "topology",
             f"'simple' reads one map, but `in_features` names {len(inputs)}: {list(inputs)}",
         )
-    ((name, level),) = inputs.items()
-    if level < 2:
-        raise bad_argument(
-            "topology",
-            f"'simple' makes a map four times finer than {name!r}, which has a stride of"
-            f" {2**level} already",
-        )
+    (name,), level = inputs, the_level("simple", inputs, finer=2)
     up = op("deconv", shrink=True, activation=style.act("gelu"))
     resample = {-2: up, -1: up, 0: None, 1: op("maxpool_stride")}
     nodes = [
