@@ -5,7 +5,7 @@ Each halves the size level by level, rounded up.
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Halving(Resampler):
         layers: one per level.
     """
 
-    def __init__(self, channels: int, steps: int, layers: List[nn.Module]) -> None:
+    def __init__(self, channels: int, steps: int, layers: Sequence[nn.Module]) -> None:
         super().__init__(channels, steps)
         self.layers = nn.Sequential(*layers)
 
