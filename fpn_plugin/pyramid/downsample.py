@@ -5,7 +5,7 @@ Each halves the size level by level, rounded up.
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Halving(Resampler):
         layers: one per level.
     """
 
-    def __init__(self, channels: int, steps: int, layers: List[nn.Module]) -> None:
+    def __init__(self, channels: int, steps: int, layers: Sequence[nn.Module]) -> None:
         super().__init__(channels, steps)
         self.layers = nn.Sequential(*layers)
 
@@ -74,17 +74,15 @@ class ADown(Halving):
         super().__init__(channels, steps, layers)
 
 
-def _places(x: Tensor) -> List[Tensor]:
-    """The map at (even row, even column), (odd, even), (even, odd) and (odd, odd), each of half the
-    size, with zeros beyond an odd side."""
-    h, w = x.shape[2], x.shape[3]
-    x = F.pad(x, [0, 1, 0, 1])
-    return [
-        x[:, :, 0:h:2, 0:w:2],
-        x[:, :, 1 : h + 1 : 2, 0:w:2],
-        x[:, :, 0:h:2, 1 : w + 1 : 2],
-        x[:, :, 1 : h + 1 : 2, 1 : w + 1 : 2],
-    ]
+def _alternate(x: Tensor, dim: int, side: int) -> Tuple[Tensor, Tensor]:
+    """The even and the odd rows or columns of a map that has one more than `side`.
+
+    The one more, a zero, completes an odd side, and is not read of an even one. Thus both have the
+    same size whatever the side, as `torch.export` needs it, without a branch.
+    """
+    x = x.transpose(dim, -1)
+    even, odd = x[..., 0:side:2], x[..., 1 : side + 1 : 2]
+    return even.transpose(dim, -1), odd.transpose(dim, -1)
 
 
 class _SpaceToDepth(nn.Module):
@@ -95,7 +93,11 @@ class _SpaceToDepth(nn.Module):
         self.conv = conv_block(4 * channels, channels, 3, 1, norm, activation, order)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(torch.cat(_places(x), dim=1))
+        height, width = x.shape[2], x.shape[3]
+        places: List[Tensor] = []
+        for columns in _alternate(F.pad(x, [0, 1, 0, 1]), 3, width):
+            places += _alternate(columns, 2, height)
+        return self.conv(torch.cat(places, dim=1))
 
 
 @DOWNSAMPLE.register("spd")
@@ -128,10 +130,11 @@ class _HaarTransform(nn.Module):
         self.conv = conv_block(4 * channels, channels, 1, 1, norm, activation, order, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, c, b, d = _places(x)  # [[a, b], [c, d]] of each 2×2
-        top, bottom = (a + b) / 2, (c + d) / 2
-        top_edge, bottom_edge = (a - b) / 2, (c - d) / 2
-        bands = [top + bottom, top - bottom, top_edge + bottom_edge, top_edge - bottom_edge]
+        height, width = x.shape[2], x.shape[3]
+        top, bottom = _alternate(F.pad(x / 2, [0, 1, 0, 1]), 2, height)
+        low = _alternate(top + bottom, 3, width)
+        high = _alternate(top - bottom, 3, width)
+        bands = [low[0] + low[1], high[0] + high[1], low[0] - low[1], high[0] - high[1]]
         return self.conv(torch.cat(bands, dim=1))
 
 

@@ -289,7 +289,9 @@ class DySample(Doubling):
     ) -> None:
         if groups < 1 or channels % groups:
             raise ValueError(f"groups: {groups} groups do not divide {channels} channels")
-        layers = [_PointSample(channels, groups, dynamic_scope) for _ in range(steps)]
+        layers: List[nn.Module] = []
+        for _ in range(steps):
+            layers.append(_PointSample(channels, groups, dynamic_scope))
         super().__init__(channels, steps, layers)
 
 
