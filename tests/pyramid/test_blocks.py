@@ -18,7 +18,7 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 
 SINGLE = ["conv1x1", "conv3x3", "separable", "deformable"]
-COMPOUND = ["bottleneck", "csp", "fsm", "rep"]
+COMPOUND = ["bottleneck", "csp", "fsm", "rep", "c2f", "csp_stage", "rep_stage"]
 PRE = ORDERS[1]
 X = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
 
