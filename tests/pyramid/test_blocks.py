@@ -221,7 +221,7 @@ def test_bad_arguments_are_named() -> None:
         norm_layer("GN", 33)
     with pytest.raises(ValueError, match="csp halves its channels: 7 is odd"):
         BLOCKS.get("csp")(4, 7)
-    with pytest.raises(ValueError, match="depth: -1 residual units; give 0 or more"):
+    with pytest.raises(ValueError, match="depth: -1 units; give 0 or more"):
         BLOCKS.get("csp")(4, 8, depth=-1)
 
 
