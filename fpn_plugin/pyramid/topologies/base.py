@@ -78,6 +78,22 @@ def need_levels(topology: str, inputs: Levels, least: int, inner: int = 0) -> No
         )
 
 
+def laterals(prefix: str, inputs: Levels, style: Style, **hints: Any) -> tuple[list[Node], Maps]:
+    """A lateral on each bottom-up map; another pyramid's maps have the width already.
+
+    Args:
+        hints: what the topology prescribes for them.
+    """
+    maps = by_level(inputs)
+    if not style.first:
+        return [], maps
+    block = prescribe(style.lateral, **hints)
+    nodes = [
+        node(f"{prefix}_lateral{level}", level, [name], block=block) for level, name in maps.items()
+    ]
+    return nodes, {each.level: each.name for each in nodes}
+
+
 def add_inner_levels(
     prefix: str, maps: Maps, count: int, down: Operator | None = None
 ) -> list[Node]:
@@ -112,6 +128,7 @@ __all__ = [
     "bad_argument",
     "by_level",
     "graph_of",
+    "laterals",
     "need_levels",
     "node",
     "op",

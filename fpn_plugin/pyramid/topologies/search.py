@@ -9,12 +9,11 @@ from fpn_plugin.pyramid.topologies.base import (
     Graph,
     Levels,
     Maps,
-    Node,
     Style,
     add_inner_levels,
     bad_argument,
-    by_level,
     graph_of,
+    laterals,
     need_levels,
     node,
     op,
@@ -35,18 +34,6 @@ _NAS_CELLS = (
 _PATHWAYS = 9
 
 INNER_LEVELS["nas_fpn"] = INNER_LEVELS["fpg"] = 5
-
-
-def _laterals(prefix: str, inputs: Levels, style: Style) -> tuple[list[Node], Maps]:
-    """A lateral on each bottom-up map; another pyramid's maps have the width already."""
-    maps = by_level(inputs)
-    if not style.first:
-        return [], maps
-    nodes = [
-        node(f"{prefix}_lateral{level}", level, [name], block=style.lateral)
-        for level, name in maps.items()
-    ]
-    return nodes, {each.level: each.name for each in nodes}
 
 
 @TOPOLOGIES.register("nas_fpn")
@@ -73,7 +60,7 @@ def nas_fpn(inputs: Levels, style: Style) -> Graph:
             f"'nas_fpn' was searched for five levels, but gets {len(inputs)} from `in_features`"
             f" {list(inputs)} and {style.inner_levels} of its own (`inner_levels`)",
         )
-    nodes, maps = _laterals("nas_fpn", inputs, style)
+    nodes, maps = laterals("nas_fpn", inputs, style)
     nodes += add_inner_levels("nas_fpn", maps, style.inner_levels, op("maxpool_stride"))
     levels = sorted(maps)
     block = prescribe(style.block, order="act-conv-norm", activation=style.act("relu"), bias=True)
@@ -116,7 +103,7 @@ def fpg(inputs: Levels, style: Style) -> Graph:
         P_l     = block(N_{9,l})
     """
     need_levels("fpg", inputs, 2, style.inner_levels)
-    nodes, maps = _laterals("fpg", inputs, style)
+    nodes, maps = laterals("fpg", inputs, style)
     nodes += add_inner_levels("fpg", maps, style.inner_levels)
     levels = sorted(maps)
     pre = {"order": "act-conv-norm", "activation": style.act("relu")}
