@@ -18,8 +18,13 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 
 SINGLE = ["conv1x1", "conv3x3", "separable", "deformable"]
+<<<<<<< HEAD
 COMPOUND = ["bottleneck", "csp", "fsm", "rep"]
 ATTENTION = ["se", "eca", "cbam", "coord", "ema"]  # tests/pyramid/test_attention.py
+=======
+COMPOUND = ["bottleneck", "csp", "fsm", "rep", "csp_rep", "csp_elan", "csp_elan5"]
+COMPOUND += ["c2f", "csp_stage", "rep_stage"]
+>>>>>>> h-yolo
 PRE = ORDERS[1]
 X = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
 
@@ -136,8 +141,8 @@ def test_deformable_moves_by_its_offsets() -> None:
 
 
 def every_block() -> list[str]:
-    """Those that the channels may change in; non_local has a test of its own."""
-    return [name for name in BLOCKS.names() if name not in ("identity", "non_local")]
+    """Those that the channels may change in; aifi and non_local have tests of their own."""
+    return [name for name in BLOCKS.names() if name not in ("aifi", "identity", "non_local")]
 
 
 def test_every_block_has_a_test_of_its_values() -> None:
@@ -222,7 +227,7 @@ def test_bad_arguments_are_named() -> None:
         norm_layer("GN", 33)
     with pytest.raises(ValueError, match="csp halves its channels: 7 is odd"):
         BLOCKS.get("csp")(4, 7)
-    with pytest.raises(ValueError, match="depth: -1 residual units; give 0 or more"):
+    with pytest.raises(ValueError, match="depth: -1 units; give 0 or more"):
         BLOCKS.get("csp")(4, 8, depth=-1)
 
 
