@@ -37,7 +37,7 @@ EXTRAS["parity"] = [
     "mmyolo==0.6.0",
     "mmsegmentation==1.2.2",
     "feneck==0.0.1",
-    "libreyolo>=1.6",
+    "libreyolo==1.2.0",  # the only one that has DAMO-YOLO
 ]
 EXTRAS["dev"] = [
     *EXTRAS["parity"],

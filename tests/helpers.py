@@ -104,6 +104,11 @@ def levels_of(topology: str) -> dict[str, int]:
     return {"res4": 4} if topology == "simple" else LEVELS
 
 
+def finest_of(topology: str) -> int:
+    """The finest level that a topology gives on `LEVELS`: YOLOv6's only reads level 2."""
+    return 3 if topology == "bifusion" else 2
+
+
 def small_pyramid(
     topology: str = "fpn", extra: str = "none", repeats: int = 1, **defaults: Any
 ) -> Pyramid:

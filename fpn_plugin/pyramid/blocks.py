@@ -335,59 +335,6 @@ class Bottleneck(nn.Module):
         return self.activation(self.shortcut(x) + branch)
 
 
-class _CSPUnit(nn.Module):
-    """`x + 3×3(1×1(x))`."""
-
-    def __init__(self, channels: int, norm: str, inner: str, order: str) -> None:
-        super().__init__()
-        self.conv1 = conv_block(channels, channels, 1, 1, norm, inner, order)
-        self.conv2 = conv_block(channels, channels, 3, 1, norm, inner, order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.conv1(x))
-
-
-@BLOCKS.register("csp")
-class CSP(nn.Module):
-    """Residual units on one half of the channels, the other half past them, and a 1×1 over both
-    (CSPNet, arXiv:1911.11929; the layer as in YOLOX, arXiv:2107.08430).
-
-    Args:
-        depth: the number of residual units.
-        inner_activation: of all convolutions but the last (in the order "act-conv-norm": but the
-            first two). None for `activation`, or else "silu".
-
-    Raises:
-        ValueError: if `out_channels` is odd or `depth` negative.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        norm: str = "",
-        activation: str = "",
-        order: str = "conv-norm-act",
-        depth: int = 1,
-        inner_activation: str | None = None,
-    ) -> None:
-        super().__init__()
-        if out_channels % 2:
-            raise ValueError(f"csp halves its channels: {out_channels} is odd")
-        if depth < 0:
-            raise ValueError(f"depth: {depth} residual units; give 0 or more")
-        inner = (activation or "silu") if inner_activation is None else inner_activation
-        half = out_channels // 2
-        first, last = ends(activation, inner, order)
-        self.main = conv_block(in_channels, half, 1, 1, norm, first, order)
-        self.short = conv_block(in_channels, half, 1, 1, norm, first, order)
-        self.units = nn.Sequential(*(_CSPUnit(half, norm, inner, order) for _ in range(depth)))
-        self.final = conv_block(out_channels, out_channels, 1, 1, norm, last, order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.final(torch.cat([self.units(self.main(x)), self.short(x)], dim=1))
-
-
 @BLOCKS.register("fsm")
 class FeatureSelection(nn.Module):
     """`1×1(x + x · σ(1×1(GAP(x))))`: channel attention, then selection (FaPN, arXiv:2108.07058).

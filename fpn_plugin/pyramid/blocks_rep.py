@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, ORDERS, conv_block, ends
+from fpn_plugin.pyramid.norms import norm_layer
 
 
 @BLOCKS.register("rep")
 class Rep(nn.Module):
-    """`3×3(x) + 1×1(x)`, a norm in each (RepVGG, arXiv:2101.03697, without its identity branch, as
+    """`3×3(x) + 1×1(x)`, a norm in each (RepVGG, arXiv:2101.03697; without its identity branch, as
     in RT-DETR, arXiv:2304.08069). Inference runs it as one 3×3.
 
     Args:
         order: one of `ORDERS`; the activation follows the sum, or precedes both convolutions.
+        identity: whether `norm(x)` is added too where channels and size stay, as in RepVGG.
 
     Raises:
         ValueError: if `order`, `norm` or `activation` is unknown.
@@ -37,6 +40,7 @@ class Rep(nn.Module):
         norm: str = "",
         activation: str = "",
         order: str = "conv-norm-act",
+        identity: bool = False,
     ) -> None:
         super().__init__()
         if order not in ORDERS:
@@ -45,6 +49,8 @@ class Rep(nn.Module):
         self.pre_activation = ACTIVATIONS.get(activation if first else "", "activation")()
         self.conv3: Any = conv_block(in_channels, out_channels, 3, stride, norm)
         self.conv1: Any = conv_block(in_channels, out_channels, 1, stride, norm)
+        stays = identity and in_channels == out_channels and stride == 1
+        self.identity: Any = (norm_layer(norm, in_channels) or nn.Identity()) if stays else None
         self.activation = ACTIVATIONS.get("" if first else activation, "activation")()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,6 +58,8 @@ class Rep(nn.Module):
         y = self.conv3(x)
         if self.conv1 is not None:  # not merged
             y = y + self.conv1(x)
+        if self.identity is not None:
+            y = y + self.identity(x)
         return self.activation(y)
 
     def merge_branches(self) -> None:
@@ -59,11 +67,27 @@ class Rep(nn.Module):
         if self.conv1 is not None and is_linear(self.conv3) and is_linear(self.conv1):
             add_to(self.conv3, self.conv1)
             self.conv1 = None
+            if self.identity is not None:
+                add_to(self.conv3, _as_conv(self.identity, self.conv3))
+                self.identity = None
 
 
 def is_linear(conv: Conv2d) -> bool:
     """Whether it is a convolution alone: norm and activation are none, or folded away."""
     return all(part is None or type(part) is nn.Identity for part in (conv.norm, conv.activation))
+
+
+@torch.no_grad()
+def _as_conv(norm: nn.Module, like: Conv2d) -> Conv2d:
+    """The 1×1 that does what a norm with fixed statistics, or `nn.Identity`, does."""
+    conv = Conv2d(like.in_channels, like.in_channels, 1, bias=False).to(like.weight)
+    nn.init.dirac_(conv.weight)
+    if not isinstance(norm, nn.Identity):
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            *(conv.weight, conv.bias, norm.running_mean, norm.running_var),
+            *(norm.eps, norm.weight, norm.bias),
+        )
+    return conv
 
 
 @torch.no_grad()

@@ -59,6 +59,8 @@ TWINS = {
 BATCH_NORM = {"NORM": "SyncBN"}
 EFFICIENTDET = {**BATCH_NORM, "NORM_EPS": 0.001, "NORM_MOMENTUM": 0.01, "BLOCK": "separable"}
 EFFICIENTDET |= {"FUSE_TYPE": "fast_normalized", "REPEATS": 3}
+STACKED = {"FUSE_TYPE": "stack", "DOWNSAMPLE": 'conv(activation="silu")'}
+YOLO = {**STACKED, **BATCH_NORM, "NORM_EPS": 0.001, "NORM_MOMENTUM": 0.03}
 PLAIN = {"LATERAL": 'conv1x1(norm="")', "BLOCK": 'conv3x3(norm="")'}
 AUTHORS: dict[str, dict[str, object]] = {
     "BiFPN": {"TOPOLOGY": "bifpn", **EFFICIENTDET},
@@ -71,6 +73,16 @@ AUTHORS: dict[str, dict[str, object]] = {
     "FPG": {"TOPOLOGY": "fpg", **BATCH_NORM, **PLAIN, "DOWNSAMPLE": "subsample"},
     "BFP": {"TOPOLOGY": "fpn+bfp", "INNER_LEVELS": 1, "DOWNSAMPLE": "subsample"},
     "Simple": {"TOPOLOGY": "simple", "NORM": "LN"},
+    "CSP_PAN": {"TOPOLOGY": "csp_pan", **YOLO, "BLOCK": "csp(depth=3)"},
+    "CSP_PAN_RTMDet": {"TOPOLOGY": "csp_pan_rtmdet", **YOLO}
+    | {"BLOCK": 'csp(depth=3, unit="3x3 dw5x5 1x1")'},
+    "CSP_PAN_YOLOv8": {"TOPOLOGY": "csp_pan_yolov8", **YOLO, "BLOCK": "c2f(depth=3)"},
+    "CSP_PAN_PPYOLOE": {"TOPOLOGY": "csp_pan_ppyoloe", **STACKED, **BATCH_NORM}
+    | {"BLOCK": 'csp(depth=3, unit="3x3 rep")'},
+    "RepGFPN": {"TOPOLOGY": "repgfpn", **STACKED, **BATCH_NORM}
+    | {"BLOCK": "csp_stage(depth=3, ratio=0.75)", "DOWNSAMPLE": 'conv(activation="relu")'},
+    "BiFusion": {"TOPOLOGY": "bifusion", **YOLO, "BLOCK": "rep_stage(depth=4)"}
+    | {"UPSAMPLE": "deconv", "DOWNSAMPLE": 'conv(activation="relu")'},
     "PAFPN": {"TOPOLOGY": "pafpn"},
     "PAFPN_mmdet": {"TOPOLOGY": "pafpn_mmdet"},
     "HRFPN": {"TOPOLOGY": "hrfpn"},

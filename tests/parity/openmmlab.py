@@ -44,5 +44,6 @@ def file_of(package: str, path: str) -> ModuleType:
     assert file_spec is not None and file_spec.loader is not None
     sys.modules.setdefault("mmcv._ext", _NoOperators("mmcv._ext"))
     loaded = importlib.util.module_from_spec(file_spec)
+    sys.modules[file_spec.name] = loaded  # where dataclasses look their annotations up
     file_spec.loader.exec_module(loaded)
     return loaded

@@ -19,6 +19,7 @@ from fpn_plugin.pyramid.resolve import Defaults
 
 SINGLE = ["conv1x1", "conv3x3", "separable", "deformable"]
 COMPOUND = ["bottleneck", "csp", "fsm", "rep", "csp_rep", "csp_elan", "csp_elan5"]
+COMPOUND += ["c2f", "csp_stage", "rep_stage"]
 PRE = ORDERS[1]
 X = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
 
@@ -221,7 +222,7 @@ def test_bad_arguments_are_named() -> None:
         norm_layer("GN", 33)
     with pytest.raises(ValueError, match="csp halves its channels: 7 is odd"):
         BLOCKS.get("csp")(4, 7)
-    with pytest.raises(ValueError, match="depth: -1 residual units; give 0 or more"):
+    with pytest.raises(ValueError, match="depth: -1 units; give 0 or more"):
         BLOCKS.get("csp")(4, 8, depth=-1)
 
 

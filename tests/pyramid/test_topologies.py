@@ -480,6 +480,10 @@ ERRORS = {
     "one level": (("bifpn", (5,), 0), r"topology: 'bifpn' needs at least 2 levels"),
     "two levels": (("qufpn", (4, 5), 0), r"topology: 'qufpn' needs at least 3 levels"),
     "nothing to balance": (("bfp", (5,), -1), r"topology: 'bfp' needs at least 2"),
+    "nothing to concatenate": (("csp_pan", (5,), -1), r"topology: 'csp_pan' needs at least 2"),
+    "nothing to skip": (("repgfpn", (5,), -1), r"topology: 'repgfpn' needs at least 2"),
+    "nothing finer": (("bifusion", (4, 5), -1), r"'bifusion' needs at least 3.*finest.*'res4'"),
+    "no level left": (("fpn+bifusion", (4, 5), -1), r"'bifusion' needs at least 3.*'p4', 'p5'"),
     "simple in a stack": (("fpn+simple", (3, 4, 5), -1), r"topology: 'simple'"),
 }
 
