@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 from torch import nn
 
-from fpn_plugin.pyramid import blocks_csp, blocks_rep  # noqa: F401  register
+from fpn_plugin.pyramid import aifi, blocks_csp, blocks_rep  # noqa: F401  register
 from fpn_plugin.pyramid.blocks import BLOCKS
 from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.norms import set_norm

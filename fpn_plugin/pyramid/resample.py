@@ -388,3 +388,31 @@ class ConvDown(Resampler):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         return fit(self.convs(x), size)
+
+
+@DOWNSAMPLE.register("scdown")
+class SpatialChannelDown(Resampler):
+    """Per level a 1×1 convolution, then a depthwise 3×3 with stride 2, a norm after each (YOLOv10,
+    arXiv:2405.14458; without activation as in D-FINE, arXiv:2410.13842).
+
+    Args:
+        activation: after the 1×1 ("silu" in YOLOv10), or before it in the order "act-conv-norm".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        steps: int,
+        norm: str = "",
+        activation: str = "",
+        order: str = "conv-norm-act",
+    ) -> None:
+        super().__init__(channels, steps)
+        layers: List[nn.Module] = []
+        for _ in range(steps):
+            layers.append(conv_block(channels, channels, 1, 1, norm, activation, order))
+            layers.append(conv_block(channels, channels, 3, 2, norm, groups=channels))
+        self.convs = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        return fit(self.convs(x), size)

@@ -4,7 +4,7 @@ A topology function takes its input maps as `{name: level}` and a `Style` with t
 Node names are checkpoint keys: changing one breaks users' checkpoints.
 """
 
-from fpn_plugin.pyramid.topologies import fpn, gather, one_level, search, two_way, yolo
+from fpn_plugin.pyramid.topologies import detr, fpn, gather, one_level, search, two_way, yolo
 from fpn_plugin.pyramid.topologies.base import (
     INNER_LEVELS,
     OWN_LEVELS,
@@ -13,5 +13,17 @@ from fpn_plugin.pyramid.topologies.base import (
     Topology,
 )
 
-__all__ = ["INNER_LEVELS", "OWN_LEVELS", "Style", "TOPOLOGIES", "Topology"]
-__all__ += ["fpn", "gather", "one_level", "search", "two_way", "yolo"]
+__all__ = [
+    "INNER_LEVELS",
+    "OWN_LEVELS",
+    "Style",
+    "TOPOLOGIES",
+    "Topology",
+    "detr",
+    "fpn",
+    "gather",
+    "one_level",
+    "search",
+    "two_way",
+    "yolo",
+]

@@ -202,19 +202,18 @@ def repgfpn(inputs: Levels, style: Style) -> Graph:
     block = prescribe(style.block, activation=style.act("relu"))
     nodes, maps = laterals(name, inputs, style, activation="")
     levels = sorted(maps)
+    steps = list(zip(levels, levels[1:]))
     merged: Maps = {}
-    for level in reversed(levels[1:]):
-        sources = [maps[level], maps[level - 1]]
-        sources += [merged[level + 1]] if level + 1 in merged else []
+    above: list[str] = []
+    for below, level in reversed(steps):
         merged[level] = f"{name}_merge{level}"
-        nodes.append(node(merged[level], level, sources, block=block))
-    finest = levels[0]
-    outputs = {finest: f"{name}_output{finest}"}
-    sources = [maps[finest], merged[finest + 1]]
-    nodes.append(node(outputs[finest], finest, sources, block=block))
-    for level in levels[1:]:
-        skipped = [merged[level - 1]] if level - 1 in merged else []
-        sources = [merged[level], *skipped, outputs[level - 1]]
+        nodes.append(node(merged[level], level, [maps[level], maps[below], *above], block=block))
+        above = [merged[level]]
+    outputs = {levels[0]: f"{name}_output{levels[0]}"}
+    nodes.append(node(outputs[levels[0]], levels[0], [maps[levels[0]], *above], block=block))
+    for below, level in steps:
+        skipped = [merged[below]] if below in merged else []
+        sources = [merged[level], *skipped, outputs[below]]
         outputs[level] = f"{name}_output{level}"
         nodes.append(node(outputs[level], level, sources, block=block))
     return graph_of(inputs, nodes, outputs)
@@ -247,22 +246,17 @@ def bifusion(inputs: Levels, style: Style) -> Graph:
     block, reduce = _stage(style, "relu"), _conv1x1(style, "relu")
     maps = by_level(inputs)
     lateral = prescribe(style.lateral, activation=style.act("relu"))
-    finest, *levels = sorted(maps)
-    above = f"{name}_reduce{levels[-1]}"
-    nodes = [node(above, levels[-1], [maps[levels[-1]]], block=lateral)]
-    middle = {levels[-1]: above}
-    for level in reversed(levels[:-1]):
-        sources: list[str | Edge] = [
-            above,
-            Edge(maps[level], project=lateral),
-            Edge(maps[level - 1], project=lateral),
-        ]
-        nodes.append(node(f"{name}_merge{level}", level, sources, block=reduce))
-        nodes.append(node(f"{name}_td{level}", level, [f"{name}_merge{level}"], block=block))
-        above = f"{name}_td{level}"
-        if level != levels[0]:
-            above = f"{name}_reduce{level}"
-            nodes.append(node(above, level, [f"{name}_td{level}"], block=reduce))
-        middle[level] = above
+    levels = sorted(maps)
+    top = levels[-1]
+    middle = {top: f"{name}_reduce{top}"}
+    nodes = [node(middle[top], top, [maps[top]], block=lateral)]
+    for below, level, above in reversed(list(zip(levels, levels[1:], levels[2:]))):
+        sources = [middle[above], *(Edge(maps[each], project=lateral) for each in (level, below))]
+        merged, middle[level] = f"{name}_merge{level}", f"{name}_td{level}"
+        nodes.append(node(merged, level, sources, block=reduce))
+        nodes.append(node(middle[level], level, [merged], block=block))
+        if level != levels[1]:
+            source, middle[level] = middle[level], f"{name}_reduce{level}"
+            nodes.append(node(middle[level], level, [source], block=reduce))
     up, outputs = _bottom_up(name, middle, block)
     return graph_of(inputs, [*nodes, *up], outputs)

@@ -1,0 +1,56 @@
+"""The pyramids of DETR-like detectors: RT-DETR's hybrid encoder."""
+
+from __future__ import annotations
+
+from fpn_plugin.pyramid.topologies.base import (
+    TOPOLOGIES,
+    Graph,
+    Levels,
+    Maps,
+    Style,
+    by_level,
+    graph_of,
+    need_levels,
+    node,
+    op,
+    prescribe,
+)
+
+
+@TOPOLOGIES.register("hybrid")
+def hybrid(inputs: Levels, style: Style) -> Graph:
+    """RT-DETR's hybrid encoder, Lv et al. 2023, arXiv:2304.08069.
+
+    Attention between all pixels of the coarsest map (`aifi`), then a top-down and a bottom-up path.
+    In RT-DETR `fuse` is `stack`, `block` is `csp_rep`, and `down` a 3x3; D-FINE
+    (arXiv:2410.13842) and DEIMv2 (arXiv:2509.20787) have other blocks in the same wiring. Each
+    convolution has a norm and, unless said otherwise, SiLU.
+
+    ::
+
+        I_l   = lateral(C_l), without activation
+        T_top = aifi(I_top),  R_l = lateral(T_l)
+        T_l   = block(fuse(up(R_{l+1}), I_l))
+        P_min = T_min,  P_l = block(fuse(down(P_{l-1}), R_l))
+    """
+    need_levels("hybrid", inputs, 2)
+    act = style.act("silu")
+    block, lateral = (prescribe(each, activation=act) for each in (style.block, style.lateral))
+    levels = sorted(inputs.values())
+    nodes = [
+        node(f"hybrid_in{level}", level, [name], block=prescribe(style.lateral, activation=""))
+        for level, name in by_level(inputs).items()
+    ]
+    top = levels[-1]
+    nodes.append(node(f"hybrid_aifi{top}", top, [f"hybrid_in{top}"], block=op("aifi")))
+    reduced: Maps = {}
+    for level, above in reversed(list(zip(levels, levels[1:]))):
+        reduced[above] = f"hybrid_lateral{above}"
+        nodes.append(node(reduced[above], above, [nodes[-1].name], block=lateral))
+        sources = [reduced[above], f"hybrid_in{level}"]
+        nodes.append(node(f"hybrid_td{level}", level, sources, block=block))
+    outputs: Maps = {levels[0]: nodes[-1].name}
+    for below, level in zip(levels, levels[1:]):
+        outputs[level] = f"hybrid_out{level}"
+        nodes.append(node(outputs[level], level, [outputs[below], reduced[level]], block=block))
+    return graph_of(inputs, nodes, outputs)
