@@ -47,7 +47,8 @@ class AIFI(nn.Module):
         inner_activation: between them.
 
     Raises:
-        ValueError: if the channels change, or are not a multiple of 4 and of `heads`.
+        ValueError: if the channels change, or are not a multiple of 4 and of `heads`, or
+            `hidden_channels` is negative.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class AIFI(nn.Module):
                 f"aifi needs channels in four equal parts, for its positions: {in_channels} is not"
                 " a multiple of 4"
             )
+        if hidden_channels < 0:
+            raise ValueError(f"hidden_channels: {hidden_channels}; give 0 or more")
         hidden = hidden_channels or 4 * in_channels
         self.heads = heads
         self.query_key = nn.Linear(in_channels, 2 * in_channels)
@@ -86,12 +89,16 @@ class AIFI(nn.Module):
         n, c, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # (N, HW, C)
         placed = tokens + sine_positions(h, w, c, tokens)
-        parts = [*self.query_key(placed).chunk(2, dim=2), self.value(tokens)]
-        heads = [
-            part.reshape(n, h * w, self.heads, c // self.heads).transpose(1, 2) for part in parts
-        ]
-        seen = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])  # (N, heads, HW, C')
+        query, key = self.query_key(placed).chunk(2, dim=2)
+        seen = F.scaled_dot_product_attention(
+            self._heads(query), self._heads(key), self._heads(self.value(tokens))
+        )  # (N, heads, HW, C / heads)
         tokens = self.norm1(tokens + self.out(seen.transpose(1, 2).flatten(2)))
         tokens = self.norm2(tokens + self.linear2(self.activation(self.linear1(tokens))))
         y = tokens.transpose(1, 2).reshape(n, c, h, w).to(x.dtype)
         return y.contiguous() if x.is_contiguous() else y
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`(N, HW, C)` -> `(N, heads, HW, C / heads)`."""
+        n, count, c = x.shape
+        return x.reshape(n, count, self.heads, c // self.heads).transpose(1, 2)

@@ -1,4 +1,5 @@
-"""Blocks of parallel convolutions, which inference runs as one, and what is made of them. Shapes are `(N, C, H, W)`.
+"""Blocks of parallel convolutions, which inference runs as one, and blocks made of them. Shapes are
+`(N, C, H, W)`.
 
 A block with a method `merge_branches` is asked for that form by `TEST.FOLD_NORMS`, once the norms
 inside it are folded. Where one is left, it changes nothing.
@@ -105,9 +106,7 @@ def _units(channels: int, norm: str, inner: str, order: str, depth: int) -> nn.S
     """`rep`, `depth` times."""
     if type(depth) is not int or depth < 0:
         raise ValueError(f"depth: {depth!r} rep units; give 0 or more")
-    return nn.Sequential(
-        *(Rep(channels, channels, 1, norm, inner, order) for _ in range(depth))
-    )
+    return nn.Sequential(*(Rep(channels, channels, 1, norm, inner, order) for _ in range(depth)))
 
 
 def _check_hidden(expansion: float, hidden: int, channels: int) -> None:

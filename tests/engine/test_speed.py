@@ -158,7 +158,9 @@ def test_a_sequence_is_folded(kind: str, frozen: bool, layout: torch.memory_form
     assert model[0].weight.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("block", ["conv3x3", "separable", "bottleneck", "csp", "rep"])
+@pytest.mark.parametrize(
+    "block", ["conv3x3", "separable", "bottleneck", "csp", "rep", "csp_rep", "csp_elan5"]
+)
 @pytest.mark.parametrize("topology", ["fpn", "bifpn", "pafpn"])
 @torch.no_grad()
 def test_the_pyramids_blocks_are_folded(block: str, topology: str) -> None:

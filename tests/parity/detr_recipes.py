@@ -85,16 +85,16 @@ def converter(levels: Sequence[int], elan: Mapping[str, str]) -> Any:
         part, _, rest = name.partition(".")
         if part == "laterals":
             index, layer, kind = rest.split(".")
-            return f"hybrid_in{levels[int(index)]}.{'norm.' if layer == '1' else ''}{kind}"
+            return f"hybrid_lateral{levels[int(index)]}.{'norm.' if layer == '1' else ''}{kind}"
         part, index, rest = rest.split(".", 2)
         if part == "aifi":
             layer, _, kind = rest.removeprefix("layers.0.").rpartition(".")
             return f"hybrid_aifi{levels[-1]}.{ATTENTION.get(layer, layer)}.{kind}"
         if part == "lateral_convs":
-            return f"hybrid_lateral{levels[-1 - int(index)]}.{leaf(rest)}"
+            return f"hybrid_reduce{levels[-1 - int(index)]}.{leaf(rest)}"
         if part == "fpn_blocks":
             return f"hybrid_td{levels[-2 - int(index)]}.{fused(rest)}"
-        name = f"hybrid_out{levels[1 + int(index)]}"
+        name = f"hybrid_bu{levels[1 + int(index)]}"
         if part == "pan_blocks":
             return f"{name}.{fused(rest)}"
         step = {"conv1": "0", "conv2": "1"}.get(rest.partition(".")[0], "")

@@ -18,7 +18,7 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 
 SINGLE = ["conv1x1", "conv3x3", "separable", "deformable"]
-COMPOUND = ["bottleneck", "csp", "fsm", "rep"]
+COMPOUND = ["bottleneck", "csp", "fsm", "rep", "csp_rep", "csp_elan", "csp_elan5"]
 PRE = ORDERS[1]
 X = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
 
@@ -135,8 +135,8 @@ def test_deformable_moves_by_its_offsets() -> None:
 
 
 def every_block() -> list[str]:
-    """Those that the channels may change in; non_local has a test of its own."""
-    return [name for name in BLOCKS.names() if name not in ("identity", "non_local")]
+    """Those that the channels may change in; aifi and non_local have tests of their own."""
+    return [name for name in BLOCKS.names() if name not in ("aifi", "identity", "non_local")]
 
 
 def test_every_block_has_a_test_of_its_values() -> None:

@@ -8,8 +8,8 @@ from fpn_plugin.pyramid.topologies.base import (
     Levels,
     Maps,
     Style,
-    by_level,
     graph_of,
+    laterals,
     need_levels,
     node,
     op,
@@ -28,29 +28,26 @@ def hybrid(inputs: Levels, style: Style) -> Graph:
 
     ::
 
-        I_l   = lateral(C_l), without activation
-        T_top = aifi(I_top),  R_l = lateral(T_l)
-        T_l   = block(fuse(up(R_{l+1}), I_l))
+        X_l   = lateral(C_l), without activation
+        T_top = aifi(X_top),  R_l = lateral(T_l)
+        T_l   = block(fuse(up(R_{l+1}), X_l))
         P_min = T_min,  P_l = block(fuse(down(P_{l-1}), R_l))
     """
     need_levels("hybrid", inputs, 2)
     act = style.act("silu")
-    block, lateral = (prescribe(each, activation=act) for each in (style.block, style.lateral))
-    levels = sorted(inputs.values())
-    nodes = [
-        node(f"hybrid_in{level}", level, [name], block=prescribe(style.lateral, activation=""))
-        for level, name in by_level(inputs).items()
-    ]
+    block, reduce = (prescribe(each, activation=act) for each in (style.block, style.lateral))
+    nodes, maps = laterals("hybrid", inputs, style, activation="")
+    levels = sorted(maps)
     top = levels[-1]
-    nodes.append(node(f"hybrid_aifi{top}", top, [f"hybrid_in{top}"], block=op("aifi")))
+    nodes.append(node(f"hybrid_aifi{top}", top, [maps[top]], block=op("aifi")))
     reduced: Maps = {}
     for level, above in reversed(list(zip(levels, levels[1:]))):
-        reduced[above] = f"hybrid_lateral{above}"
-        nodes.append(node(reduced[above], above, [nodes[-1].name], block=lateral))
-        sources = [reduced[above], f"hybrid_in{level}"]
+        reduced[above] = f"hybrid_reduce{above}"
+        nodes.append(node(reduced[above], above, [nodes[-1].name], block=reduce))
+        sources = [reduced[above], maps[level]]
         nodes.append(node(f"hybrid_td{level}", level, sources, block=block))
     outputs: Maps = {levels[0]: nodes[-1].name}
     for below, level in zip(levels, levels[1:]):
-        outputs[level] = f"hybrid_out{level}"
+        outputs[level] = f"hybrid_bu{level}"
         nodes.append(node(outputs[level], level, [outputs[below], reduced[level]], block=block))
     return graph_of(inputs, nodes, outputs)
