@@ -28,7 +28,7 @@ from fpn_plugin.pyramid import (
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
-from fpn_plugin.pyramid.topologies import Style
+from fpn_plugin.pyramid.topologies import OWN_LEVELS, Style
 
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
 CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 32}
@@ -100,8 +100,8 @@ def small_maps(height: int = 64, width: int = 96, batch: int = 1) -> dict[str, T
 
 
 def levels_of(topology: str) -> dict[str, int]:
-    """The inputs that a topology takes: ViTDet's simple pyramid reads one map."""
-    return {"res4": 4} if topology == "simple" else LEVELS
+    """The inputs that a topology takes: those of a plain ViT read one map, or several of a level."""
+    return {"res4": 4} if topology in OWN_LEVELS else LEVELS
 
 
 def finest_of(topology: str) -> int:

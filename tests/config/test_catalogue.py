@@ -91,6 +91,10 @@ AUTHORS: dict[str, dict[str, object]] = {
     "ChannelMapper": {"TOPOLOGY": "channel_mapper"},
     "Hybrid": {"TOPOLOGY": "hybrid", "FUSE_TYPE": "stack", "BLOCK": "csp_rep", **BATCH_NORM}
     | {"DOWNSAMPLE": 'conv(activation="silu")'},
+    "Projector": {"TOPOLOGY": "projector", "BLOCK": "c2f(depth=3, shortcut=False)", **BATCH_NORM}
+    | {"UPSAMPLE": "deconv(shrink=True, reduce_above=512)", "ACTIVATION": "silu"}
+    | {"DOWNSAMPLE": 'conv(activation="relu")'},
+    "Feature2Pyramid": {"TOPOLOGY": "feature2pyramid", **BATCH_NORM},
     "FPN": {},
 }
 FPG = CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPG_1x.yaml"

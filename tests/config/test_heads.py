@@ -15,7 +15,7 @@ from helpers import zoo_config
 from fpn_plugin import add_fpn_config, resolve_config
 from fpn_plugin.config import extra_levels_for, load_config
 from fpn_plugin.config.heads import AUTO_KEYS, cfg_get
-from fpn_plugin.pyramid.topologies import TOPOLOGIES
+from fpn_plugin.pyramid.topologies import OWN_LEVELS, TOPOLOGIES
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -104,7 +104,7 @@ def test_values_follow_from_the_pyramid(
 def test_every_topology_gives_the_maps_that_auto_says(topology: str) -> None:
     small = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
     small += ["MODEL.FPN.OUT_CHANNELS", 32]
-    small += ["MODEL.FPN.IN_FEATURES", ["res4"]] if topology == "simple" else []
+    small += ["MODEL.FPN.IN_FEATURES", ["res4"]] if topology in OWN_LEVELS else []
     cfg = resolve_config(config(MASK, *small, "MODEL.FPN.TOPOLOGY", topology))
     shapes = build_backbone(cfg).output_shape()  # which also checks the heads' keys
     assert list(shapes) == cfg_get(cfg, RPN)

@@ -141,8 +141,9 @@ def test_deformable_moves_by_its_offsets() -> None:
 
 
 def every_block() -> list[str]:
-    """Those that the channels may change in; aifi and non_local have tests of their own."""
-    return [name for name in BLOCKS.names() if name not in ("aifi", "identity", "non_local")]
+    """Those that the channels may change in; the others have tests of their own."""
+    kept = ("aifi", "identity", "non_local", "norm")
+    return [name for name in BLOCKS.names() if name not in kept]
 
 
 def test_every_block_has_a_test_of_its_values() -> None:
@@ -179,6 +180,20 @@ def test_identity() -> None:
     assert BLOCKS.get("identity")(4, 4)(X) is X
     with pytest.raises(ValueError, match="identity cannot turn 4 channels into 8"):
         BLOCKS.get("identity")(4, 8)
+
+
+def test_a_norm_alone() -> None:
+    x = torch.randn(2, 32, 3, 5)
+    expected = F.layer_norm(x.permute(0, 2, 3, 1), (32,), eps=1e-6).permute(0, 3, 1, 2)
+    block = BLOCKS.get("norm")(32, 32, norm="LN", activation="relu")
+    assert torch.allclose(block(x), F.relu(expected), atol=1e-6)
+    first = BLOCKS.get("norm")(32, 32, norm="GN", activation="relu", order=PRE)
+    assert torch.allclose(first(x), F.group_norm(F.relu(x), 32))
+    assert BLOCKS.get("norm")(4, 4)(X) is X
+    with pytest.raises(ValueError, match="norm cannot turn 4 channels into 8"):
+        BLOCKS.get("norm")(4, 8)
+    with pytest.raises(ValueError, match="order 'norm-conv' is unknown"):
+        BLOCKS.get("norm")(4, 4, order="norm-conv")
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS.names())

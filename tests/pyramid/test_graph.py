@@ -10,7 +10,7 @@ import pytest
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph, chain
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, node, op, parse_graph
 from fpn_plugin.pyramid.pyramid import REGISTRIES
-from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
+from fpn_plugin.pyramid.topologies import INNER_LEVELS, OWN_LEVELS, TOPOLOGIES, Style
 
 INPUTS = {"res4": 4, "res5": 5}
 OPERATORS = {kind: registry.names() for kind, registry in REGISTRIES.items()}
@@ -96,7 +96,11 @@ def test_inputs_must_exist() -> None:
         check(GOOD, inputs={})
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("name", sorted({*TOPOLOGIES.names()} - {"simple", "bifusion"}))
+=======
+@pytest.mark.parametrize("name", sorted(set(TOPOLOGIES.names()) - OWN_LEVELS))
+>>>>>>> h-vit
 @pytest.mark.parametrize("extra", ["none", "maxpool", "conv_p5"])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_every_topology_checks(name: str, extra: str, repeats: int) -> None:

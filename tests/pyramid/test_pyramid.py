@@ -17,7 +17,7 @@ from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import Edge, Graph, node, op
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import WIDENING, Defaults
-from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES
+from fpn_plugin.pyramid.topologies import INNER_LEVELS, OWN_LEVELS, TOPOLOGIES
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_keys.json").read_text())
 STACKS = ["fpn+bfp", "fpn+asff", "fpn+pafpn+bfp"]
@@ -28,7 +28,7 @@ EXTRA = {"none": [], "maxpool": ["p6"], "conv_c5": ["p6", "p7"], "conv_p5": ["p6
 @pytest.mark.parametrize("extra", EXTRA)
 def test_shapes_order_and_values(topology: str, extra: str) -> None:
     own = ["p6"] if INNER_LEVELS.get(topology) else []
-    if extra == "conv_c5" and (own or topology == "simple"):
+    if extra == "conv_c5" and (own or topology in OWN_LEVELS):
         with pytest.raises(ValueError, match="extra_levels: 'conv_c5' reads 'res"):
             small_pyramid(topology, extra)
         return
@@ -36,11 +36,16 @@ def test_shapes_order_and_values(topology: str, extra: str) -> None:
     pyramid = small_pyramid(topology, extra)
     for size in [(64, 96), (97, 131), (33, 40)]:
         outputs = pyramid(small_maps(*size, batch=2))
+<<<<<<< HEAD
         levels = [f"p{level}" for level in range(finest_of(topology), 6)]
         assert list(outputs) == [*levels, *own, *added]
+=======
+        finest = ["p3"] if topology == "projector" else ["p2", "p3"]
+        assert list(outputs) == [*finest, "p4", "p5", *own, *added]
+>>>>>>> h-vit
         for name, x in outputs.items():
             # from one map of stride 16, the finer sizes are its multiples
-            side = 16 if topology == "simple" and int(name[1:]) < 4 else 2 ** int(name[1:])
+            side = 16 if topology in OWN_LEVELS and int(name[1:]) < 4 else 2 ** int(name[1:])
             scale = side // 2 ** int(name[1:])
             assert tuple(x.shape[:2]) == (2, 32)
             assert tuple(x.shape[2:]) == tuple(-(-length // side) * scale for length in size)

@@ -13,7 +13,7 @@ from helpers import randomize
 from torch import Tensor
 
 from fpn_plugin.pyramid.pyramid import GraphExecutor
-from fpn_plugin.pyramid.topologies import TOPOLOGIES
+from fpn_plugin.pyramid.topologies import OWN_LEVELS, TOPOLOGIES
 from fpn_plugin.visualize.maps import map_rows, record_maps, strength
 
 STACKS = ["nas_fpn x 7", "bifpn x 3", "fpn+bfp", "fpn+asff"]
@@ -21,7 +21,7 @@ STACKS = ["nas_fpn x 7", "bifpn x 3", "fpn+bfp", "fpn+asff"]
 
 def backbone_of(name: str) -> Any:
     topology, _, repeats = name.partition(" x ")
-    channels = {4: 24} if topology == "simple" else {2: 8, 3: 16, 4: 24, 5: 48}
+    channels = {4: 24} if topology in OWN_LEVELS else {2: 8, 3: 16, 4: 24, 5: 48}
     arguments = {"topology": topology, "repeats": int(repeats or 1), "extra_levels": "none"}
     return randomize(toy_backbone(channels, 32, **arguments)).eval()
 
