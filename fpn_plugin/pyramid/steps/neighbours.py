@@ -1,7 +1,6 @@
-"""Whole-pyramid steps whose levels read their two neighbours, with weights that all levels share.
+"""Steps whose levels read their two neighbours, with weights that all levels share.
 
-A step is built as `Step(channels, levels, norm=..., **arguments)` and called with a list of maps
-`(N, C, H, W)`, one per level from high to low resolution; it gives as many of the same sizes.
+Shapes are `(N, C, H, W)`; maps go from high to low resolution.
 """
 
 from __future__ import annotations
@@ -16,10 +15,13 @@ from torch import Tensor, nn
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, ModulatedKernel, at_least_float32
 from fpn_plugin.pyramid.norms import GroupNorm, norm_layer
 from fpn_plugin.pyramid.resample import _is_exporting
+from fpn_plugin.pyramid.steps.base import STEPS
 
 
 def _check(step: str, levels: Sequence[int], depth: int) -> None:
-    """Refuse levels with a gap, and no depth."""
+    """Refuse levels with a gap, a single one, and no depth."""
+    if len(levels) < 2:
+        raise ValueError(f"levels: {step} joins each level with the next, but gets {list(levels)}")
     for finer, coarser in zip(levels, levels[1:]):
         if coarser != finer + 1:
             raise ValueError(
@@ -49,6 +51,11 @@ def halvable(x: Tensor, like: Tensor) -> Tensor:
 def upsampled(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear, from corner to corner."""
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=True)
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    """From 0 to 1. (torch's own has a gradient of only seven digits in float64.)"""
+    return F.relu6(x + 3) / 6
 
 
 class _SpatialAttention(ModulatedKernel):
@@ -108,16 +115,17 @@ class _DynamicBlock(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         """The map times a number of each image, from 0.5 to 1."""
-        return x * F.hardsigmoid(F.relu(self.scale(x.mean(dim=(2, 3), keepdim=True))))
+        return x * _hard_sigmoid(F.relu(self.scale(x.mean(dim=(2, 3), keepdim=True))))
 
     def _task_attention(self, x: Tensor) -> Tensor:
         """The larger of two linear functions of each channel, which depend on the image."""
         y = F.relu(self.squeeze(x.mean(dim=(2, 3), keepdim=True)))
-        y = F.hardsigmoid(self.excite(y)) - 0.5  # (N, 4C, 1, 1)
+        y = _hard_sigmoid(self.excite(y)) - 0.5  # (N, 4C, 1, 1)
         slope1, shift1, slope2, shift2 = torch.chunk(y, 4, dim=1)
         return torch.maximum((2 * slope1 + 1) * x + shift1, 2 * slope2 * x + shift2)
 
 
+@STEPS.register("dyhead")
 class DyHead(nn.Module):
     """Dynamic head (arXiv:2106.08322): blocks of attention over places, scales and channels.
 
@@ -226,6 +234,7 @@ class _PyramidConv(nn.Module):
         return [part.reshape(x.shape) for part, x in zip(parts, maps)]
 
 
+@STEPS.register("sepc")
 class SEPC(nn.Module):
     """Scale-equalizing pyramid convolution (arXiv:2005.03101), as its authors' code has it.
 
