@@ -7,10 +7,11 @@ and what a topology is written with.
 
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, conv_block
 from fpn_plugin.pyramid.fusion import FUSIONS, Fusion
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, Step, node, op, step
 from fpn_plugin.pyramid.norms import NORMS, norm_layer
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE, Resampler
+from fpn_plugin.pyramid.steps import STEPS
 from fpn_plugin.pyramid.topologies.base import (
     INNER_LEVELS,
     TOPOLOGIES,
@@ -35,6 +36,8 @@ __all__ = [
     "Operator",
     "Pyramid",
     "Resampler",
+    "STEPS",
+    "Step",
     "Style",
     "TOPOLOGIES",
     "UPSAMPLE",
@@ -44,4 +47,5 @@ __all__ = [
     "node",
     "norm_layer",
     "op",
+    "step",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, Step, node, op, step
 from fpn_plugin.registry import Registry, bad_argument
 
 Levels = Mapping[str, int]
@@ -55,11 +55,11 @@ def by_level(inputs: Levels) -> Maps:
     return {level: name for name, level in sorted(inputs.items(), key=lambda pair: pair[1])}
 
 
-def graph_of(inputs: Levels, nodes: list[Node], outputs: Mapping[int, str]) -> Graph:
+def graph_of(inputs: Levels, nodes: Sequence[Node | Step], outputs: Mapping[int, str]) -> Graph:
     """A graph with one output per level.
 
     Args:
-        outputs: the node that gives each level.
+        outputs: the node, or the map of a step, that gives each level.
     """
     return Graph(inputs, tuple(nodes), tuple(outputs[level] for level in sorted(outputs)))
 
@@ -105,6 +105,7 @@ __all__ = [
     "Maps",
     "Node",
     "Operator",
+    "Step",
     "Style",
     "TOPOLOGIES",
     "Topology",
@@ -116,4 +117,5 @@ __all__ = [
     "node",
     "op",
     "prescribe",
+    "step",
 ]
