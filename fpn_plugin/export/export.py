@@ -22,7 +22,7 @@ from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.model import WHAT, ExportModel, export_backbone, export_detector
 from fpn_plugin.export.verify import Difference, make_inputs, verify
 from fpn_plugin.modeling.speed import Speed, prepare_for_inference
-from fpn_plugin.pyramid.blocks import ModulatedConv
+from fpn_plugin.pyramid.blocks import ModulatedKernel
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
@@ -210,4 +210,4 @@ def _info(
 
 def _is_deformable(network: torch.nn.Module) -> bool:
     """Whether a network uses torchvision's own operators."""
-    return any(isinstance(x, (ModulatedConv, DeformConv)) for x in network.modules())
+    return any(isinstance(x, (ModulatedKernel, DeformConv)) for x in network.modules())

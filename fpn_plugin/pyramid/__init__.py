@@ -8,10 +8,11 @@ and what a topology is written with.
 from fpn_plugin.pyramid import blocks_attention, downsample  # noqa: F401  (they register)
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, conv_block
 from fpn_plugin.pyramid.fusion import FUSIONS, Fusion
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, Step, node, op, step
 from fpn_plugin.pyramid.norms import NORMS, norm_layer
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE, Resampler
+from fpn_plugin.pyramid.steps import STEPS
 from fpn_plugin.pyramid.topologies.base import (
     INNER_LEVELS,
     TOPOLOGIES,
@@ -36,6 +37,8 @@ __all__ = [
     "Operator",
     "Pyramid",
     "Resampler",
+    "STEPS",
+    "Step",
     "Style",
     "TOPOLOGIES",
     "UPSAMPLE",
@@ -45,4 +48,5 @@ __all__ = [
     "node",
     "norm_layer",
     "op",
+    "step",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.nn.functional as F
@@ -199,15 +199,11 @@ class SeparableConv(nn.Module):
         return self.pointwise(self.depthwise(self.pre_activation(x)))
 
 
-class ModulatedConv(nn.Module):
-    """A modulated deformable 3×3 convolution (DCNv2, arXiv:1811.11168).
-
-    Every tap of the kernel is moved by an offset in pixels and scaled by a mask from 0 to 1. Both
-    are predicted by a 3×3 convolution that is initialised with zeros, so it starts as a plain
-    convolution times one half.
+class ModulatedKernel(nn.Module):
+    """The kernel of a modulated deformable 3×3 convolution (DCNv2, arXiv:1811.11168): every tap is
+    moved by an offset in pixels and scaled by a mask, which it is given.
 
     Args:
-        guide_channels: of the map that offsets and masks are predicted from.
         groups: of the input's channels, each with its own offsets and masks.
 
     Raises:
@@ -218,7 +214,6 @@ class ModulatedConv(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        guide_channels: int,
         groups: int = 1,
         stride: int = 1,
         bias: bool = True,
@@ -231,6 +226,45 @@ class ModulatedConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         nn.init.kaiming_uniform_(self.weight, a=1)  # as c2_xavier_fill
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+
+    def convolve(self, x: Tensor, offset: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            offset: `(y, x)` of each group's taps in pixels, `(N, 18·groups, H', W')`.
+            mask: a factor of each tap, `(N, 9·groups, H', W')`; None for ones.
+        """
+        bias = self.bias
+        y = deform_conv2d(
+            at_least_float32(x),
+            at_least_float32(offset),
+            at_least_float32(self.weight),
+            None if bias is None else at_least_float32(bias),
+            stride=(self.stride, self.stride),
+            padding=(1, 1),
+            mask=None if mask is None else at_least_float32(mask),
+        )
+        return y.to(x.dtype)
+
+
+class ModulatedConv(ModulatedKernel):
+    """The kernel with offsets, and masks from 0 to 1, that it predicts itself, by a 3×3 convolution
+    of zeros: so it starts as a plain convolution times one half.
+
+    Args:
+        guide_channels: of the map that offsets and masks are predicted from.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        guide_channels: int,
+        groups: int = 1,
+        stride: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, groups, stride, bias)
         self.offset = Conv2d(guide_channels, sum(self.split), 3, stride=stride, padding=1)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
@@ -239,17 +273,7 @@ class ModulatedConv(nn.Module):
         """Convolve `x` with offsets and masks predicted from `guide`, a map of the same size."""
         # (N, 3·9·groups, H', W'): the (y, x) offsets of each group's taps, then their masks
         offset, mask = torch.split(at_least_float32(self.offset(guide)), self.split, dim=1)
-        bias = self.bias
-        y = deform_conv2d(
-            at_least_float32(x),
-            offset,
-            at_least_float32(self.weight),
-            None if bias is None else at_least_float32(bias),
-            stride=(self.stride, self.stride),
-            padding=(1, 1),
-            mask=mask.sigmoid(),
-        )
-        return y.to(x.dtype)
+        return self.convolve(x, offset, mask.sigmoid())
 
 
 @BLOCKS.register("deformable")

@@ -13,6 +13,7 @@ from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.norms import set_norm
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults, ModuleSpec
+from fpn_plugin.pyramid.steps import STEPS
 from fpn_plugin.registry import Registry, UnknownNameError, unknown_name
 
 REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
@@ -20,6 +21,7 @@ REGISTRIES: dict[str, Registry[Callable[..., nn.Module]]] = {
     "fuse": FUSIONS,
     "up": UPSAMPLE,
     "down": DOWNSAMPLE,
+    "step": STEPS,
 }
 
 
@@ -47,9 +49,10 @@ def build_module(spec: ModuleSpec, defaults: Defaults) -> nn.Module:
             arguments.setdefault(name, value)
     if "norm" in options:
         arguments.setdefault("norm", defaults.norm)
-    if "activation" in options and spec.kind == "block":
+    if "activation" in options and spec.kind in ("block", "step"):
         arguments.setdefault("activation", defaults.activation)
-    second = spec.out_channels if spec.kind == "block" else spec.amount
+    of_kind = {"block": spec.out_channels, "step": spec.levels}
+    second = of_kind.get(spec.kind, spec.amount)
     try:
         module = builder(spec.in_channels, second, **arguments, **from_graph)
     except UnknownNameError as error:

@@ -136,7 +136,7 @@ def chain(first: Graph, second: Graph, prefix: str) -> Graph:
         ValueError: if `second` reads a level that `first` does not give.
     """
     given = {first.level(name): name for name in first.outputs}
-    names = {each.name: prefix + each.name for each in second.nodes}
+    names = {name: prefix + name for each in second.nodes for name in each.maps()}
     for name, level in second.inputs.items():
         if level not in given:
             raise ValueError(
@@ -146,7 +146,7 @@ def chain(first: Graph, second: Graph, prefix: str) -> Graph:
     moved = tuple(
         replace(
             each,
-            name=names[each.name],
+            name=prefix + each.name,
             inputs=tuple(replace(edge, source=names[edge.source]) for edge in each.inputs),
         )
         for each in second.nodes

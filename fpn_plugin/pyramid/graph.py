@@ -3,7 +3,7 @@ imports no torch.
 
 A level `l` is a stride of `2**l` pixels. Each node brings every input to its level, fuses them into
 one map, and applies its block. A lateral, a top-down step, an output convolution and P6 are all
-such nodes.
+such nodes. A `Step` works on the maps of several levels together.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ def as_operator(value: OperatorLike | None, where: str) -> Operator | None:
     raise _no_operator(where, value)
 
 
+def _some_operator(value: OperatorLike | None, where: str) -> Operator:
+    operator = as_operator(value, where)
+    if operator is None:
+        raise _no_operator(where, None)
+    return operator
+
+
 def _parse_call(text: str, where: str) -> Operator:
     """An operator from the text of a call with literal arguments by name."""
     try:
@@ -131,6 +138,32 @@ class Node:
         """The level that inputs are brought to: finer than `level` if the block has a stride."""
         return self.level - (self.block.stride.bit_length() - 1)
 
+    def maps(self) -> dict[str, int]:
+        """The level of the map that it gives, by the map's name, which is its own."""
+        return {self.name: self.level}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Works on the maps of several levels at once, and gives as many maps of the same sizes.
+
+    Attributes:
+        name: the submodule's name, and so the first part of its checkpoint keys. The map of level
+            `l` that it gives is called `<name>_p<l>`.
+        levels: from high to low resolution.
+        inputs: a map of each of these levels. None is resampled.
+        operator: what it does.
+    """
+
+    name: str
+    levels: tuple[int, ...]
+    inputs: tuple[Edge, ...]
+    operator: Operator
+
+    def maps(self) -> dict[str, int]:
+        """The levels of the maps that it gives, by their names."""
+        return {f"{self.name}_p{level}": level for level in self.levels}
+
 
 def node(
     name: str,
@@ -146,37 +179,50 @@ def node(
     return Node(name, level, edges, fusion, last or Operator("identity"))
 
 
+def step(name: str, inputs: Mapping[int, str | Edge], operator: OperatorLike) -> Step:
+    """A `Step` written shortly: its inputs by level, and names in place of edges and operators."""
+    levels = tuple(sorted(inputs))
+    sources = (inputs[level] for level in levels)
+    edges = tuple(Edge(source) if isinstance(source, str) else source for source in sources)
+    return Step(name, levels, edges, _some_operator(operator, f"step {name!r}, operator"))
+
+
 @dataclass(frozen=True)
 class Graph:
     """A whole pyramid.
 
     Attributes:
         inputs: the level of each bottom-up map, by name.
-        nodes: in an order in which they can be computed.
-        outputs: node names from high to low resolution, one per level.
+        nodes: and steps, in an order in which they can be computed.
+        outputs: names of maps from high to low resolution, one per level. A node's map has the
+            node's name.
     """
 
     inputs: Mapping[str, int]
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node | Step, ...]
     outputs: tuple[str, ...]
 
+    def levels(self) -> dict[str, int]:
+        """The level of every map, inputs first."""
+        return {**self.inputs, **_maps(self.nodes)}
+
     def level(self, name: str) -> int:
-        """The level of an input or a node."""
-        if name in self.inputs:
-            return self.inputs[name]
-        return next(node.level for node in self.nodes if node.name == name)
+        """The level of an input or another map."""
+        return self.levels()[name]
 
     def output_names(self) -> dict[str, str]:
-        """`{"p3": name of the node that gives it, ...}` from high to low resolution."""
-        return {f"p{self.level(name)}": name for name in self.outputs}
+        """`{"p3": name of the map, ...}` from high to low resolution."""
+        levels = self.levels()
+        return {f"p{levels[name]}": name for name in self.outputs}
 
     def size_divisibility(self) -> int:
         """What height and width must be divisible by for upsampled maps to meet: 0 if nothing is
         upsampled."""
-        levels = {**self.inputs, **{node.name: node.level for node in self.nodes}}
+        levels = self.levels()
         upsampled = [
             levels[edge.source]
             for node in self.nodes
+            if isinstance(node, Node)  # a step moves no map to another level
             for edge in node.inputs
             if levels[edge.source] > node.input_level
         ]
@@ -186,7 +232,7 @@ class Graph:
         """Verify that the graph can be built.
 
         Args:
-            operators: the names that exist, by kind: "fuse", "block", "up" and "down".
+            operators: the names that exist, by kind: "fuse", "block", "up", "down" and "step".
 
         Raises:
             ValueError: (or a KeyError for an unknown operator) naming the node, the value and the
@@ -194,12 +240,18 @@ class Graph:
         """
         self._check_inputs()
         defined = dict(self.inputs)
+        steps: set[str] = set()
         for node in self.nodes:
-            _check_node(node, defined)
-            if operators is not None:
-                _check_operators(node, defined, operators)
-            defined[node.name] = node.level
-        _check_prefixes(defined)
+            _check_name(node, {*defined, *steps})
+            if isinstance(node, Step):
+                _check_step(node, defined, operators)
+                steps.add(node.name)
+            else:
+                _check_node(node, defined)
+                if operators is not None:
+                    _check_operators(node, defined, operators)
+            defined.update(node.maps())
+        _check_prefixes({*defined, *steps})
         self._check_outputs(defined)
         self._check_readers()
 
@@ -212,7 +264,7 @@ class Graph:
     def _check_outputs(self, defined: Mapping[str, int]) -> None:
         if not self.outputs:
             raise ValueError("the graph has no outputs")
-        names = {node.name for node in self.nodes}
+        names = set(_maps(self.nodes))
         for name in self.outputs:
             if name not in names:
                 raise unknown_name("the graph's outputs", name, names)
@@ -225,13 +277,22 @@ class Graph:
 
     def _check_readers(self) -> None:
         read = {edge.source for node in self.nodes for edge in node.inputs} | set(self.outputs)
-        for name in [*self.inputs, *(node.name for node in self.nodes)]:
-            if name not in read:
-                kind = "input" if name in self.inputs else "node"
-                raise ValueError(
-                    f"{kind} {name!r} is neither an output nor read by any node: remove it"
-                    " or use it"
-                )
+        unread = [f"input {name!r}" for name in self.inputs if name not in read]
+        unread += [_where(node) for node in self.nodes if not read.intersection(node.maps())]
+        if unread:
+            raise ValueError(
+                f"{unread[0]} is neither an output nor read by any node: remove it or use it"
+            )
+
+
+def _maps(nodes: Iterable[Node | Step]) -> dict[str, int]:
+    """The levels of the maps that nodes and steps give."""
+    return {name: level for node in nodes for name, level in node.maps().items()}
+
+
+def _where(node: Node | Step) -> str:
+    """How error messages name it."""
+    return f"{'step' if isinstance(node, Step) else 'node'} {node.name!r}"
 
 
 def check_level(where: str, level: object) -> None:
@@ -239,16 +300,22 @@ def check_level(where: str, level: object) -> None:
         raise bad_argument(where, f"level {level!r} is not a whole number from 0 to {MAX_LEVEL}")
 
 
-def _check_node(node: Node, defined: Mapping[str, int]) -> None:
-    where = f"node {node.name!r}"
+def _check_name(node: Node | Step, taken: Collection[str]) -> None:
+    where = _where(node)
     if not isinstance(node.name, str) or not _NAME.fullmatch(node.name):
         raise ValueError(
             f"{where}: a name is letters, digits and underscores, not beginning with a digit"
         )
     if _RESERVED.fullmatch(node.name):
         raise ValueError(f"{where}: names that end in _fuse or _edge<n>, and bottom_up, are taken")
-    if node.name in defined:
-        raise ValueError(f"{where}: the name is used twice; every input and node needs its own")
+    for name in {node.name, *node.maps()}:
+        if name in taken:
+            whose = "the name" if name == node.name else f"the name of its map {name!r}"
+            raise ValueError(f"{where}: {whose} is used twice; every input and node needs its own")
+
+
+def _check_node(node: Node, defined: Mapping[str, int]) -> None:
+    where = _where(node)
     check_level(where, node.level)
     _check_strides(node)
     if node.input_level < 0:
@@ -256,6 +323,11 @@ def _check_node(node: Node, defined: Mapping[str, int]) -> None:
             f"{where}: the stride {node.block.stride} of its block is too large for level"
             f" {node.level}"
         )
+    _check_sources(node, defined)
+
+
+def _check_sources(node: Node | Step, defined: Mapping[str, int]) -> None:
+    where = _where(node)
     if not node.inputs:
         raise ValueError(f"{where}: it has no inputs; choose from {', '.join(defined)}")
     for edge in node.inputs:
@@ -265,9 +337,37 @@ def _check_node(node: Node, defined: Mapping[str, int]) -> None:
             )
 
 
-def _check_strides(node: Node) -> None:
-    """A node's block may have a stride; what is on its inputs may not."""
-    parts = [("block", node.block)]
+def _check_step(
+    step: Step, defined: Mapping[str, int], operators: Mapping[str, Collection[str]] | None
+) -> None:
+    where = _where(step)
+    _check_sources(step, defined)
+    levels = [defined[edge.source] for edge in step.inputs]
+    if levels != sorted(set(levels)):
+        raise ValueError(
+            f"{where}: its inputs {[edge.source for edge in step.inputs]} are of levels {levels};"
+            " give one map per level, finest first"
+        )
+    if levels != list(step.levels):
+        raise ValueError(
+            f"{where}: it is for levels {list(step.levels)}, but its inputs"
+            f" {[edge.source for edge in step.inputs]} are of levels {levels}"
+        )
+    for edge in step.inputs:
+        if edge.resample is not None:
+            raise ValueError(
+                f"{where}, input {edge.source!r}, resample: {edge.resample}, but a step takes"
+                " every map at its own level"
+            )
+    _check_strides(step)
+    if operators is not None:
+        _check_operator(where, step.operator, operators["step"])
+        _check_edges(step, operators)
+
+
+def _check_strides(node: Node | Step) -> None:
+    """A node's block may have a stride; what is on the inputs of a node or step may not."""
+    parts = [("block", node.block)] if isinstance(node, Node) else []
     for edge in node.inputs:
         for part, operator in (("project", edge.project), ("block", edge.block)):
             parts.append((f"input {edge.source!r}, {part}", operator or Operator("identity")))
@@ -275,11 +375,18 @@ def _check_strides(node: Node) -> None:
         try:
             stride = operator.stride
         except ValueError as error:
-            raise ValueError(f"node {node.name!r}, {place}: {error}") from None
+            raise ValueError(f"{_where(node)}, {place}: {error}") from None
         if stride != 1 and place != "block":
             raise ValueError(
-                f"node {node.name!r}, {place}: {operator} changes the level; use resample: conv"
+                f"{_where(node)}, {place}: {operator} changes the level; use resample: conv"
             )
+
+
+def _check_edges(node: Node | Step, operators: Mapping[str, Collection[str]]) -> None:
+    for edge in node.inputs:
+        for part, operator in (("project", edge.project), ("block", edge.block)):
+            place = f"{_where(node)}, input {edge.source!r}, {part}"
+            _check_operator(place, operator, operators["block"])
 
 
 def _check_operators(
@@ -288,10 +395,9 @@ def _check_operators(
     where = f"node {node.name!r}"
     _check_operator(f"{where}, block", node.block, operators["block"])
     _check_operator(f"{where}, fuse", node.fuse, operators["fuse"])
+    _check_edges(node, operators)
     for edge in node.inputs:
         place = f"{where}, input {edge.source!r}"
-        for part, operator in (("project", edge.project), ("block", edge.block)):
-            _check_operator(f"{place}, {part}", operator, operators["block"])
         gap = defined[edge.source] - node.input_level
         if gap == 0 and edge.resample is not None:
             raise ValueError(
@@ -318,35 +424,60 @@ def _check_prefixes(names: Iterable[str]) -> None:
 
 
 def parse_graph(inputs: Mapping[str, int], nodes: Sequence[Mapping[str, Any]]) -> Graph:
-    """A graph from a list of nodes, as a YAML file has it.
+    """A graph from a list of nodes and steps, as a YAML file has it.
 
     Each node is a mapping with `name`, `level`, `inputs` (names, or mappings with `source`,
-    `project`, `resample`, `block`), and if wanted `fuse`, `block` and `output: true`. Where no node
-    says `output`, the outputs are the nodes that no other reads.
+    `project`, `resample`, `block`), and if wanted `fuse`, `block` and `output: true`. A step has
+    `name`, `step` (its operator), `inputs`, one per level, and if wanted `output: true`; the map of
+    level 3 that it gives is called `<name>_p3`. Where nothing says `output`, the outputs are the
+    maps that are not read.
 
     Raises:
         ValueError: naming the node and the field, for anything else.
     """
-    parsed = tuple(_parse_node(index, raw) for index, raw in enumerate(nodes))
-    marked = [node.name for node, raw in zip(parsed, nodes) if raw.get("output")]
+    levels = dict(inputs)
+    parsed: list[Node | Step] = []
+    for index, raw in enumerate(nodes):
+        is_step = isinstance(raw, Mapping) and "step" in raw
+        parsed.append(_parse_step(index, raw, levels) if is_step else _parse_node(index, raw))
+        levels.update(parsed[-1].maps())
+    marked = _maps(node for node, raw in zip(parsed, nodes) if raw.get("output"))
     if not marked:
         read = {edge.source for node in parsed for edge in node.inputs}
-        marked = [node.name for node in parsed if node.name not in read]
-    level = {node.name: node.level for node in parsed}
-    return Graph(inputs, parsed, tuple(sorted(marked, key=level.__getitem__)))
+        marked = {name: level for name, level in _maps(parsed).items() if name not in read}
+    return Graph(inputs, tuple(parsed), tuple(sorted(marked, key=marked.__getitem__)))
 
 
 def _parse_node(index: int, raw: Mapping[str, Any]) -> Node:
     where = f"graph[{index}]"
     _check_fields(where, raw, ("name", "level", "inputs"), ("fuse", "block", "output"))
+    place, edges = _parse_inputs(where, raw)
+    check_level(place, raw["level"])
+    return node(raw["name"], raw["level"], edges, raw.get("fuse"), raw.get("block") or "identity")
+
+
+def _parse_step(index: int, raw: Mapping[str, Any], levels: Mapping[str, int]) -> Step:
+    """Its levels are those of its inputs."""
+    where = f"graph[{index}]"
+    _check_fields(where, raw, ("name", "step", "inputs"), ("output",))
+    place, edges = _parse_inputs(where, raw)
+    for edge in edges:
+        if edge.source not in levels:
+            advice = "only maps that are defined before it"
+            raise unknown_name(f"{place}, inputs ({advice})", edge.source, levels)
+    sources = tuple(levels[edge.source] for edge in edges)
+    operator = _some_operator(raw["step"], f"{place}, step")
+    return Step(raw["name"], sources, tuple(edges), operator)
+
+
+def _parse_inputs(where: str, raw: Mapping[str, Any]) -> tuple[str, list[Edge]]:
+    """The place of a node or step in messages, and its inputs."""
     if not isinstance(raw["name"], str):
         raise bad_argument(where, f"name {raw['name']!r} is not a string")
     place = f"{where} ({raw['name']})"
-    check_level(place, raw["level"])
     if isinstance(raw["inputs"], str) or not isinstance(raw["inputs"], Sequence):
         raise bad_argument(place, f"inputs {raw['inputs']!r} is not a list")
-    edges = [_parse_edge(place, source) for source in raw["inputs"]]
-    return node(raw["name"], raw["level"], edges, raw.get("fuse"), raw.get("block") or "identity")
+    return place, [_parse_edge(place, source) for source in raw["inputs"]]
 
 
 def _parse_edge(where: str, raw: object) -> Edge:

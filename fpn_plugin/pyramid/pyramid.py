@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fpn_plugin.pyramid.blocks import initialize_together
 from fpn_plugin.pyramid.build import REGISTRIES, build_module
 from fpn_plugin.pyramid.fused import is_traced
-from fpn_plugin.pyramid.graph import Graph
+from fpn_plugin.pyramid.graph import Graph, Node
 from fpn_plugin.pyramid.resolve import (
     Defaults,
     ModuleSpec,
@@ -32,10 +32,10 @@ _DETECTRON2S = re.compile(r"top_block\..*|fpn_(lateral|merge|output)(?P<level>\d
 class GraphExecutor(nn.Module):
     """Builds the modules of a graph and runs them.
 
-    The block of a node is the submodule of the node's name; its fusion is `<node>_fuse`, and its
-    input number i passes `<node>_edge<i>.project`, `.resample` and `.block`. These names are the
-    checkpoint's keys. Modules without parameters have no key, and modules are registered from high
-    to low resolution, in Detectron2's order.
+    The block of a node, or the operator of a step, is the submodule of its name; a node's fusion is
+    `<node>_fuse`, and input number i passes `<node>_edge<i>.project`, `.resample` and `.block`.
+    These names are the checkpoint's keys. Modules without parameters have no key, and modules are
+    registered from high to low resolution, in Detectron2's order.
 
     Args:
         graph: the nodes.
@@ -72,7 +72,9 @@ class GraphExecutor(nn.Module):
             (step, edge.resample) for step in self.steps for edge in step.edges if edge.resample
         ]
         # the levels whose size must be known, because a map is resampled to them
-        self._sized_levels = {step.node.input_level for step, _ in resamplers}
+        self._sized_levels = {
+            step.node.input_level for step, _ in resamplers if isinstance(step.node, Node)
+        }
         # which input of its node a guided resampler is shown, by the resampler's path
         self._guides = {
             spec.path: _find_guide(step, spec)
@@ -88,7 +90,7 @@ class GraphExecutor(nn.Module):
         Detectron2's FPN has the same weights as its counterpart under the same seed: random numbers
         are drawn in its order, first for the top block, then level by level.
         """
-        ordered = sorted(self.steps, key=lambda step: step.node.level)
+        ordered = sorted(self.steps, key=lambda step: min(step.node.maps().values()))
         modules: dict[str, list[tuple[str, nn.Module]]] = {}
         top_first = sorted(ordered, key=lambda step: not step.node.name.startswith("top_block."))
         for together, steps in groupby(top_first, key=_made_together):
@@ -157,8 +159,14 @@ class GraphExecutor(nn.Module):
         for name, level in self.graph.inputs.items():
             self._note_size(sizes, level, maps[name])
         for step in self.steps:
-            maps[step.node.name] = self._run_node(step, maps, sizes.get(step.node.input_level))
-            self._note_size(sizes, step.node.level, maps[step.node.name])
+            if isinstance(step.node, Node):
+                size = sizes.get(step.node.input_level)
+                results = [self._combine(step, self._gather(step, maps, size), size)]
+            else:
+                results = self._run_step(step, self._gather(step, maps, None))
+            for i, (name, level) in enumerate(step.node.maps().items()):
+                maps[name] = results[i]
+                self._note_size(sizes, level, results[i])
             for name in step.drop:
                 del maps[name]
         return {name: maps[source] for name, source in self.graph.output_names().items()}
@@ -168,10 +176,10 @@ class GraphExecutor(nn.Module):
         if level in self._sized_levels and level not in sizes:
             sizes[level] = [x.shape[2], x.shape[3]]
 
-    def _run_node(
+    def _gather(
         self, step: ResolvedNode, maps: Mapping[str, Tensor], size: Optional[List[int]]
-    ) -> Tensor:
-        """Bring every input to the node's level, fuse them, and apply the node's block.
+    ) -> List[Tensor]:
+        """Bring every input to the node's level, or to what a step takes.
 
         Args:
             size: of the maps of that level; None if there is none yet.
@@ -190,13 +198,33 @@ class GraphExecutor(nn.Module):
             if edge.block:
                 x = self._module(edge.block)(x)
             inputs[i] = x
-        ordered = [inputs[i] for i in range(len(inputs))]
-        if self.recompute and torch.is_grad_enabled() and not is_traced():
-            return self._fuse_and_checkpoint(step, ordered, size)
-        return self._fuse(step, ordered, size)
+        return [inputs[i] for i in range(len(inputs))]
 
     def _is_guided(self, edge: ResolvedEdge) -> bool:
         return edge.resample is not None and edge.resample.path in self._guides
+
+    def _combine(
+        self, step: ResolvedNode, inputs: List[Tensor], size: Optional[List[int]]
+    ) -> Tensor:
+        """:meth:`_fuse`, in training with what `recompute` asks for."""
+        if self.recompute and torch.is_grad_enabled() and not is_traced():
+            return self._fuse_and_checkpoint(step, inputs, size)
+        return self._fuse(step, inputs, size)
+
+    def _run_step(self, step: ResolvedNode, inputs: List[Tensor]) -> List[Tensor]:
+        """The maps that a step gives.
+
+        Raises:
+            ValueError: naming the step, if they are not as many as it takes.
+        """
+        assert step.block is not None  # a step's operator
+        results = self._module(step.block)(inputs)
+        if isinstance(results, (list, tuple)) and len(results) != len(inputs):
+            raise ValueError(
+                f"{step.block.where}: {step.block.operator} takes {len(inputs)} maps but gives"
+                f" {len(results)}; it must give one per level"
+            )
+        return results
 
     def _fuse(self, step: ResolvedNode, inputs: List[Tensor], size: Optional[List[int]]) -> Tensor:
         """The node's fusion, if it has several inputs, and its block, if it has one."""
@@ -317,6 +345,7 @@ def _find_guide(step: ResolvedNode, spec: ModuleSpec) -> int:
     Raises:
         ValueError: naming the node, if there is none, or it has other channels.
     """
+    assert isinstance(step.node, Node)  # a step has no resamplers
     where = f"{spec.where}: {spec.operator} is guided by an input of the node's own level"
     for i, edge in enumerate(step.edges):
         if edge.resample is None and step.fuse is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Iterator, Mapping
 
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, op
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, Step, op
 
 # The fusion that gives the widths of all its inputs together; every other gives the pyramid's width
 WIDENING = "stack"
@@ -42,10 +42,10 @@ class ModuleSpec:
     """One module: the submodule's path, its operator, and what it is built from.
 
     Attributes:
-        kind: "block", "fuse", "up" or "down".
-        amount: the number of maps for a fusion, of levels for a resampler; 0 for a block.
+        kind: "block", "fuse", "up", "down" or "step".
+        amount: the number of maps for a fusion or step, of levels for a resampler; 0 for a block.
         where: the place in the graph, for error messages.
-        levels: of a fusion's inputs: the level that each comes from.
+        levels: of the inputs of a fusion or step: the level that each comes from.
         widths: of a fusion's inputs: the channels that each arrives with.
     """
 
@@ -76,9 +76,12 @@ class ResolvedEdge:
 
 @dataclass(frozen=True)
 class ResolvedNode:
-    """A node with every part that it really has, and the maps that nobody reads after it."""
+    """A node or step with every part that it really has, and the maps that nobody reads after it.
 
-    node: Node
+    What a step does is its `block`; it has no fusion.
+    """
+
+    node: Node | Step
     edges: tuple[ResolvedEdge, ...]
     fuse: ModuleSpec | None
     block: ModuleSpec | None
@@ -103,14 +106,16 @@ def resolve(
     block changes them if the node has one input; where maps are fused or the block is the identity,
     each edge gets a 1x1 convolution of its own (as in the first cell of EfficientDet,
     arXiv:1911.09070), unless it says `project: identity`: then it keeps the channels of its source.
-    Where they are fused by `stack`, the node's block gets the sum of what its edges deliver.
+    Where they are fused by `stack`, the node's block gets the sum of what its edges deliver. A step
+    reads maps of `defaults.channels` channels and gives such; others get the 1x1 convolution too.
 
     Args:
         in_channels: of the graph's inputs, by name.
         per_node: other defaults, of the same width, for single nodes, by the node's name.
 
     Raises:
-        ValueError: naming a node that is fused by `stack` and has no block to take its width.
+        ValueError: naming a node that is fused by `stack` and has no block to take its width, or a
+            step with an edge of another width.
     """
     common, channels = defaults, dict(in_channels)
     levels = dict(graph.inputs)
@@ -122,25 +127,51 @@ def resolve(
             _resolve_edge(node, i, levels, channels, defaults) for i in range(len(node.inputs))
         )
         widths = tuple(_width(edge, channels, defaults) for edge in edges)
-        fuse = _fusion(node, levels, widths, defaults) if len(edges) > 1 else None
-        width = fuse.out_channels if fuse else widths[0]
-        if fuse and _is_identity(node.block) and width != defaults.channels:
-            raise ValueError(
-                f"node {node.name!r}, block: identity, but {fuse.operator} gives {width} channels"
-                f" and the pyramid has {defaults.channels}: give the node a block (conv1x1, csp,"
-                " ...), or fuse by concat, which ends in a 1x1 convolution"
-            )
-        block = _block(
-            node.name, node.block, width, defaults.channels, f"node {node.name!r}, block"
-        )
+        fuse: ModuleSpec | None = None
+        block: ModuleSpec | None
+        if isinstance(node, Step):
+            block = _step(node, widths, defaults.channels)
+        else:
+            fuse = _fusion(node, levels, widths, defaults) if len(edges) > 1 else None
+            block = _last_block(node, fuse, widths[0], defaults.channels)
         read = dict.fromkeys(edge.source for edge in node.inputs)
+        unread = [name for name in node.maps() if name not in last_reader]
         drop = tuple(
-            name for name in read if last_reader[name] == node.name and name not in graph.outputs
+            name
+            for name in [*read, *unread]
+            if last_reader.get(name, node.name) == node.name and name not in graph.outputs
         )
         resolved.append(ResolvedNode(node, edges, fuse, block, drop))
-        channels[node.name] = defaults.channels
-        levels[node.name] = node.level
+        channels.update(dict.fromkeys(node.maps(), defaults.channels))
+        levels.update(node.maps())
     return tuple(resolved)
+
+
+def _step(step: Step, widths: tuple[int, ...], channels: int) -> ModuleSpec:
+    where, count = f"step {step.name!r}", len(widths)
+    for edge, width in zip(step.inputs, widths):
+        if width != channels:
+            raise ValueError(
+                f"{where}, input {edge.source!r}: it has {width} channels, but the pyramid"
+                f" {channels}; project it (leave out project: identity)"
+            )
+    return ModuleSpec(
+        step.name, "step", step.operator, channels, channels, count, where, step.levels, widths
+    )
+
+
+def _last_block(
+    node: Node, fuse: ModuleSpec | None, width: int, channels: int
+) -> ModuleSpec | None:
+    """The node's own block; None if it has nothing to do."""
+    width = fuse.out_channels if fuse else width
+    if fuse and _is_identity(node.block) and width != channels:
+        raise ValueError(
+            f"node {node.name!r}, block: identity, but {fuse.operator} gives {width} channels"
+            f" and the pyramid has {channels}: give the node a block (conv1x1, csp,"
+            " ...), or fuse by concat, which ends in a 1x1 convolution"
+        )
+    return _block(node.name, node.block, width, channels, f"node {node.name!r}, block")
 
 
 def _width(edge: ResolvedEdge, channels: Mapping[str, int], defaults: Defaults) -> int:
@@ -173,22 +204,23 @@ def _is_identity(operator: Operator | None) -> bool:
 
 
 def _resolve_edge(
-    node: Node,
+    node: Node | Step,
     index: int,
     levels: Mapping[str, int],
     channels: Mapping[str, int],
     defaults: Defaults,
 ) -> ResolvedEdge:
-    """What input number `index` of a node passes: `block(resample(project(source)))`.
+    """What input number `index` of a node or step passes: `block(resample(project(source)))`.
 
     Args:
         levels: and `channels`: of the maps that are there already, by name.
     """
     edge = node.inputs[index]
-    path, where = f"{node.name}_edge{index}", f"node {node.name!r}, input {edge.source!r}"
+    kind = "step" if isinstance(node, Step) else "node"
+    path, where = f"{node.name}_edge{index}", f"{kind} {node.name!r}, input {edge.source!r}"
     # 1. How many levels the map has to move: > 0 up to a finer one, < 0 down, 0 stays.
     width = channels[edge.source]
-    steps = levels[edge.source] - node.input_level
+    steps = 0 if isinstance(node, Step) else levels[edge.source] - node.input_level
     operator = edge.resample or (defaults.upsample if steps > 0 else defaults.downsample)
     # ViTDet's upsamplers halve the channels with each level. Then a projection comes after them.
     shrinks = steps > 0 and bool(dict(operator.args).get("shrink"))
@@ -233,10 +265,12 @@ def halvings(arguments: Mapping[str, Any], width: int, steps: int) -> int:
     return steps + int(type(limit) is int and 0 < limit < width)
 
 
-def _default_projection(node: Node, edge: Edge, width: int, defaults: Defaults) -> Operator | None:
+def _default_projection(
+    node: Node | Step, edge: Edge, width: int, defaults: Defaults
+) -> Operator | None:
     """A 1x1 convolution without activation, where nothing later on the way changes the channels."""
     changed_later = (edge.block or Operator("identity")).name != "identity" or (
-        len(node.inputs) == 1 and node.block.name != "identity"
+        isinstance(node, Node) and len(node.inputs) == 1 and node.block.name != "identity"
     )
     if width == defaults.channels or changed_later:
         return None

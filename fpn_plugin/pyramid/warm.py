@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Mapping
 
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, node
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Step, node
 from fpn_plugin.pyramid.resolve import Defaults, ModuleSpec, ResolvedNode, resolve
 from fpn_plugin.registry import bad_argument
 
@@ -112,11 +112,11 @@ def _leading_to(graph: Graph, outputs: list[str]) -> Graph:
     """The part of a graph that some of its outputs need."""
     needed = set(outputs)
     for each in reversed(graph.nodes):
-        if each.name in needed:
+        if needed.intersection(each.maps()):
             needed |= {edge.source for edge in each.inputs}
     return Graph(
         {name: level for name, level in graph.inputs.items() if name in needed},
-        tuple(each for each in graph.nodes if each.name in needed),
+        tuple(each for each in graph.nodes if needed.intersection(each.maps())),
         tuple(outputs),
     )
 
@@ -132,7 +132,8 @@ def _shared(
     same_style: bool,
     inputs: Mapping[str, int],
 ) -> set[str]:
-    """The nodes that compute the same in both, from the bottom-up maps on."""
+    """The nodes and steps that compute the same in both, from the bottom-up maps on, and their
+    maps."""
     steps = {step.node.name: step for step in new}
     shared: set[str] = set()
     for step in old:
@@ -140,7 +141,7 @@ def _shared(
         sources = {edge.source for edge in step.edges}
         if same_style and twin is not None and sources <= shared | set(inputs):
             if replace(step, drop=()) == replace(twin, drop=()):
-                shared.add(step.node.name)
+                shared |= {step.node.name, *step.node.maps()}
     return shared
 
 
@@ -148,7 +149,7 @@ def _moved(name: str, shared: set[str]) -> str:
     return name if name in shared else PREFIX + name
 
 
-def _renamed(graph: Graph, shared: set[str]) -> list[Node]:
+def _renamed(graph: Graph, shared: set[str]) -> list[Node | Step]:
     def source(edge: Edge) -> str:
         return edge.source if edge.source in graph.inputs else _moved(edge.source, shared)
 
@@ -201,15 +202,16 @@ def _roles(
 ) -> list[tuple[ModuleSpec, str]]:
     """The parts that only this pyramid has, and what each is for: to read a bottom-up map, to give
     a level's last map, or ""."""
-    nodes = {step.node.name for step in steps}
+    maps = {name for step in steps for name in step.node.maps()}
     parts = []
     for step in steps:
         roles: dict[str, str] = {}
-        if step.block and step.node.name in outputs:
+        if step.block and isinstance(step.node, Node) and step.node.name in outputs:
             roles[step.block.path] = f"gives level {step.node.level}"
         for edge in step.edges:
-            first = next(edge.parts(), None if step.fuse else step.block)
-            if edge.source not in nodes and first is not None:
+            is_alone = isinstance(step.node, Node) and step.fuse is None
+            first = next(edge.parts(), step.block if is_alone else None)
+            if edge.source not in maps and first is not None:
                 roles[first.path] = f"reads {edge.source}"
         if step.node.name not in shared:
             parts += [(part, roles.get(part.path, "")) for part in step.parts()]

@@ -214,7 +214,7 @@ def edge_text(edge: ResolvedEdge) -> str:
 
 
 def node_table(backbone: PyramidBackbone, complexity: Complexity | None = None) -> str:
-    """One row per node, in the order in which they run, with one line per input.
+    """One row per node or step, in the order in which they run, with one line per input.
 
     Args:
         complexity: without it there are no GFLOPs.
@@ -223,7 +223,7 @@ def node_table(backbone: PyramidBackbone, complexity: Complexity | None = None) 
     rows: list[Sequence[str]] = [HEADER]
     columns = len(HEADER) if complexity else len(HEADER) - 1
     for step in backbone.steps:
-        name, level = step.node.name, step.node.level
+        name, levels = step.node.name, sorted(step.node.maps().values())
         first, *others = (edge_text(edge) for edge in step.edges)
         operators = [
             operator_text(part.operator) if part else "-" for part in (step.fuse, step.block)
@@ -232,10 +232,16 @@ def node_table(backbone: PyramidBackbone, complexity: Complexity | None = None) 
         flops = complexity.nodes[name].flops if complexity else 0
         counts = [f"{parameters:,}" if parameters else "-", f"{flops / 1e9:.3f}" if flops else "-"]
         channels = str(backbone.defaults.channels)
-        output = maps.get(name, "-")
-        rows.append([name, str(level), str(2**level), first, *operators, channels, output, *counts])
+        output = " ".join(maps[each] for each in step.node.maps() if each in maps) or "-"
+        level, stride = _range(levels), _range([2**level for level in levels])
+        rows.append([name, level, stride, first, *operators, channels, output, *counts])
         rows.extend(["", "", "", text, *[""] * 6] for text in others)
     return aligned([row[:columns] for row in rows])
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """One number, or the first and the last of several."""
+    return "…".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

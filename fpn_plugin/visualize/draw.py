@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from matplotlib.path import Path as Outline
 
-from fpn_plugin.pyramid.graph import Operator
+from fpn_plugin.pyramid.graph import Operator, Step
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedEdge
 from fpn_plugin.visualize.fusion_weights import FusionWeights
@@ -29,6 +29,7 @@ from fpn_plugin.visualize.layout import (
     LINE_HEIGHT,
     NAME_SIZE,
     Route,
+    entrance,
     is_output_mark,
     lay_out,
     make_grid,
@@ -44,6 +45,7 @@ BOX_COLOURS = {
     "fusion": ("#fde7c8", "#d98a1f"),
     "output node": ("#d3efda", "#2f9e57"),
     "extra level": ("#e7dcf7", "#8257c7"),
+    "step over several levels": ("#d5eeee", "#2b8c8c"),
 }
 # of arrows by direction, and what the legend says of them
 ARROW_COLOURS = {"up": "#d1495b", "down": "#2a7f9e", "same": "#5c6773"}
@@ -114,7 +116,9 @@ def box_kind(pyramid: GraphExecutor, name: str) -> str:
         return ""
     if name in graph.inputs:
         return "bottom-up map"
-    step = next(step for step in pyramid.steps if step.node.name == name)
+    step = next(step for step in pyramid.steps if name in step.node.maps())
+    if isinstance(step.node, Step):
+        return "step over several levels"
     if step.node.level > max(graph.inputs.values()) and step.fuse is None:
         if graph.level(step.edges[0].source) < step.node.level:
             return "extra level"
@@ -129,7 +133,8 @@ def _short(operator: Operator) -> str:
 
 
 def _box_texts(pyramid: GraphExecutor) -> dict[str, list[str]]:
-    """The lines in each box: its name, then its channels (bottom-up maps) or operators (nodes)."""
+    """The lines in each box: its name, then its channels (bottom-up maps) or operators (nodes); for
+    each map of a step its own."""
     texts = {}
     bottom_up = getattr(pyramid, "bottom_up", None)
     shapes = bottom_up.output_shape() if bottom_up is not None else {}
@@ -137,7 +142,7 @@ def _box_texts(pyramid: GraphExecutor) -> dict[str, list[str]]:
         texts[name] = [name, f"{shapes[name].channels} ch"] if name in shapes else [name]
     for step in pyramid.steps:
         operators = [_short(part.operator) for part in (step.fuse, step.block) if part]
-        texts[step.node.name] = [step.node.name, *operators]
+        texts.update({name: [name, *operators] for name in step.node.maps()})
     for output, node in pyramid.graph.output_names().items():
         texts[output_mark(node)] = [output]
     return texts
@@ -187,9 +192,18 @@ class _GraphFigure:
         self.texts = _box_texts(pyramid)
         self.usual = _usual_resamplers(pyramid)
         self.labels = {
-            (step.node.name, i): _edge_label(edge, self.usual, weights.get((step.node.name, i)))
+            (entrance(step.node, i), i): _edge_label(
+                edge, self.usual, weights.get((step.node.name, i))
+            )
             for step in pyramid.steps
             for i, edge in enumerate(step.edges)
+        }
+        # the finest and the coarsest map of the step that a map belongs to
+        self.spans = {
+            name: (maps[0], maps[-1])
+            for step in pyramid.steps
+            for maps in [list(step.node.maps())]
+            for name in maps
         }
         self.grid = make_grid(self.layout, self.texts, self.labels)
         self.axes: Axes
@@ -295,22 +309,29 @@ class _GraphFigure:
         return Outline([*points, (end, port)], [*codes, Outline.LINETO])
 
     def _draw_box(self, name: str) -> None:
-        """A node, or the mark of an output: a pill in white on green."""
+        """A node, a step's map, or the mark of an output: a pill in white on green.
+
+        The box of a step reaches from its finest map to its coarsest; it comes with the latter.
+        """
         column, row = self.layout.cells[name]
         x, width, y = self.grid.left[column], self.grid.width[column], self.grid.middle[row]
         kind, lines = box_kind(self.pyramid, name), self.texts[name]
+        finest, coarsest = self.spans.get(name, (name, name))
         if kind:
             (fill, border), height, radius = BOX_COLOURS[kind], self.grid.height, 0.07
         else:
             fill, border, height, radius = BOX_COLOURS["output node"][1], "none", 0.27, 0.13
-        style: dict[str, Any] = {"boxstyle": f"round,pad=0,rounding_size={radius}", "zorder": 3}
-        style |= {"facecolor": fill, "edgecolor": border, "linewidth": 1.1}
-        self.axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, **style))
+        if name == coarsest:
+            style: dict[str, Any] = {"boxstyle": f"round,pad=0,rounding_size={radius}", "zorder": 3}
+            style |= {"facecolor": fill, "edgecolor": border, "linewidth": 1.1}
+            bottom = self.grid.middle[self.layout.cells[finest][1]] - height / 2
+            size = (width, y + height / 2 - bottom)
+            self.axes.add_patch(FancyBboxPatch((x, bottom), *size, **style))
         for number, line in enumerate(lines):
-            size, weight, colour = (
+            points, weight, colour = (
                 (DETAIL_SIZE, "normal", "#46525e") if number else (NAME_SIZE, "bold", "#1f2933")
             )
-            text: dict[str, Any] = {"fontsize": size, "weight": weight}
+            text: dict[str, Any] = {"fontsize": points, "weight": weight}
             text |= {"color": colour if kind else "white", "ha": "center", "va": "center"}
             line_y = y + ((len(lines) - 1) / 2 - number) * LINE_HEIGHT - 0.008
             self.axes.text(x + width / 2, line_y, line, zorder=4, **text)

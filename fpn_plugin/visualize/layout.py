@@ -3,7 +3,8 @@
 A cell is `(column, row)`; row 0 is the coarsest level, on top. An arrow runs left to right: it
 leaves its source's cell, changes height in the gap after that column, runs along a track, changes
 height again in the gap before its target's column, and enters. A track is the middle line of a row
-where its cells are free, else a lane between two rows.
+where its cells are free, else a lane between two rows. A step has a cell for each of its maps, in
+one column, which it has for itself from its finest to its coarsest row.
 
 :func:`lay_out` chooses cells and tracks, :func:`make_grid` their sizes and positions in inches.
 """
@@ -16,7 +17,7 @@ from typing import Mapping
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
-from fpn_plugin.pyramid.graph import Graph
+from fpn_plugin.pyramid.graph import Graph, Node, Step
 
 FONT = "DejaVu Sans"
 NAME_SIZE, DETAIL_SIZE, LABEL_SIZE = 8.5, 7.0, 6.5  # font sizes in points
@@ -61,8 +62,8 @@ class Layout:
 
     Attributes:
         levels: of the rows, coarsest first.
-        cells: of inputs, nodes, and the marks of outputs (:func:`output_mark`), which stand in the
-            last column.
+        cells: of inputs, nodes, the maps of steps, and the marks of outputs (:func:`output_mark`),
+            which stand in the last column.
         lanes: how many lanes the gap below each row holds; -1 is the gap above the top row.
     """
 
@@ -99,35 +100,42 @@ def is_output_mark(name: str) -> bool:
     return name.startswith(_OUTPUT_MARK)
 
 
+def entrance(node: Node | Step, index: int) -> str:
+    """The cell that an input of a node or step enters: a step's map of the input's level."""
+    return list(node.maps())[index] if isinstance(node, Step) else node.name
+
+
 def lay_out(graph: Graph) -> Layout:
     """Find cells and routes for a checked graph."""
-    node_levels = [node.level for node in graph.nodes]
-    layout = Layout(sorted({*graph.inputs.values(), *node_levels}, reverse=True))
+    layout = Layout(sorted(set(graph.levels().values()), reverse=True))
     occupied: set[Cell] = set()
 
-    def place(name: str, column: int, level: int) -> None:
-        """Place a box in the first free column of the level's row from `column` on."""
-        row = layout.levels.index(level)
-        while (column, row) in occupied:
+    def place(maps: Mapping[str, int], column: int) -> None:
+        """Place boxes in the first column from `column` on where their rows are free."""
+        rows = [layout.levels.index(level) for level in maps.values()]
+        span = range(min(rows), max(rows) + 1)
+        while any((column, row) in occupied for row in span):
             column += 1
-        layout.cells[name] = (column, row)
-        occupied.add((column, row))
+        layout.cells.update({name: (column, row) for name, row in zip(maps, rows)})
+        occupied.update((column, row) for row in span)
 
     # 1. Inputs come first. A node stands to the right of all that it reads, so that every arrow
     #    runs left to right: without conflicts its column is the longest path to it.
     for name, level in graph.inputs.items():
-        place(name, 0, level)
+        place({name: level}, 0)
     for node in graph.nodes:
-        place(node.name, 1 + max(layout.cells[edge.source][0] for edge in node.inputs), node.level)
+        place(node.maps(), 1 + max(layout.cells[edge.source][0] for edge in node.inputs))
 
     # 2. All outputs are marked in one column, the last.
     last = layout.columns
     for name in graph.outputs:
-        place(output_mark(name), last, graph.level(name))
+        place({output_mark(name): graph.level(name)}, last)
 
     # 3. Straight and short arrows choose their tracks first: they have the fewest alternatives.
     edges = [
-        (edge.source, node.name, i) for node in graph.nodes for i, edge in enumerate(node.inputs)
+        (edge.source, entrance(node, i), i)
+        for node in graph.nodes
+        for i, edge in enumerate(node.inputs)
     ]
     edges += [(name, output_mark(name), 0) for name in graph.outputs]
 

@@ -13,6 +13,7 @@ from typing import Any, Iterator, Mapping
 from torch import Tensor, nn
 
 from fpn_plugin.compat import uncompiled
+from fpn_plugin.pyramid.graph import Node
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.resolve import ResolvedNode
 
@@ -29,7 +30,7 @@ class RecordedMaps:
         inputs: of the bottom-up maps.
         before: of the input from a fusing node's own level, as it reaches the fusion; by node.
         fused: of the fusion's result, before the node's block; by node.
-        nodes: of the node's result; by node.
+        nodes: of the results of nodes and steps, by the names of the maps.
         outputs: of the backbone's outputs, by their names, "p2" and so on.
     """
 
@@ -95,12 +96,12 @@ def _level(stride: int) -> int:
 def _record_nodes(executor: GraphExecutor, maps: RecordedMaps, stack: contextlib.ExitStack) -> None:
     maps.levels.update(executor.graph.inputs)
     for step in executor.steps:
-        maps.levels[step.node.name] = step.node.level
+        maps.levels.update(step.node.maps())
         if step.fuse is not None:
             _record_fusion(executor.get_submodule(step.fuse.path), step, maps, stack)
         *_, last = [None, *step.parts()]
         if last is not None:
-            hook = _recorder(maps.nodes, step.node.name)
+            hook = _recorder(maps.nodes, *step.node.maps())
             stack.callback(executor.get_submodule(last.path).register_forward_hook(hook).remove)
 
 
@@ -117,9 +118,12 @@ def _record_fusion(
     stack.callback(fusion.register_forward_hook(_recorder(maps.fused, name)).remove)
 
 
-def _recorder(strengths: dict[str, Tensor], name: str) -> Any:
-    def record(module: nn.Module, args: Any, output: Tensor) -> None:
-        strengths[name] = strength(output)
+def _recorder(strengths: dict[str, Tensor], *names: str) -> Any:
+    """A hook that records the map, or maps, that a module gives."""
+
+    def record(module: nn.Module, args: Any, output: Tensor | list[Tensor]) -> None:
+        results = [output] if isinstance(output, Tensor) else output
+        strengths.update({name: strength(x) for name, x in zip(names, results)})
 
     return record
 
@@ -174,7 +178,7 @@ def _fusion_rows(executor: GraphExecutor, maps: RecordedMaps, image: int) -> lis
     """The rows before the first fusion of each level, and after its fusions."""
     by_level: dict[int, list[ResolvedNode]] = {}
     for step in executor.steps:
-        if step.fuse is not None:
+        if step.fuse is not None and isinstance(step.node, Node):
             by_level.setdefault(step.node.input_level, []).append(step)
     if not by_level:
         return []
@@ -214,7 +218,8 @@ def _before_fusion(
         title = f"{edge.source}, projected" if any(edge.parts()) else edge.source
         return Cell(title, maps.before[steps[0].node.name][image])
     for step in executor.steps:
-        name, inner = step.node.name, step.node.name not in executor.graph.outputs
-        if step.node.level == level and step.fuse is None and inner and name in maps.nodes:
-            return Cell(name, maps.nodes[name][image])
+        for name, its_level in step.node.maps().items():
+            inner = name not in executor.graph.outputs and step.fuse is None
+            if its_level == level and inner and name in maps.nodes:
+                return Cell(name, maps.nodes[name][image])
     return None

@@ -18,13 +18,9 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 
 SINGLE = ["conv1x1", "conv3x3", "separable", "deformable"]
-<<<<<<< HEAD
-COMPOUND = ["bottleneck", "csp", "fsm", "rep"]
-ATTENTION = ["se", "eca", "cbam", "coord", "ema"]  # tests/pyramid/test_attention.py
-=======
 COMPOUND = ["bottleneck", "csp", "fsm", "rep", "csp_rep", "csp_elan", "csp_elan5"]
 COMPOUND += ["c2f", "csp_stage", "rep_stage"]
->>>>>>> h-yolo
+ATTENTION = ["se", "eca", "cbam", "coord", "ema"]  # tests/pyramid/test_attention.py
 PRE = ORDERS[1]
 X = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
 

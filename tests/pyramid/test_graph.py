@@ -96,11 +96,7 @@ def test_inputs_must_exist() -> None:
         check(GOOD, inputs={})
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", sorted({*TOPOLOGIES.names()} - {"simple", "bifusion"}))
-=======
-@pytest.mark.parametrize("name", sorted(set(TOPOLOGIES.names()) - OWN_LEVELS))
->>>>>>> h-vit
+@pytest.mark.parametrize("name", sorted(set(TOPOLOGIES.names()) - OWN_LEVELS - {"bifusion"}))
 @pytest.mark.parametrize("extra", ["none", "maxpool", "conv_p5"])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_every_topology_checks(name: str, extra: str, repeats: int) -> None:

@@ -36,13 +36,8 @@ def test_shapes_order_and_values(topology: str, extra: str) -> None:
     pyramid = small_pyramid(topology, extra)
     for size in [(64, 96), (97, 131), (33, 40)]:
         outputs = pyramid(small_maps(*size, batch=2))
-<<<<<<< HEAD
         levels = [f"p{level}" for level in range(finest_of(topology), 6)]
         assert list(outputs) == [*levels, *own, *added]
-=======
-        finest = ["p3"] if topology == "projector" else ["p2", "p3"]
-        assert list(outputs) == [*finest, "p4", "p5", *own, *added]
->>>>>>> h-vit
         for name, x in outputs.items():
             # from one map of stride 16, the finer sizes are its multiples
             side = 16 if topology in OWN_LEVELS and int(name[1:]) < 4 else 2 ** int(name[1:])

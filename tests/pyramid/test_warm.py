@@ -59,12 +59,8 @@ def test_any_pyramid_begins_as_any_other(old_name: str) -> None:
         found = merged.eval()(maps)
         common = {name: found[name] for name in expected if name in found}
         assert warm.gates.keys() == common.keys()
-<<<<<<< HEAD
-        fewer = {"simple", "bifusion"} & {old_name, new_name}
-        assert len(common) >= 5 - len(fewer), new_name
-=======
-        assert len(common) >= (3 if OWN_LEVELS & {old_name, new_name} else 5), new_name
->>>>>>> h-vit
+        fewer = {"bifusion"} & {old_name, new_name}
+        assert len(common) >= (3 if OWN_LEVELS & {old_name, new_name} else 5 - len(fewer)), new_name
         assert_same({name: expected[name] for name in common}, common)
 
 

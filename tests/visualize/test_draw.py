@@ -19,7 +19,7 @@ from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.visualize.draw import box_kind, check_extension, draw_graph
 from fpn_plugin.visualize.fusion_weights import fusion_weights
-from fpn_plugin.visualize.layout import lay_out, output_mark, ports
+from fpn_plugin.visualize.layout import entrance, lay_out, output_mark, ports
 
 INPUTS = {"res3": 3, "res4": 4, "res5": 5}
 
@@ -60,12 +60,17 @@ def test_boxes_and_routes(graph: Graph) -> None:
     assert len(set(cells.values())) == len(cells), "two boxes in one cell"
     assert all(cells[name][0] == 0 for name in graph.inputs)
     for node in graph.nodes:
-        column, row = cells[node.name]
-        assert layout.levels[row] == node.level
-        assert all(cells[edge.source][0] < column for edge in node.inputs)
+        for name, level in node.maps().items():
+            column, row = cells[name]
+            assert layout.levels[row] == level
+            assert all(cells[edge.source][0] < column for edge in node.inputs)
     assert {cells[output_mark(name)][0] for name in graph.outputs} == {layout.columns - 1}
 
-    edges = [(edge.source, node.name) for node in graph.nodes for edge in node.inputs]
+    edges = [
+        (edge.source, entrance(node, i))
+        for node in graph.nodes
+        for i, edge in enumerate(node.inputs)
+    ]
     edges += [(name, output_mark(name)) for name in graph.outputs]
     assert sorted((route.source, route.target) for route in layout.routes) == sorted(edges)
     users: dict[Any, str] = {}

@@ -16,11 +16,11 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fpn_plugin.modeling.build import build_model
-from fpn_plugin.pyramid.blocks import ModulatedConv
+from fpn_plugin.pyramid.blocks import ModulatedKernel
 
 # operators that compute something else when their channels are copied
 INEXACT = ("non_local", "pixel_shuffle")
-_MATRICES = (nn.Conv2d, nn.Linear, ModulatedConv)
+_MATRICES = (nn.Conv2d, nn.Linear, ModulatedKernel)
 
 
 def shapes_at_width(cfg: CfgNode, width: int) -> dict[str, torch.Size]:

@@ -13,22 +13,5 @@ from fpn_plugin.pyramid.topologies.base import (
     Topology,
 )
 
-<<<<<<< HEAD
 __all__ = ["INNER_LEVELS", "OWN_LEVELS", "Style", "TOPOLOGIES", "Topology"]
 __all__ += ["detr", "fpn", "gather", "one_level", "search", "two_way", "yolo"]
-=======
-__all__ = [
-    "INNER_LEVELS",
-    "OWN_LEVELS",
-    "Style",
-    "TOPOLOGIES",
-    "Topology",
-    "detr",
-    "fpn",
-    "gather",
-    "one_level",
-    "search",
-    "two_way",
-    "yolo",
-]
->>>>>>> h-vit

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, node, op
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, Step, node, op, step
 from fpn_plugin.registry import Registry, bad_argument
 
 Levels = Mapping[str, int]
@@ -97,11 +97,11 @@ def the_level(topology: str, inputs: Levels, finer: int) -> int:
     return levels[0]
 
 
-def graph_of(inputs: Levels, nodes: list[Node], outputs: Mapping[int, str]) -> Graph:
+def graph_of(inputs: Levels, nodes: Sequence[Node | Step], outputs: Mapping[int, str]) -> Graph:
     """A graph with one output per level.
 
     Args:
-        outputs: the node that gives each level.
+        outputs: the node, or the map of a step, that gives each level.
     """
     return Graph(inputs, tuple(nodes), tuple(outputs[level] for level in sorted(outputs)))
 
@@ -165,6 +165,7 @@ __all__ = [
     "Operator",
     "OWN_LEVELS",
     "SEVERAL_OF_A_LEVEL",
+    "Step",
     "Style",
     "TOPOLOGIES",
     "Topology",
@@ -178,4 +179,5 @@ __all__ = [
     "op",
     "prescribe",
     "the_level",
+    "step",
 ]

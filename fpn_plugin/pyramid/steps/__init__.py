@@ -1,0 +1,5 @@
+"""STEPS: operators on the maps of several levels at once. Shapes are `(N, C, H, W)`."""
+
+from fpn_plugin.pyramid.steps.base import STEPS
+
+__all__ = ["STEPS"]
