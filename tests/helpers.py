@@ -105,8 +105,9 @@ def levels_of(topology: str) -> dict[str, int]:
 
 
 def finest_of(topology: str) -> int:
-    """The finest level that a topology gives on `LEVELS`: YOLOv6's only reads level 2."""
-    return 3 if topology == "bifusion" else 2
+    """The finest level that a topology gives on `LEVELS`: YOLOv6's only reads level 2, and LW-DETR's
+    makes one level finer than its input."""
+    return 3 if topology in ("bifusion", "projector") else 2
 
 
 def small_pyramid(

@@ -122,6 +122,9 @@ def _entry(
     divisibility: int,
 ) -> Entry:
     settings = read_settings(cfg)
+    if settings.rfp_steps > 1:
+        reason = f"MODEL.FPN.RFP_STEPS: {settings.rfp_steps}, so it is no pyramid alone"
+        return Entry(name, settings, reason=f"{reason}: `fpn show` counts it with its networks")
     with keys_in_errors():
         if missing := [each for each in settings.in_features if each not in shapes]:
             raise ValueError(

@@ -274,7 +274,8 @@ def neck_of(backbone: nn.Module) -> nn.Module:
     """The pyramid of a backbone, called with a dict of bottom-up maps; parameters are shared.
 
     It is the backbone itself, run on maps that are there already, so that what was done to the
-    backbone (a layout, a compiled part) holds for it too.
+    backbone (a layout, a compiled part) holds for it too. Of a recursive pyramid it is the first
+    run: the others read the image.
 
     Raises:
         ValueError: if the backbone has no network underneath.
@@ -284,6 +285,8 @@ def neck_of(backbone: nn.Module) -> nn.Module:
     neck = copy.copy(backbone)
     neck._modules = dict(backbone._modules)  # a shallow copy shares the dict of submodules
     neck.add_module(name, GivenMaps(network.output_shape(), network))
+    if getattr(neck, "rfp", None) is not None:
+        neck.add_module("rfp", None)
     return neck
 
 

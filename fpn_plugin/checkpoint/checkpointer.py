@@ -310,8 +310,12 @@ class Checkpointer(DetectionCheckpointer):
         return self._adapted(state, wanted)
 
     def _adapted(self, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With changes to tensors of other shapes; in place, as the state has a version."""
+        """With changes to tensors of other shapes, and what a module makes of others (see
+        `PyramidBackbone.complete_state`); in place, as the state has a version."""
         state.update(adapt_image_channels(state, wanted, self._title))
+        for name, module in self.model.named_modules():
+            if complete := getattr(module, "complete_state", None):
+                complete(state, f"{name}." if name else "")
         return state
 
     def has_checkpoint(self) -> bool:

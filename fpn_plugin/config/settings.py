@@ -25,6 +25,7 @@ from fpn_plugin.pyramid.topologies import INNER_LEVELS, OWN_LEVELS, TOPOLOGIES, 
 from fpn_plugin.registry import Registry, bad_argument, unknown_name
 
 SECTION = "MODEL.FPN"
+_MAX_RFP_STEPS = 8  # a whole network each; the paper has 2
 _MAX_CHANNELS = 8192  # one 3x3 convolution of so many takes 2.4 GB
 # Detectron2's own choices: build_retinanet_resnet_fpn_backbone, and its FCOS config
 _EXTRA_LEVELS = {"RetinaNet": "conv_c5", "FCOS": "conv_p5"}
@@ -117,6 +118,14 @@ class PyramidSettings:
         "", 'of the blocks (`""`: none, or what a topology prescribes)', ACTIVATIONS
     )
 
+    rfp_steps: int = _setting(
+        1,
+        "how often network and pyramid run, DetectoRS' recursive feature pyramid (its own: `2`):"
+        " each further run is that of a network of its own, which reads the image and the maps"
+        " before, and begins as a copy of the first; Detectron2's ResNets alone. The pyramid's"
+        " weights are the same in all runs, so take norms without statistics",
+    )
+
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and repr(other) == repr(self)
 
@@ -146,6 +155,16 @@ class PyramidSettings:
             raise bad_argument(
                 "out_channels",
                 f"{self.out_channels!r} is not a whole number from 1 to {_MAX_CHANNELS}",
+            )
+        if type(self.rfp_steps) is not int or not 1 <= self.rfp_steps <= _MAX_RFP_STEPS:
+            raise bad_argument(
+                "rfp_steps", f"{self.rfp_steps!r} is not a whole number from 1 to {_MAX_RFP_STEPS}"
+            )
+        if self.rfp_steps > 1 and self.out_channels % 4:
+            raise bad_argument(
+                "rfp_steps",
+                f"{self.rfp_steps} divides the channels among four convolutions, but"
+                f" `out_channels` {self.out_channels} is not divisible by 4",
             )
         if not is_names(self.in_features):
             raise bad_argument("in_features", f"{self.in_features!r} is not a list of names")

@@ -3,7 +3,7 @@ H, W)`."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping, MutableMapping, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -35,6 +35,7 @@ from fpn_plugin.modeling.bottom_up import (
     probe_maps,
     wrong_size,
 )
+from fpn_plugin.modeling.recursion import FeedbackResNet, RecursivePyramid
 from fpn_plugin.pyramid.fused import is_traced
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.warm import combine
@@ -68,6 +69,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
     Attributes:
         settings: the pyramid's settings.
         warm_start: the two pyramids as one; None without `warm_from`.
+        rfp: the further runs of a recursive pyramid (`rfp_steps`); None for a single one.
 
     Raises:
         ValueError: (KeyError for an unknown name) naming the argument or node, the value and what
@@ -76,7 +78,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
     """
 
     # Detectron2's ResNet keeps its stages in a plain list, which TorchScript refuses
-    _unrolled = (ResNet,)
+    _unrolled = (ResNet, RecursivePyramid, FeedbackResNet)
 
     @configurable
     def __init__(
@@ -101,6 +103,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         channels = {name: shape.channels for name, shape in shapes.items()}
         warm = None
         if warm_from is not None:
+            _check_steps(warm_from.settings.rfp_steps, settings.rfp_steps)
             warm = combine((warm_from.graph, warm_from.defaults), (graph, defaults), channels)
         whole, per_node = (warm.graph, warm.per_node) if warm else (graph, None)
         inputs = {name: channels[name] for name in whole.inputs}
@@ -109,6 +112,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         self.warm_start = warm
         self.bottom_up = bottom_up
         accept_small_maps(bottom_up)
+        self.rfp = self._further_runs()
         self._square_pad = square_pad
         self.recompute = recompute
         # a warm start pads images as the checkpoint does, or it would not compute its function
@@ -116,6 +120,14 @@ class PyramidBackbone(GraphExecutor, Backbone):
         self._size_divisibility = max(
             padding_graph.size_divisibility(), bottom_up.size_divisibility, size_divisibility
         )
+
+    def _further_runs(self) -> RecursivePyramid | None:
+        steps, graph = self.settings.rfp_steps, self.graph
+        if steps == 1:
+            return None
+        levels = {name: graph.level(node) for name, node in graph.output_names().items()}
+        width = self.defaults.channels
+        return RecursivePyramid(self.bottom_up, steps, width, list(graph.inputs), levels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -161,7 +173,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         features = self.bottom_up(x)
         if isinstance(x, Tensor) and not is_traced():  # no proxy of torch.fx
             self._check_sizes(features, x)
-        return self._run(features)
+        maps = self._run(features)
+        return maps if self.rfp is None else self.rfp(x, maps, self._run)
 
     def _check_sizes(self, features: Mapping[str, Tensor], x: Tensor) -> None:
         """Refuse maps whose places are not those that their strides say.
@@ -176,6 +189,22 @@ class PyramidBackbone(GraphExecutor, Backbone):
             size = features[name].shape[2:]
             if not fits([size], [2**level], image):
                 raise wrong_size(type(self.bottom_up).__name__, name, 2**level, size, image)
+
+    def complete_state(self, state: MutableMapping[str, Tensor], prefix: str) -> None:
+        """Add to a state dict, in place, what it lacks and other tensors of it say: the weights of
+        a recursive pyramid's further networks, which begin as the first.
+
+        Args:
+            prefix: before the backbone's names in it.
+        """
+        if self.rfp is not None:
+            self.rfp.complete_state(state, f"{prefix}rfp.", f"{prefix}bottom_up.")
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Tensor], prefix: str, *rest: Any
+    ) -> None:
+        self.complete_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
         module = super().__prepare_scriptable__()
@@ -204,6 +233,16 @@ def _settings(settings: PyramidSettings | None, arguments: Mapping[str, Any]) ->
             f" fields by name ({', '.join(arguments) or 'in_features=..., out_channels=...'})"
         )
     return settings
+
+
+def _check_steps(old: int, new: int) -> None:
+    """Refuse a warm start that would lose the further runs of the old pyramid."""
+    if old not in (1, new):
+        raise bad_argument(
+            "warm_from",
+            f"its pyramid runs {old} times (RFP_STEPS), which a start with `rfp_steps` {new} would"
+            f" not compute: take {old}",
+        )
 
 
 def _build_network(cfg: CfgNode, input_shape: ShapeSpec, more: Sequence[str]) -> Backbone:

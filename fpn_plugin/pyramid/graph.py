@@ -16,7 +16,7 @@ from typing import Any, Collection, Iterable, Mapping, Sequence, Union
 from fpn_plugin.registry import HOW_TO_ADD, bad_argument, unknown_name
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_RESERVED = re.compile(r".*(_fuse|_edge\d+)(\..*)?|bottom_up(\..*)?")
+_RESERVED = re.compile(r".*(_fuse|_edge\d+)(\..*)?|(bottom_up|rfp)(\..*)?")
 MAX_LEVEL = 12  # a stride of 4096 pixels
 
 
@@ -307,7 +307,9 @@ def _check_name(node: Node | Step, taken: Collection[str]) -> None:
             f"{where}: a name is letters, digits and underscores, not beginning with a digit"
         )
     if _RESERVED.fullmatch(node.name):
-        raise ValueError(f"{where}: names that end in _fuse or _edge<n>, and bottom_up, are taken")
+        raise ValueError(
+            f"{where}: names that end in _fuse or _edge<n>, bottom_up and rfp are taken"
+        )
     for name in {node.name, *node.maps()}:
         if name in taken:
             whose = "the name" if name == node.name else f"the name of its map {name!r}"

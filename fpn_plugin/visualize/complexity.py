@@ -58,8 +58,9 @@ class Complexity:
 
     Attributes:
         size: of the image with its padding, height and width in pixels.
-        nodes: of the pyramid, in the order in which they run.
+        nodes: of the pyramid, in the order in which they run; of a recursive one in all its runs.
         bottom_up: the network underneath.
+        recursion: what else a recursive pyramid has: further networks, and what is fed back.
         shapes: `(C, H, W)` of each map that the pyramid gives, from high to low resolution.
         uncounted: operators that may be costly and that fvcore cannot count, with how often each
             runs.
@@ -70,6 +71,7 @@ class Complexity:
     bottom_up: Cost
     shapes: Mapping[str, tuple[int, int, int]]
     uncounted: Mapping[str, int]
+    recursion: Cost = Cost(0, 0)
 
     @property
     def pyramid(self) -> Cost:
@@ -179,13 +181,18 @@ def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Com
             count_parameters(backbone, paths), sum(flops[path] for path in paths)
         )
     bottom_up = Cost(count_parameters(backbone, ["bottom_up"]), flops["bottom_up"])
+    recursion = Cost(0, 0)
+    if backbone.rfp is not None:
+        parts = [f"networks.{i}" for i in range(len(backbone.rfp.networks))]
+        counts = (flops[f"rfp.{part}"] for part in (*parts, "aspp", "gate"))
+        recursion = Cost(count_parameters(backbone.rfp), sum(counts))
     shapes = {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
     uncounted = {
         name: count
         for name, count in analysis.unsupported_ops().items()
         if any(word in name for word in _HEAVY)
     }
-    return Complexity((height, width), nodes, bottom_up, shapes, uncounted)
+    return Complexity((height, width), nodes, bottom_up, shapes, uncounted, recursion)
 
 
 def _image_channels(network: nn.Module) -> int:
@@ -282,6 +289,7 @@ def settings_text(backbone: PyramidBackbone, names: Mapping[str, str]) -> str:
         **names,
         "in features": ", ".join(maps),
         "channels": str(defaults.channels),
+        **({"runs": str(backbone.settings.rfp_steps)} if backbone.rfp is not None else {}),
         "norm": defaults.norm or "none",
         "activation": defaults.activation or "none",
         "fuse": operator_text(defaults.fuse),
@@ -299,14 +307,13 @@ def totals_text(complexity: Complexity, readers: Mapping[str, Sequence[str]]) ->
     Args:
         readers: the maps that each config key of the heads names.
     """
-    pyramid, below = complexity.pyramid, complexity.bottom_up
+    pyramid, below, again = complexity.pyramid, complexity.bottom_up, complexity.recursion
+    rows = {"pyramid": pyramid, "bottom-up": below}
+    rows |= {"recursion": again} if again.parameters else {}
+    rows["backbone"] = pyramid + below + again
     lines = [
         f"{name.ljust(9)}  {cost.parameters:>12,} parameters  {cost.flops / 1e9:>9.3f} GFLOPs"
-        for name, cost in (
-            ("pyramid", pyramid),
-            ("bottom-up", below),
-            ("backbone", pyramid + below),
-        )
+        for name, cost in rows.items()
     ]
     lines.append(_NOTE.format(*complexity.size))
     lines += [

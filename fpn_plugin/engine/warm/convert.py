@@ -30,6 +30,7 @@ _DETECTRON2_FPN = {
     "ACTIVATION": ("",),
     "NORM_EPS": (0.0,),
     "EXTRA_LEVELS": ("maxpool", "conv_c5"),
+    "RFP_STEPS": (1,),
 }
 
 

@@ -25,6 +25,9 @@ from fpn_plugin.pyramid.warm import GATE, PREFIX, Origin, WarmPyramid
 logger = logging.getLogger(__name__)
 
 COPIED, ADAPTED, FRESH = "copied", "adapted", "fresh"
+RECURSION = (
+    "rfp."  # before the names of what a recursive pyramid has beside a network and a pyramid
+)
 EXACTLY, ROUNDED, LOST = "exactly", "up to rounding", "no"
 
 
@@ -150,6 +153,7 @@ class WarmStart:
             return {name: checkpoint[name] if fits[name] else x for name, x in initial.items()}
         state = dict(checkpoint) if self.warm else self._insert_bottom_up(checkpoint, initial)
         self._check(state)
+        self.backbone.complete_state(state, self.prefix)
         self.rows = []
         converted = {name: self._convert(name, state, now) for name, now in initial.items()}
         self.reasons = self._reasons()
@@ -202,7 +206,7 @@ class WarmStart:
         """A tensor's name in the checkpoint, with its origin if it belongs to a pyramid; ("", None)
         for a tensor that only the new pyramid has."""
         inner = name[len(self.prefix) :]
-        if not name.startswith(self.prefix) or inner.startswith("bottom_up."):
+        if not name.startswith(self.prefix) or inner.startswith(("bottom_up.", RECURSION)):
             return name, None
         path = inner
         while path and path not in self.origins:
@@ -217,6 +221,9 @@ class WarmStart:
         source, origin = self._origin(name)
         group, original = self._group(name), bool(source) and (origin is None or origin.exact)
         x = state.get(source)
+        if x is None and name.startswith(self.prefix + RECURSION):  # it starts as nothing
+            self.rows.append(TensorRow(name, group, FRESH, "without effect at first", False))
+            return now
         if x is None or x.shape != self.shapes[name]:
             remark = ""
             if x is not None:
@@ -240,8 +247,8 @@ class WarmStart:
         inner = name[len(self.prefix) :]
         if not name.startswith(self.prefix):
             return ".".join(name.split(".")[: 2 if name.startswith("roi_heads") else 1])
-        if inner.startswith("bottom_up."):
-            return "bottom_up"
+        if inner.startswith(("bottom_up.", RECURSION)):
+            return inner.partition(".")[0]
         steps = [step.node.name for step in self.backbone.steps]
         return max((x for x in steps if inner.startswith((f"{x}.", f"{x}_"))), key=len)
 
