@@ -181,8 +181,9 @@ _KEYS = [
     Key(
         "TEST.FOLD_NORMS",
         False,
-        "evaluates a copy of the model whose batch norms are folded into the convolutions before"
-        " them: the same up to rounding",
+        "evaluates (and `fpn export` writes) a copy of the model whose batch norms are folded into"
+        " the convolutions before them, and whose parallel convolutions (the block `rep` and those"
+        " of it) are one: the same up to rounding",
     ),
     Key(
         "TEST.FAST_COCO_EVAL",

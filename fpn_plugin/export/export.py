@@ -21,6 +21,7 @@ from fpn_plugin.export.errors import time_limit
 from fpn_plugin.export.formats import FORMATS, INPUT, Format, Shape
 from fpn_plugin.export.model import WHAT, ExportModel, export_backbone, export_detector
 from fpn_plugin.export.verify import Difference, make_inputs, verify
+from fpn_plugin.modeling.speed import Speed, prepare_for_inference
 from fpn_plugin.pyramid.blocks import ModulatedConv
 from fpn_plugin.registry import unknown_name
 from fpn_plugin.report.progress import Bar
@@ -139,6 +140,8 @@ def _build(settings: Settings, bar: Bar) -> ExportModel:
     bar.say(f"Loading {cfg.MODEL.WEIGHTS}")
     part = "backbone." if settings.what == "backbone" else ""
     model = load_detector(cfg, part, settings.allow_partial).model
+    if cfg.TEST.FOLD_NORMS:
+        model = prepare_for_inference(model, Speed(fold_norms=True))
     return (export_backbone if settings.what == "backbone" else export_detector)(cfg, model)
 
 

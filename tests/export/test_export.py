@@ -21,6 +21,7 @@ from fpn_plugin.data.deep_images import read_image
 from fpn_plugin.export.export import Settings, _build, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.verify import TOLERANCE
+from fpn_plugin.pyramid.blocks_rep import Rep
 from fpn_plugin.report.progress import Bar
 from fpn_plugin.visualize.detector import load_detector, read_config
 
@@ -81,6 +82,37 @@ def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) 
     assert list(maps) == info["outputs"]
     for y, expected in zip(maps.values(), _build(given, Bar(True)).run(image)):
         assert np.allclose(y, expected.numpy(), rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+HYBRID: dict[str, Any] = {
+    "MODEL__FPN__TOPOLOGY": "hybrid",
+    "MODEL__FPN__FUSE_TYPE": "stack",
+    "MODEL__FPN__BLOCK": "csp_rep(depth=1)",
+    "MODEL__FPN__DOWNSAMPLE": 'conv(activation="silu")',
+    "MODEL__FPN__NORM": "BN",
+    "MODEL__FPN__IN_FEATURES": ["res4", "res5"],
+    "MODEL__RPN__IN_FEATURES": ["auto"],
+    "MODEL__ROI_HEADS__IN_FEATURES": ["auto"],
+    "MODEL__ANCHOR_GENERATOR__SIZES": ["auto"],
+}
+
+
+def test_norms_and_parallel_convolutions_are_folded(tmp_path: Path) -> None:
+    """RT-DETR's encoder: each `rep` of the file is one convolution, and the maps are the model's."""
+    detector = write_detector(tmp_path, "faster_rcnn", **HYBRID)
+    given = settings(detector, "torchscript", tmp_path)
+    plain = _build(given, Bar(True))
+    given = replace(given, opts=("TEST.FOLD_NORMS", "True"))
+    export(given, Bar(True))
+    image = torch.randn(2, 3, 192, 257)
+    file = torch.jit.load(str(given.output))
+    for y, expected in zip(file(image).values(), plain.run(image)):
+        assert torch.allclose(y, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    folded = str(file.inlined_graph)
+    assert "batch_norm" not in folded
+    convs = sum(isinstance(m, torch.nn.Conv2d) for m in plain.module.modules())
+    branches = sum(isinstance(m, Rep) for m in plain.module.modules())
+    assert branches == 2 and folded.count("aten::conv2d") == convs - branches
 
 
 # test_run_exported.py has others; both formats of all on trained models are in docs/export.md

@@ -50,9 +50,10 @@ def test_topologies(name: str, topology: str, tmp_path: Path) -> None:
 
 
 def test_operators_with_a_counterpart_in_onnx(tmp_path: Path) -> None:
-    check(tiny_subject(levels=2, block="deformable", upsample="dysample"), "onnx", tmp_path)
+    operators = {"block": "deformable", "upsample": "dysample", "downsample": "scdown"}
+    check(tiny_subject("hybrid", levels=2, **operators), "onnx", tmp_path)
     names = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
-    assert names >= {"DeformConv", "GridSample"}
+    assert names >= {"DeformConv", "GridSample", "Softmax"}
 
 
 def with_network(name: str) -> ExportModel:
