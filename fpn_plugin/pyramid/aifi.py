@@ -63,7 +63,10 @@ class AIFI(nn.Module):
         if in_channels != out_channels:
             raise ValueError(f"aifi cannot turn {in_channels} channels into {out_channels}")
         if heads < 1 or in_channels % heads:
-            raise ValueError(f"heads: {heads} heads do not divide {in_channels} channels")
+            raise ValueError(
+                f"heads: {heads} heads do not divide {in_channels} channels; take a multiple of"
+                f" {max(heads, 1)}"
+            )
         if in_channels % 4:
             raise ValueError(
                 f"aifi needs channels in four equal parts, for its positions: {in_channels} is not"

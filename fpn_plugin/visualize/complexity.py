@@ -8,6 +8,7 @@ are counted; additions, activations and poolings are not.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
 from fpn_plugin.config.settings import extra_levels_for
@@ -119,13 +121,25 @@ def totals(backbone: Backbone, below: str, size: Sequence[int] = (800, 1344)) ->
         ValueError: if `size` is not two positive whole numbers.
     """
     model, image = _model_and_image(backbone, below, size)
-    flops = _quiet(FlopCountAnalysis(model, image)).by_module()
+    flops = _flop_count(model, image).by_module()
     activations = _quiet(ActivationCountAnalysis(model, image)).by_module()
     whole, lower = (
         Totals(count_parameters(model, [path]), flops[path], activations[path])
         for path in ("", below)
     )
     return {"backbone": whole, "bottom_up": lower, "neck": whole - lower}
+
+
+def _flop_count(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
+    analysis = FlopCountAnalysis(model, image)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _count_attention)
+    return _quiet(analysis)
+
+
+def _count_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> float:
+    """`softmax(q kᵀ) v`: two matrix products."""
+    query, key, value = (get_shape(x) for x in inputs[:3])  # (…, L, E), (…, S, E), (…, S, E')
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _quiet(analysis: Any) -> Any:
@@ -170,7 +184,7 @@ def measure(backbone: PyramidBackbone, size: Sequence[int] = (800, 1344)) -> Com
     """
     model, image = _model_and_image(backbone, "bottom_up", size)
     height, width = image.shape[2], image.shape[3]
-    analysis = _quiet(FlopCountAnalysis(model, image))
+    analysis = _flop_count(model, image)
     with torch.no_grad():
         flops = analysis.by_module()
         maps = model(image)

@@ -66,7 +66,7 @@ def test_aifi_checks_its_channels() -> None:
     assert sum(p.numel() for p in BLOCKS.get("aifi")(256, 256).parameters()) == 789_760
     for arguments, message in (
         ((8, 16), "aifi cannot turn 8 channels into 16"),
-        ((20, 20), "heads: 8 heads do not divide 20 channels"),
+        ((20, 20), "heads: 8 heads do not divide 20 channels; take a multiple of 8"),
         ((16, 16, 0), "heads: 0 heads do not divide 16 channels"),
         ((6, 6, 2), "aifi .* 6 is not a multiple of 4"),
     ):

@@ -478,6 +478,7 @@ ERRORS = {
     "none in the stack": (("fpn+asff", (3, 4, 5), 2), r"inner_levels: 2.*'fpn\+asff'.*bifpn"),
     "not a number": (("bifpn", (3, 4, 5), -2), r"inner_levels: -2"),
     "one level": (("bifpn", (5,), 0), r"topology: 'bifpn' needs at least 2 levels"),
+    "one level of RT-DETR's": (("hybrid", (5,), -1), r"topology: 'hybrid' needs at least 2 levels"),
     "two levels": (("qufpn", (4, 5), 0), r"topology: 'qufpn' needs at least 3 levels"),
     "nothing to balance": (("bfp", (5,), -1), r"topology: 'bfp' needs at least 2"),
     "nothing to concatenate": (("csp_pan", (5,), -1), r"topology: 'csp_pan' needs at least 2"),

@@ -67,6 +67,16 @@ def test_bottom_up_by_hand() -> None:
     assert cost.flops == 16 * 24 * 3 * 4 * 9 + 8 * 12 * 4 * 8 * 9
 
 
+def test_attention_is_counted() -> None:
+    backbone = toy_backbone(channels={4: 8, 5: 8}, topology="hybrid", out_channels=16)
+    complexity = measure(backbone, (64, 160))
+    pixels, c = 2 * 5, 16
+    linear = 4 * c * c + 2 * c * (4 * c)  # query, key, value, out; then the two layers
+    norms = 2 * 5 * c  # fvcore's count of a layer norm, per pixel
+    assert complexity.nodes["hybrid_aifi5"].flops == pixels * (linear + norms + 2 * pixels * c)
+    assert not complexity.uncounted
+
+
 def test_norms_separable_blocks_and_projections_are_counted() -> None:
     backbone = toy_backbone(graph=bifpn(1), out_channels=32, norm="GN")
     cost = measure(backbone, (256, 256))

@@ -6,7 +6,6 @@ from fpn_plugin.pyramid.topologies.base import (
     TOPOLOGIES,
     Graph,
     Levels,
-    Maps,
     Style,
     graph_of,
     laterals,
@@ -15,6 +14,7 @@ from fpn_plugin.pyramid.topologies.base import (
     op,
     prescribe,
 )
+from fpn_plugin.pyramid.topologies.yolo import bottom_up, reduced_top_down
 
 
 @TOPOLOGIES.register("hybrid")
@@ -37,17 +37,9 @@ def hybrid(inputs: Levels, style: Style) -> Graph:
     act = style.act("silu")
     block, reduce = (prescribe(each, activation=act) for each in (style.block, style.lateral))
     nodes, maps = laterals("hybrid", inputs, style, activation="")
-    levels = sorted(maps)
-    top = levels[-1]
+    top = max(maps)
     nodes.append(node(f"hybrid_aifi{top}", top, [maps[top]], block=op("aifi")))
-    reduced: Maps = {}
-    for level, above in reversed(list(zip(levels, levels[1:]))):
-        reduced[above] = f"hybrid_reduce{above}"
-        nodes.append(node(reduced[above], above, [nodes[-1].name], block=reduce))
-        sources = [reduced[above], maps[level]]
-        nodes.append(node(f"hybrid_td{level}", level, sources, block=block))
-    outputs: Maps = {levels[0]: nodes[-1].name}
-    for below, level in zip(levels, levels[1:]):
-        outputs[level] = f"hybrid_bu{level}"
-        nodes.append(node(outputs[level], level, [outputs[below], reduced[level]], block=block))
-    return graph_of(inputs, nodes, outputs)
+    maps[top] = nodes[-1].name
+    down, middle = reduced_top_down("hybrid", maps, block, reduce)
+    up, outputs = bottom_up("hybrid", middle, block)
+    return graph_of(inputs, [*nodes, *down, *up], outputs)

@@ -55,7 +55,7 @@ def _top_down(prefix: str, maps: Maps, block: Operator, **edge: Any) -> tuple[li
     return nodes, middle
 
 
-def _reduced_top_down(
+def reduced_top_down(
     prefix: str, maps: Maps, block: Operator, reduce: Operator
 ) -> tuple[list[Node], Maps]:
     """`T_l = block(fuse(up(R_{l+1}), X_l))` with `R_l = reduce(T_l)`, and R in the place of T but
@@ -72,7 +72,7 @@ def _reduced_top_down(
     return nodes, middle
 
 
-def _bottom_up(prefix: str, maps: Maps, block: Operator) -> tuple[list[Node], Maps]:
+def bottom_up(prefix: str, maps: Maps, block: Operator) -> tuple[list[Node], Maps]:
     """`O_min = X_min`, `O_l = block(fuse(down(O_{l-1}), X_l))`."""
     levels = sorted(maps)
     nodes: list[Node] = []
@@ -94,8 +94,8 @@ def _yolox(name: str, inputs: Levels, style: Style, output: Operator) -> Graph:
     need_levels(name, inputs, 2)
     block, reduce = _stage(style, "silu"), _conv1x1(style, "silu")
     nodes, maps = laterals(name, inputs, style, activation="")
-    down, middle = _reduced_top_down(name, maps, block, reduce)
-    up, merged = _bottom_up(name, middle, block)
+    down, middle = reduced_top_down(name, maps, block, reduce)
+    up, merged = bottom_up(name, middle, block)
     ends, outputs = _outputs(name, merged, output)
     return graph_of(inputs, [*nodes, *down, *up, *ends], outputs)
 
@@ -151,7 +151,7 @@ def csp_pan_yolov8(inputs: Levels, style: Style) -> Graph:
     block = _stage(style, "silu")
     nodes, maps = laterals(name, inputs, style, activation="")
     down, middle = _top_down(name, maps, block)
-    up, outputs = _bottom_up(name, middle, block)
+    up, outputs = bottom_up(name, middle, block)
     return graph_of(inputs, [*nodes, *down, *up], outputs)
 
 
@@ -176,7 +176,7 @@ def csp_pan_ppyoloe(inputs: Levels, style: Style) -> Graph:
     nodes.append(node(f"{name}_td{top}", top, [maps[top]], block=block))
     maps[top] = nodes[-1].name
     down, middle = _top_down(name, maps, block, project=_conv1x1(style, "silu"))
-    up, outputs = _bottom_up(name, middle, block)
+    up, outputs = bottom_up(name, middle, block)
     return graph_of(inputs, [*nodes, *down, *up], outputs)
 
 
@@ -251,12 +251,13 @@ def bifusion(inputs: Levels, style: Style) -> Graph:
     middle = {top: f"{name}_reduce{top}"}
     nodes = [node(middle[top], top, [maps[top]], block=lateral)]
     for below, level, above in reversed(list(zip(levels, levels[1:], levels[2:]))):
-        sources = [middle[above], *(Edge(maps[each], project=lateral) for each in (level, below))]
+        read = [Edge(maps[each], project=lateral) for each in (level, below)]
+        sources: list[str | Edge] = [middle[above], *read]
         merged, middle[level] = f"{name}_merge{level}", f"{name}_td{level}"
         nodes.append(node(merged, level, sources, block=reduce))
         nodes.append(node(middle[level], level, [merged], block=block))
         if level != levels[1]:
             source, middle[level] = middle[level], f"{name}_reduce{level}"
             nodes.append(node(middle[level], level, [source], block=reduce))
-    up, outputs = _bottom_up(name, middle, block)
+    up, outputs = bottom_up(name, middle, block)
     return graph_of(inputs, [*nodes, *up], outputs)
