@@ -78,7 +78,7 @@ def is_linear(conv: Conv2d) -> bool:
 
 
 @torch.no_grad()
-def _as_conv(norm: nn.Module, like: Conv2d) -> Conv2d:
+def _as_conv(norm: Any, like: Conv2d) -> Conv2d:
     """The 1×1 that does what a norm with fixed statistics, or `nn.Identity`, does."""
     conv = Conv2d(like.in_channels, like.in_channels, 1, bias=False).to(like.weight)
     nn.init.dirac_(conv.weight)
