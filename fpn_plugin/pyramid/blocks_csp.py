@@ -47,7 +47,7 @@ class Unit(nn.Sequential):
             raise ValueError(f"unit: {convs!r} names no convolution; write e.g. '1x1 3x3'")
         widths = [channels, *[hidden] * (len(parts) - 1), channels]
         layers = OrderedDict(
-            (f"conv{i}", _conv(part, *widths[i - 1 : i + 1], norm, activation, order))
+            (f"conv{i}", _conv(part, widths[i - 1], widths[i], norm, activation, order))
             for i, part in enumerate(parts, 1)
         )
         super().__init__(layers)

@@ -84,8 +84,13 @@ def _as_conv(norm: Any, like: Conv2d) -> Conv2d:
     nn.init.dirac_(conv.weight)
     if not isinstance(norm, nn.Identity):
         conv.weight, conv.bias = fuse_conv_bn_weights(
-            *(conv.weight, conv.bias, norm.running_mean, norm.running_var),
-            *(norm.eps, norm.weight, norm.bias),
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
     return conv
 

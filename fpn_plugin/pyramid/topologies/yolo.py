@@ -251,7 +251,8 @@ def bifusion(inputs: Levels, style: Style) -> Graph:
     middle = {top: f"{name}_reduce{top}"}
     nodes = [node(middle[top], top, [maps[top]], block=lateral)]
     for below, level, above in reversed(list(zip(levels, levels[1:], levels[2:]))):
-        sources = [middle[above], *(Edge(maps[each], project=lateral) for each in (level, below))]
+        read = [Edge(maps[each], project=lateral) for each in (level, below)]
+        sources: list[str | Edge] = [middle[above], *read]
         merged, middle[level] = f"{name}_merge{level}", f"{name}_td{level}"
         nodes.append(node(merged, level, sources, block=reduce))
         nodes.append(node(middle[level], level, [merged], block=block))
