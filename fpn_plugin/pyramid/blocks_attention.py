@@ -1,7 +1,7 @@
 """BLOCKS that weigh a map by itself. Shapes are `(N, C, H, W)`.
 
 Each multiplies the map by weights from 0 to 1. A convolution comes first where one is asked for, or
-where the channels change: `BLOCK: {name: se, kernel: 3}` is 3×3, then `se`. It gets the block's
+where the channels change: `BLOCK: se(kernel=3)` is 3×3, then `se`. It gets the block's
 norm and order; `activation` is what the block ends with, or begins with in the order
 "act-conv-norm".
 
