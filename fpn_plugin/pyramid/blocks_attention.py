@@ -1,7 +1,7 @@
 """BLOCKS that weigh a map by itself. Shapes are `(N, C, H, W)`.
 
 Each multiplies the map by weights from 0 to 1. A convolution comes first where one is asked for, or
-where the channels change: `BLOCK: {name: se, kernel: 3}` is 3×3, then `se`. It gets the block's
+where the channels change: `BLOCK: se(kernel=3)` is 3×3, then `se`. It gets the block's
 norm and order; `activation` is what the block ends with, or begins with in the order
 "act-conv-norm".
 
@@ -29,7 +29,7 @@ from fpn_plugin.pyramid.blocks import (
     conv_block,
     initialize,
 )
-from fpn_plugin.pyramid.norms import GroupNorm, narrow_norm
+from fpn_plugin.pyramid.norms import GroupNorm, norm_layer
 
 
 class Attention(nn.Module):
@@ -80,6 +80,12 @@ def _hidden(channels: int, reduction: int, least: int = 1) -> int:
     if type(reduction) is not int or reduction < 1:
         raise ValueError(f"reduction {reduction!r} is not a positive whole number")
     return max(channels // reduction, least)
+
+
+def _narrow_norm(norm: str, channels: int) -> nn.Module | None:
+    """A norm inside an attention block. GN is one group there: of so few channels there are no 32,
+    and one stays one at another width."""
+    return GroupNorm(1, channels) if norm == "GN" else norm_layer(norm, channels)
 
 
 @BLOCKS.register("se")
@@ -174,7 +180,7 @@ class ConvolutionalAttention(SqueezeExcitation):
                 "norm: LN normalises over channels, and cbam's 7x7 has only one; give cbam a norm"
                 ' of its own: BN, SyncBN, FrozenBN, GN or ""'
             )
-        layer = narrow_norm(norm, 1)
+        layer = _narrow_norm(norm, 1)
         self.spatial = Conv2d(2, 1, 7, padding=3, bias=layer is None, norm=layer)
         initialize(weight_init.c2_xavier_fill, self.spatial)
 
@@ -205,7 +211,7 @@ class CoordinateAttention(Attention):
     have a bias.
 
     Args:
-        norm: also of y; GN makes it groups of 8 channels.
+        norm: also of y; GN makes it one group.
         kernel: of a convolution before it, see :class:`Attention`.
         reduction: of the channels of y, by this factor.
     """
@@ -222,7 +228,7 @@ class CoordinateAttention(Attention):
     ) -> None:
         super().__init__(in_channels, out_channels, norm, activation, order, kernel)
         hidden = _hidden(out_channels, reduction, 8)
-        layer = narrow_norm(norm, hidden)
+        layer = _narrow_norm(norm, hidden)
         self.reduce = Conv2d(out_channels, hidden, 1, norm=layer, activation=nn.Hardswish())
         initialize(weight_init.c2_xavier_fill, self.reduce)
         self.rows = conv_block(hidden, out_channels, 1)

@@ -77,6 +77,12 @@ def test_a_wider_detector_goes_on(
         ({"OUT_CHANNELS": 64}, {"OUT_CHANNELS": 32}, "32 of 64 channels were let go"),
         ({"OUT_CHANNELS": 64, "NORM": "GN"}, {"OUT_CHANNELS": 96, "NORM": "GN"}, "norms of groups"),
         ({"TOPOLOGY": "fpn+bfp"}, {"TOPOLOGY": "fpn", "OUT_CHANNELS": 64}, "non_local does not"),
+        ({"BLOCK": "eca"}, {"BLOCK": "eca", "OUT_CHANNELS": 64}, "eca does not pass copied"),
+        (
+            {"BLOCK": "ema", "OUT_CHANNELS": 64},
+            {"BLOCK": "ema", "OUT_CHANNELS": 96},
+            "ema sees 96 channels otherwise than 64",
+        ),
         # res2 has 64 channels, so at that width its edges need no projection
         (BIFPN, {**BIFPN, "OUT_CHANNELS": 64}, r"backbone.bifpn_out2_edge0.project"),
     ],
@@ -91,6 +97,20 @@ def test_what_cannot_be_preserved_is_said(
     maps, maps2 = seen(before, inputs)[0], seen(after, inputs)[0]
     names = torch.arange(len(maps2["p3"][0])) * len(maps["p3"][0]) // len(maps2["p3"][0])
     assert largest_difference({k: x[:, names] for k, x in maps.items()}, maps2) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "block, down",
+    [("se", "adown"), ("cbam", "spd"), ("coord", "haar"), ("ema", "carafe_down")],
+)
+def test_attention_and_downsamplers_grow(block: str, down: str, tmp_path: Path) -> None:
+    old = {"OUT_CHANNELS": 32, "BLOCK": f"{block}(kernel=3)", "TOPOLOGY": "pafpn", "NORM": "GN"}
+    old.update({"DOWNSAMPLE": f'{down}(norm="")' if down == "adown" else down})
+    before, after, start = warm(tmp_path, old, {**old, "OUT_CHANNELS": 64})
+    assert set(start.verdict().values()) == {"up to rounding"}
+    x = torch.rand(1, 3, 96, 64)
+    maps, maps2 = before.backbone(x), after.backbone(x)
+    assert largest_difference(maps, {k: y[:, ::2] for k, y in maps2.items()}) < 1e-5
 
 
 def test_a_head_is_never_grown_by_accident(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fpn_plugin.checkpoint.files import read_state_dict
 from fpn_plugin.checkpoint.load import adapt_image_channels
 from fpn_plugin.config.warm_start import FROM, KEY, WEIGHTS
-from fpn_plugin.engine.warm.widths import INEXACT, resize, shapes_at_width
+from fpn_plugin.engine.warm.widths import INEXACT, UNEVEN, resize, shapes_at_width
 from fpn_plugin.modeling.backbone import PyramidBackbone
 from fpn_plugin.pyramid.warm import GATE, PREFIX, Origin, WarmPyramid
 
@@ -267,6 +267,8 @@ class WarmStart:
         elif new > old:
             inexact = sorted(self.warm.operators.intersection(INEXACT))
             reasons += [f"{name} does not pass copied channels on as they are" for name in inexact]
+            uneven = sorted(self.warm.operators.intersection(UNEVEN)) if new % old else []
+            reasons += [f"{name} sees {new} channels otherwise than {old}" for name in uneven]
             if new % old and self._normalises_groups():
                 reasons.append(f"norms of groups see {new} channels otherwise than {old}")
         return reasons

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from fpn_plugin.modeling.build import build_model
 from fpn_plugin.pyramid.blocks import ModulatedKernel
 
-# operators that compute something else when their channels are copied
-INEXACT = ("non_local", "pixel_shuffle")
+# operators that compute something else when their channels are copied, or when not all of them are
+# copied equally often
+INEXACT = ("eca", "non_local", "pixel_shuffle")
+UNEVEN = ("cbam", "ema")
 _MATRICES = (nn.Conv2d, nn.Linear, ModulatedKernel)
 
 
