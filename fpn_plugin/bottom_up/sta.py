@@ -68,6 +68,7 @@ class SpatialTuningBackbone(Backbone):
                 " map for each, all of one stride"
             )
         self.network = network
+        self._size_divisibility = network.size_divisibility
         self._maps = list(shapes)
         self._names = names
         widths = [channels, 2 * channels, 4 * channels, 4 * channels]
@@ -88,12 +89,7 @@ class SpatialTuningBackbone(Backbone):
     @property
     def size_divisibility(self) -> int:
         """The image's height and width must be divisible by it, in pixels; 0 for any size."""
-        return self.network.size_divisibility
-
-    @property
-    def padding_constraints(self) -> Dict[str, int]:
-        """Detectron2's padding options of the network."""
-        return self.network.padding_constraints
+        return self._size_divisibility
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """Run the network and the adapter.
@@ -160,10 +156,14 @@ def build_tuned(
             raise unknown_name(KEY, name, known)
     blocks = sta.get("blocks", ())
     numbers = list(blocks) if isinstance(blocks, (list, tuple)) else []
-    if len(numbers) != len(MAPS) or not all(type(n) is int for n in numbers):
+    if (
+        len(numbers) != len(MAPS)
+        or not all(type(n) is int for n in numbers)
+        or numbers != sorted(set(numbers))
+    ):
         raise ValueError(
-            f"{KEY}: blocks: {blocks!r}; give the numbers of three blocks of the ViT, whose maps"
-            f" become {', '.join(MAPS)}: [4, 8, 12] of twelve"
+            f"{KEY}: blocks: {blocks!r}; give the numbers of three blocks of the ViT, from the"
+            f" first to the last, whose maps become {', '.join(MAPS)}: [4, 8, 12] of twelve"
         )
     names = [name for name in MAPS if name in out_features or not out_features]
     wanted = [f"res4_{numbers[MAPS.index(name)]}" for name in names]

@@ -46,7 +46,9 @@ def projector(inputs: Levels, style: Style) -> Graph:
         outputs[level] = f"projector_output{level}"
         mixed = f"projector_mix{level}"
         nodes.append(node(mixed, level, edges, "stack", style.block))
-        nodes.append(node(outputs[level], level, [mixed], block=op("norm", norm="LN", activation="")))
+        nodes.append(
+            node(outputs[level], level, [mixed], block=op("norm", norm="LN", activation=""))
+        )
     return graph_of(inputs, nodes, outputs)
 
 
@@ -82,7 +84,11 @@ def feature2pyramid(inputs: Levels, style: Style) -> Graph:
         node(
             f"feature2pyramid_output{level}",
             level,
-            [Edge(name, op("identity"), down if level > middle else up if level < middle else None)],
+            [
+                Edge(
+                    name, op("identity"), down if level > middle else up if level < middle else None
+                )
+            ],
             block=style.lateral,
         )
         for level, name in enumerate(sources, start=middle - 2)
