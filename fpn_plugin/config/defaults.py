@@ -116,7 +116,9 @@ _KEYS = [
         {},
         "more arguments for the network, by its library's names: `{drop_path_rate: 0.1}` (on a"
         " command line `MODEL.BOTTOM_UP.ARGS.drop_path_rate 0.1`); for timm also"
-        " `grad_checkpointing: True`",
+        " `grad_checkpointing: True`, and for a plain ViT `norm_maps: True` (its maps pass the"
+        " network's last norm) and `sta: {blocks: [4, 8, 12], channels: 16, norm: BN}` (DEIMv2's"
+        " spatial tuning adapter on the maps after these blocks: it gives `res3`, `res4`, `res5`)",
     ),
     Key(
         "MODEL.BOTTOM_UP.PIXELS",

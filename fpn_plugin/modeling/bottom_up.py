@@ -18,6 +18,7 @@ from fpn_plugin.bottom_up.detectron2 import register_builders
 from fpn_plugin.bottom_up.names import NAME, check_network_name
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
 from fpn_plugin.bottom_up.probe import find_divisor, fits, run_in_evaluation
+from fpn_plugin.bottom_up.sta import SpatialTuningBackbone, build_tuned
 from fpn_plugin.bottom_up.timm import TimmBackbone
 from fpn_plugin.bottom_up.torchvision import TorchvisionBackbone
 from fpn_plugin.checkpoint.files import read_shapes
@@ -76,7 +77,9 @@ def build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         torch.set_rng_state(random_state)
         return _adapted(cfg, input_shape, pretrained=True)
     elif weights:
-        load_weights(bottom_up, weights)
+        # no file has the adapter beside a ViT
+        tuned = isinstance(bottom_up, SpatialTuningBackbone)
+        load_weights(bottom_up.network if tuned else bottom_up, weights)
     return bottom_up
 
 
@@ -157,15 +160,21 @@ def _prefixes(cfg: CfgNode) -> list[str]:
 def _adapted(cfg: CfgNode, input_shape: ShapeSpec, pretrained: bool = False) -> Backbone:
     """A network of another library."""
     library, _, model = cfg.MODEL.BOTTOM_UP.NAME.partition("/")
-    return LIBRARIES[library](
-        model,
-        out_features=cfg.MODEL.FPN.IN_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        norm=cfg.MODEL.BOTTOM_UP.NORM,
-        in_channels=input_shape.channels,
-        args=dict(cfg.MODEL.BOTTOM_UP.ARGS),
-        pretrained=pretrained,
-    )
+    args, names = dict(cfg.MODEL.BOTTOM_UP.ARGS), cfg.MODEL.FPN.IN_FEATURES
+    sta = args.pop("sta", None)
+
+    def build(out_features: Sequence[str]) -> Backbone:
+        return LIBRARIES[library](
+            model,
+            out_features=out_features,
+            freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+            norm=cfg.MODEL.BOTTOM_UP.NORM,
+            in_channels=input_shape.channels,
+            args=args,
+            pretrained=pretrained,
+        )
+
+    return build(names) if sta is None else build_tuned(build, sta, names, input_shape.channels)
 
 
 def _registered(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

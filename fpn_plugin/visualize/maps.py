@@ -159,10 +159,14 @@ def map_rows(backbone: Any, maps: RecordedMaps, image: int = 0) -> list[Row]:
     Args:
         image: its number in the batch.
     """
-    inputs = Row("bottom-up map")
+    rows: list[Row] = []
     for name, strengths in maps.inputs.items():
-        inputs.cells[maps.levels[name]] = Cell(name, strengths[image])
-    rows = [inputs]
+        level = maps.levels[name]
+        row = next((row for row in rows if level not in row.cells), None)
+        if row is None:  # a plain ViT has several maps of one level
+            row = Row("bottom-up map")
+            rows.append(row)
+        row.cells[level] = Cell(name, strengths[image])
     nodes: Mapping[str, str] = {}  # by output
     if isinstance(backbone, GraphExecutor):
         rows += _fusion_rows(backbone, maps, image)

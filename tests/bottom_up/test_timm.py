@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from networks import SMALL_SWIN
+from torch import nn
 
 from fpn_plugin.bottom_up.timm import TimmBackbone
 
@@ -57,6 +58,51 @@ def test_of_several_maps_of_one_stride_the_last_counts() -> None:
     blocks = len(backbone.model.model.blocks)
     assert backbone(x)["res4"].shape == (1, 64, 7, 9)
     assert blocks == 6
+
+
+def test_a_plain_vit_has_a_map_after_each_block() -> None:
+    torch.manual_seed(0)
+    backbone = TimmBackbone("test_vit", ["res4_2", "res4", "res4_5"]).eval()
+    assert list(backbone.output_shape()) == ["res4_2", "res4_5", "res4"]  # the network's order
+    vit, x = backbone.model.model, torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        expected = vit.forward_intermediates(x, indices=[1, 4, 5], intermediates_only=True)
+        maps = backbone(x)
+    assert all(torch.equal(y, z) for y, z in zip(maps.values(), expected, strict=True))
+    # what comes after the last wanted map is dropped, and everything else learns
+    short = TimmBackbone("test_vit", ["res4_1", "res4_3"])
+    assert len(short.model.model.blocks) == 3
+    sum(y.square().mean() for y in short(x).values()).backward()
+    assert all(p.grad is not None for p in short.parameters())
+    frozen = TimmBackbone("test_vit", ["res4_1", "res4_3"], freeze_at=4)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("model", ["test_vit", "vit_small_patch16_dinov3"])
+def test_maps_through_the_last_norm(model: str) -> None:
+    args = {"depth": 4, "embed_dim": 48, "num_heads": 3, "norm_maps": True}
+    backbone = TimmBackbone(model, ["res4_2", "res4_3"], args=args).eval()
+    vit, x = backbone.model.model, torch.randn(1, 3, 33, 64)
+    nn.init.normal_(vit.norm.weight)
+    with torch.no_grad():
+        plain = vit.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
+        expected = [vit.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for y in plain]
+        for y, z in zip(backbone(x).values(), expected, strict=True):
+            assert y.shape == (1, 48, 3, 4) and torch.allclose(y, z, atol=1e-6)
+
+
+def test_weights_of_other_patches_are_resampled(tmp_path: Path) -> None:
+    """What the error for DINOv2's patches of 14 pixels advises."""
+    source = timm.create_model("test_vit", patch_size=14, img_size=70)
+    torch.save(source.state_dict(), tmp_path / "published.pth")
+    args = {"patch_size": 16, "pretrained_cfg_overlay": {"file": str(tmp_path / "published.pth")}}
+    backbone = TimmBackbone("test_vit", ["res4_2", "res4"], args=args, pretrained=True)
+    vit = backbone.model.model
+    assert torch.equal(vit.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
+    weight, old = vit.patch_embed.proj.weight, source.patch_embed.proj.weight
+    assert weight.shape[2:] == (16, 16) and old.shape[2:] == (14, 14)
+    expected = timm.layers.resample_patch_embed(old, [16, 16])
+    assert torch.allclose(weight, expected, atol=1e-6)
 
 
 # What FREEZE_AT 1, 2 and 3 freeze, each with what is before it
@@ -256,6 +302,22 @@ def test_a_model_without_maps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             "'res6'.*res1, res2, res3, res4, res5",
         ),
         ({"model": "test_resnet", "norm": "XN"}, "MODEL.BOTTOM_UP.NORM: unknown name 'XN'"),
+        (
+            {"model": "test_vit", "args": {"patch_size": 14}},
+            r"test_vit gives a map of stride 14 pixels.*MODEL.BOTTOM_UP.ARGS: {patch_size: 16}",
+        ),
+        (
+            {"model": "test_vit", "out_features": ["res4_7"]},
+            "'res4_7'.*did you mean 'res4_6'.*res4_1, res4_2, res4_3",
+        ),
+        (
+            {"model": "test_vit", "out_features": ["res4_6", "res4"]},
+            r"IN_FEATURES: \['res4_6', 'res4'\]: two of them are one map of timm/test_vit",
+        ),
+        (
+            {"model": "test_resnet", "args": {"norm_maps": True}},
+            "MODEL.BOTTOM_UP.ARGS.norm_maps: timm/test_resnet is no plain ViT",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
