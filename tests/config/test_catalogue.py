@@ -77,6 +77,7 @@ AUTHORS: dict[str, dict[str, object]] = {
     "ASFF": {"TOPOLOGY": "fpn+asff"},
     "FaPN": {"TOPOLOGY": "fapn"},
     "ChannelMapper": {"TOPOLOGY": "channel_mapper"},
+    "RFP": {"RFP_STEPS": 2},
     "FPN": {},
 }
 FPG = CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPG_1x.yaml"
