@@ -82,7 +82,7 @@ class RecursivePyramid(nn.Module):
             maps = {name: self.gate([new[name], maps[name]]) for name in maps}
         return maps
 
-    def complete_state(self, state: MutableMapping[str, Tensor], prefix: str, network: str) -> None:
+    def copy_weights(self, state: MutableMapping[str, Tensor], prefix: str, network: str) -> None:
         """Give networks of which a state dict has nothing the weights of the one below the pyramid,
         in place.
 
