@@ -13,6 +13,8 @@ from fpn_plugin.checkpoint.load import few
 
 logger = logging.getLogger(__name__)
 
+# A recursive pyramid's further networks, which begin as the one below it
+_COPY = re.compile(r"\.rfp\.networks\.\d+\.stages\.")
 PARALLEL = "module."  # before all names, where a DistributedDataParallel was saved
 PARTIAL_HELP = "evaluate although the checkpoint lacks weights of the model, or has others"
 
@@ -135,7 +137,7 @@ def _level(state: Collection[str], anew: Collection[str]) -> int:
     parts: dict[str, set[bool]] = {}
     network = set(network_keys(state))
     for name in state:
-        part = "network" if name in network else name.split(".")[0]
+        part = "network" if name in network or _COPY.search(name) else name.split(".")[0]
         parts.setdefault(part, set()).add(name in anew)
     is_whole = parts.pop("network", {False}) == {False}
     return (

@@ -198,7 +198,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
             prefix: before the backbone's names in it.
         """
         if self.rfp is not None:
-            self.rfp.complete_state(state, f"{prefix}rfp.", f"{prefix}bottom_up.")
+            self.rfp.copy_weights(state, f"{prefix}rfp.", f"{prefix}bottom_up.")
 
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Tensor], prefix: str, *rest: Any

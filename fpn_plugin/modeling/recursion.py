@@ -82,7 +82,7 @@ class RecursivePyramid(nn.Module):
             maps = {name: self.gate([new[name], maps[name]]) for name in maps}
         return maps
 
-    def complete_state(self, state: MutableMapping[str, Tensor], prefix: str, network: str) -> None:
+    def copy_weights(self, state: MutableMapping[str, Tensor], prefix: str, network: str) -> None:
         """Give networks of which a state dict has nothing the weights of the one below the pyramid,
         in place.
 
@@ -215,7 +215,7 @@ def _sources(
 def _check_network(network: Backbone, steps: int) -> None:
     """Refuse a network whose blocks take no feedback."""
     is_resnet = isinstance(network, ResNet) and type(network).forward is ResNet.forward
-    kind = type(network).__name__
+    kind = type(getattr(network, "model", network)).__name__  # of what an adapter holds
     if isinstance(network, ResNet) and is_resnet:
         blocks = [stage[0] for stage in network.stages[1:]]
         other = [type(block).__name__ for block in blocks if type(block).forward not in _FORWARDS]

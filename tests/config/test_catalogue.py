@@ -95,6 +95,7 @@ AUTHORS: dict[str, dict[str, object]] = {
     | {"UPSAMPLE": "deconv(shrink=True, reduce_above=512)", "ACTIVATION": "silu"}
     | {"DOWNSAMPLE": 'conv(activation="relu")'},
     "Feature2Pyramid": {"TOPOLOGY": "feature2pyramid", **BATCH_NORM},
+    "RFP": {"RFP_STEPS": 2},
     "FPN": {},
 }
 FPG = CONFIGS / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPG_1x.yaml"

@@ -28,6 +28,7 @@ from fpn_plugin.engine.warm.widths import shapes_at_width
 
 STARTS = {name: (fpn, MASKS) for name, fpn in TARGETS.items()}
 STARTS["retinanet"] = (BIFPN, RETINANET)
+STARTS["rfp"] = ({"RFP_STEPS": 2, "TOPOLOGY": "pafpn"}, MASKS)
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -181,6 +182,18 @@ def test_two_other_pyramids_are_refused(tmp_path: Path) -> None:
     model = build_model(a_config(tmp_path, BIFPN, a_config(tmp_path, {})))
     with pytest.raises(ValueError, match=r"a.pth .*holds two pyramids \(backbone.warm_gate"):
         WarmStart(model, "a.pth")(given)
+
+
+def test_a_recursive_pyramid_goes_on_as_one_alone(tmp_path: Path) -> None:
+    """At another width too: the further network and what is fed back are the checkpoint's."""
+    rfp = {"RFP_STEPS": 2}
+    before, after, start = warm(tmp_path, rfp, {**rfp, "TOPOLOGY": "pafpn", "OUT_CHANNELS": 64})
+    inputs = [image()]
+    maps, maps2 = seen(before, inputs)[0], seen(after, inputs)[0]
+    assert largest_difference(maps, {name: x[:, ::2] for name, x in maps2.items()}) < 1e-5
+    assert set(start.verdict().values()) == {"up to rounding"}
+    with pytest.raises(ValueError, match=r"MODEL.FPN.WARM_START_FROM: .* 2 times .*take 2"):
+        build_model(a_config(tmp_path, {}, a_config(tmp_path, rfp)))
 
 
 def test_the_log_names_every_node(tmp_path: Path) -> None:
