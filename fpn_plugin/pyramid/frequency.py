@@ -14,17 +14,14 @@ from fpn_plugin.pyramid.blocks import at_least_float32, conv_block
 from fpn_plugin.pyramid.fusion import FUSIONS, Fusion, Size, check_positive
 from fpn_plugin.pyramid.norms import narrow_norm
 from fpn_plugin.pyramid.reassemble import BORDERS, reassemble
-from fpn_plugin.pyramid.resample import crop, sample_doubled
-
-_LOW, _HIGH = 5, 3  # the sides of the kernels that blur the coarse map, and the fine one
-_DISTANCE = 2  # in pixels, of the neighbours that a pixel is compared with
+from fpn_plugin.pyramid.resample import crop, sample_at_offset
 
 
 @FUSIONS.register("freq")
 class FrequencyAware(Fusion):
-    """`blurred(coarse), resampled, + 2 · fine − blurred(fine)`, with kernels predicted at each pixel
-    from both maps: an adaptive low pass that doubles the coarse map's size, an adaptive high pass
-    that sharpens the fine one (FreqFusion, arXiv:2408.12879).
+    """The coarse map, enlarged by an adaptive low pass, plus the fine one, sharpened by an adaptive
+    high pass: `up + 2 · fine − blur(fine)`. Each pixel has kernels of its own, which are predicted
+    from both maps (FreqFusion, arXiv:2408.12879).
 
     With `f = 1×1→c(fine)`, `r = 1×1→c(coarse)`, a 3×3 convolution `low` to 25 channels and one
     `high` to 9, each used on both maps, and `blur(x, z)`, at each pixel the average of the 5×5 or
@@ -37,8 +34,9 @@ class FrequencyAware(Fusion):
        from how similar the pixels of `f`, and of `r`, are to their neighbours;
     4. the result `up + 2 · fine − blur(fine, zₕ)`.
 
-    The maps are of neighbouring levels. The fusion upsamples the coarser one itself, so it must come
-    by the upsampler `nearest`. An odd side of the fine map is completed by its last row or column.
+    The maps are of neighbouring levels. The fusion enlarges the coarser one itself, so that must
+    come by the upsampler `nearest`. An odd side of the fine map is completed by its last row or
+    column.
 
     Args:
         levels: the level that each map comes from; empty if the second is the coarser.
@@ -83,11 +81,13 @@ class FrequencyAware(Fusion):
         if channels % groups:
             raise ValueError(f"groups: {groups} groups do not divide {channels} channels")
         self.border = border
+        # of the neighbourhoods that a pixel of the coarse, and of the fine map is an average of
+        self.low_side, self.high_side = 5, 3
         self.coarser = 0 if levels and levels[0] > levels[1] else 1
         self.compress_fine = conv_block(channels, compressed_channels, 1)
         self.compress_coarse = conv_block(channels, compressed_channels, 1)
-        self.low = _predictor(compressed_channels, _LOW**2)
-        self.high = _predictor(compressed_channels, _HIGH**2)
+        self.low = _predictor(compressed_channels, self.low_side**2)
+        self.high = _predictor(compressed_channels, self.high_side**2)
         self.sampler = _Sampler(compressed_channels, groups) if resample else None
 
     def forward(self, maps: List[Tensor], size: Size = None) -> Tensor:
@@ -97,22 +97,22 @@ class FrequencyAware(Fusion):
         fine, coarse = crop(x, [2 * half[0], 2 * half[1]]), crop(coarse, half)
         f, r = self.compress_fine(fine), self.compress_coarse(coarse)
         high = at_least_float32(self.high(f))
-        f = 2 * f - self._blur(f, _kernels(high, _HIGH))
+        f = 2 * f - self._blur(f, _kernels(high, self.high_side))
         low = at_least_float32(self.low(f))
-        low = low + self._enlarge(at_least_float32(self.low(r)), _kernels(low, _LOW))
-        enlarging = _kernels(low, _LOW)
+        low = low + self._enlarge(at_least_float32(self.low(r)), _kernels(low, self.low_side))
+        enlarging = _kernels(low, self.low_side)
         high = high + self._enlarge(at_least_float32(self.high(r)), enlarging)
         up = self._enlarge(coarse, enlarging)
         if self.sampler is not None:
             up = self.sampler(up, f, r)
-        result = up + 2 * fine - self._blur(fine, _kernels(high, _HIGH))
-        return crop(result, [x.shape[2], x.shape[3]])
+        sharp = 2 * fine - self._blur(fine, _kernels(high, self.high_side))
+        return crop(sharp + up, [x.shape[2], x.shape[3]])
 
     def _blur(self, x: Tensor, kernels: Tensor) -> Tensor:
-        return reassemble(x, kernels, _HIGH, 1, self.border)
+        return reassemble(x, kernels, self.high_side, 1, self.border)
 
     def _enlarge(self, x: Tensor, kernels: Tensor) -> Tensor:
-        return reassemble(x, kernels, _LOW, 2, self.border)
+        return reassemble(x, kernels, self.low_side, 2, self.border)
 
 
 def _predictor(in_channels: int, out_channels: int, std: float = 0.001) -> Conv2d:
@@ -155,23 +155,22 @@ class _Sampler(nn.Module):
         f, r = self.norm_fine(f), self.norm_coarse(r)
         f = torch.cat([f, _similarities(f)], dim=1)
         r = torch.cat([r, _similarities(r)], dim=1)
-        offset = self.offset_coarse(r) + F.pixel_unshuffle(self.offset_fine(f), 2)
-        scope = self.scope_coarse(r) + F.pixel_unshuffle(self.scope_fine(f), 2)
-        return sample_doubled(
-            up, at_least_float32(offset) * at_least_float32(scope).sigmoid(), self.groups
-        )
+        offset = F.pixel_shuffle(self.offset_coarse(r), 2) + self.offset_fine(f)
+        scope = F.pixel_shuffle(self.scope_coarse(r), 2) + self.scope_fine(f)
+        offset = at_least_float32(offset) * at_least_float32(scope).sigmoid()
+        return sample_at_offset(up, offset, self.groups)
 
 
-def _similarities(x: Tensor) -> Tensor:
-    """The cosine similarity of each pixel to its eight neighbours at a distance of two pixels, row
-    by row; zero to what is beyond the border: `(N, C, H, W)` -> `(N, 8, H, W)`."""
+def _similarities(x: Tensor, distance: int = 2) -> Tensor:
+    """The cosine similarity of each pixel to its eight neighbours at a distance in pixels, row by
+    row; zero to what is beyond the border: `(N, C, H, W)` -> `(N, 8, H, W)`."""
     h, w = x.shape[2], x.shape[3]
     unit = F.normalize(at_least_float32(x), dim=1, eps=1e-8)
-    padded = F.pad(unit, [_DISTANCE] * 4)
+    padded = F.pad(unit, [distance] * 4)
     found: List[Tensor] = []
     for place in range(9):
         if place != 4:  # the pixel itself
-            top, left = place // 3 * _DISTANCE, place % 3 * _DISTANCE
+            top, left = place // 3 * distance, place % 3 * distance
             neighbour = padded[:, :, top : top + h, left : left + w]
             found.append((unit * neighbour).sum(dim=1))
     return torch.stack(found, dim=1).to(x.dtype)

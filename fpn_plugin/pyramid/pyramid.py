@@ -298,9 +298,9 @@ def _not_coarse(step: ResolvedNode) -> ValueError:
         for edge in step.edges
     ]
     return ValueError(
-        f"{step.fuse.where}: {step.fuse.operator} upsamples one of its maps to level {level} itself,"
-        f" so that must come from a higher level by the upsampler nearest, without a block after it,"
-        f" and the other from level {level}; but {' and '.join(given)}"
+        f"{step.fuse.where}: {step.fuse.operator} upsamples a map to level {level} itself."
+        " That map must come from a higher level by the upsampler nearest, without a block after"
+        f" it, and the other from level {level}; but {' and '.join(given)}"
     )
 
 

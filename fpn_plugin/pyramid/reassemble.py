@@ -64,26 +64,23 @@ def _reflected(side: int, width: int, device: torch.device) -> Tensor:
     return (last - (last - index.abs()).abs()).abs().clamp(max=last)
 
 
-def _widen(padded: Tensor, factor: int) -> Tensor:
-    """Each column `f` times, so that the result's columns are next to those that they come from."""
-    if factor == 1:
-        return padded
-    size = [padded.shape[2], factor * padded.shape[3]]
-    return F.interpolate(padded, size=size, mode="nearest")
+def _repeat(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Every row and every column that often."""
+    if rows * columns == 1:
+        return x
+    return F.interpolate(x, size=[rows * x.shape[2], columns * x.shape[3]], mode="nearest")
 
 
 def _reassemble(padded: Tensor, kernels: Tensor, side: int, factor: int) -> Tensor:
     """The plain operations."""
-    n, taps, height, width = kernels.shape
-    rows = height // factor
-    source = _widen(padded.to(kernels.dtype), factor).unsqueeze(3)  # (N, C, H + 2p, 1, f·(W + 2p))
-    kernels = kernels.reshape(n, taps, rows, factor, width)
-    out = source[:, :, :rows, :, :width] * kernels[:, :1]  # (N, C, H, f, f·W)
-    for tap in range(1, taps):
-        top, left = tap // side, tap % side * factor
-        shifted = source[:, :, top : top + rows, :, left : left + width]
+    height, width = kernels.shape[2], kernels.shape[3]
+    source = _repeat(padded.to(kernels.dtype), factor, factor)
+    out = source[:, :, :height, :width] * kernels[:, :1]
+    for tap in range(1, side * side):
+        top, left = factor * (tap // side), factor * (tap % side)
+        shifted = source[:, :, top : top + height, left : left + width]
         out = torch.addcmul(out, shifted, kernels[:, tap : tap + 1])
-    return out.reshape(n, padded.shape[1], height, width)
+    return out
 
 
 class _Reassemble(torch.autograd.Function):
@@ -94,9 +91,13 @@ class _Reassemble(torch.autograd.Function):
         ctx.save_for_backward(padded, kernels)
         ctx.side, ctx.factor = side, factor
         n, _, height, width = kernels.shape
-        layout = memory_layout(padded)
-        out = padded.new_empty([n, padded.shape[1], height, width]).contiguous(memory_format=layout)
-        source, result = _widen(padded, factor).unsqueeze(3), _split(out, factor)
+        out = torch.empty(
+            [n, padded.shape[1], height, width],
+            dtype=padded.dtype,
+            device=padded.device,
+            memory_format=memory_layout(padded),
+        )
+        source, result = _repeat(padded, 1, factor).unsqueeze(3), _split(out, factor)
         weights = _split(kernels, factor)  # (N, side², H, f, f·W)
         for images, rows, reach in _blocks(result, side):
             taps = _taps(source[images, :, reach].to(kernels.dtype), result.shape, side, factor)
@@ -113,7 +114,7 @@ class _Reassemble(torch.autograd.Function):
         padded, kernels = ctx.saved_tensors
         side, factor = ctx.side, ctx.factor
         grad = _split(grad.contiguous(memory_format=memory_layout(padded)), factor)
-        source = _widen(padded, factor).unsqueeze(3)
+        source = _repeat(padded, 1, factor).unsqueeze(3)
         source_grad = torch.zeros_like(source, dtype=kernels.dtype)
         kernels_grad = torch.empty_like(kernels)
         weights, weights_grad = _split(kernels, factor), _split(kernels_grad, factor)
@@ -144,7 +145,7 @@ def _blocks(result: Tensor, side: int) -> Iterator[tuple[slice, slice, slice]]:
         the images, their rows, and the rows of the padded map that those reach.
     """
     n, c, h, factor, width = result.shape
-    images, height = n, h
+    images, height = max(1, n), max(1, h)
     if result.device.type == "cpu":
         images, height = 1, max(1, _BLOCK // (c * factor * width))
     for image in range(0, n, images):

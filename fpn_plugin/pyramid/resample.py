@@ -219,33 +219,33 @@ class Carafe(Doubling):
         )
 
 
-def sample_doubled(x: Tensor, offset: Tensor, groups: int) -> Tensor:
+def sample_at_offset(x: Tensor, offset: Tensor, groups: int) -> Tensor:
     """Bilinear interpolation at the pixels of a map twice as large as a source map, moved by an
     offset; the outermost values go on beyond the border.
 
     Args:
         x: the source map, or another one of the same area.
-        offset: shape `(N, 2 · groups · 4, h, w)` for a source map of `h × w`, in its pixels: in x,
-            then in y, of each group of the channels, at each of the 2×2 pixels.
+        offset: shape `(N, 2 · groups, 2h, 2w)` for a source map of `h × w`, in its pixels: to the
+            right for each group of the channels, then down.
 
     Returns:
         shape `(N, C, 2h, 2w)`.
     """
     n, c = x.shape[0], x.shape[1]
-    h, w = offset.shape[2], offset.shape[3]
-    offset = F.pixel_shuffle(offset, 2).reshape(n, 2, groups, 2 * h, 2 * w)
+    height, width = offset.shape[2], offset.shape[3]
+    offset = offset.reshape(n, 2, groups, height, width)
     # the positions of bilinear interpolation, in source pixels
-    columns = (torch.arange(2 * w, dtype=offset.dtype, device=x.device) + 0.5) / 2
-    rows = (torch.arange(2 * h, dtype=offset.dtype, device=x.device) + 0.5) / 2
+    columns = (torch.arange(width, dtype=offset.dtype, device=x.device) + 0.5) / 2
+    rows = (torch.arange(height, dtype=offset.dtype, device=x.device) + 0.5) / 2
     # grid_sample's coordinates go from -1 to 1
-    x_position = (offset[:, 0] + columns) * 2 / w - 1
-    y_position = (offset[:, 1] + rows.unsqueeze(1)) * 2 / h - 1
+    x_position = (offset[:, 0] + columns) * 2 / (width // 2) - 1
+    y_position = (offset[:, 1] + rows.unsqueeze(1)) * 2 / (height // 2) - 1
     grid = torch.stack([x_position, y_position], dim=-1).flatten(0, 1)  # (N·groups, 2h, 2w, 2)
     parts = at_least_float32(x).reshape(n * groups, c // groups, x.shape[2], x.shape[3])
     sampled = F.grid_sample(
         parts, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
-    return sampled.reshape(n, c, 2 * h, 2 * w).to(x.dtype)
+    return sampled.reshape(n, c, height, width).to(x.dtype)
 
 
 class _PointSample(nn.Module):
@@ -267,7 +267,7 @@ class _PointSample(nn.Module):
             offset = offset * 0.25
         else:
             offset = offset * at_least_float32(self.scope(x)).sigmoid() * 0.5
-        return sample_doubled(x, offset, self.groups)
+        return sample_at_offset(x, F.pixel_shuffle(offset, 2), self.groups)
 
 
 @UPSAMPLE.register("dysample")
