@@ -5,7 +5,11 @@ What an extension needs is importable from here: the registries, the base classe
 and what a topology is written with.
 """
 
-from fpn_plugin.pyramid import blocks_attention, downsample  # noqa: F401  (they register)
+from fpn_plugin.pyramid import (  # noqa: F401  (they register)
+    blocks_attention,
+    downsample,
+    frequency,
+)
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS, conv_block
 from fpn_plugin.pyramid.fusion import FUSIONS, Fusion
 from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, Step, node, op, step

@@ -41,12 +41,14 @@ class Fusion(nn.Module):
         input_dependent: whether the maps' weights are computed from the maps.
         takes_coarse: whether `forward` takes the size of the result as its second argument, and
             repeats the values of coarser maps up to it.
+        needs_coarse: whether exactly one of its maps must be left to it so.
         coarse: which maps are coarser.
     """
 
     arity = 0
     input_dependent = False
     takes_coarse = False
+    needs_coarse = False
 
     def __init__(self, channels: int, count: int, norm: str = "") -> None:
         super().__init__()
@@ -316,7 +318,7 @@ class AdaptiveSpatial(Fusion):
 
     def __init__(self, channels: int, count: int, norm: str = "", hidden: int = 16) -> None:
         super().__init__(channels, count)
-        _check_positive("hidden", hidden)
+        check_positive("hidden", hidden)
         self.compress = nn.ModuleList(_compression(channels, hidden, norm) for _ in range(count))
         self.logits = conv_block(hidden * count, count, 1)
 
@@ -383,7 +385,7 @@ class SelectiveKernel(Fusion):
 
     def __init__(self, channels: int, count: int, norm: str = "", reduction: int = 16) -> None:
         super().__init__(channels, count)
-        _check_positive("reduction", reduction)
+        check_positive("reduction", reduction)
         hidden = max(channels // reduction, 32)
         self.reduce = nn.Linear(channels, hidden)
         self.logits = nn.ModuleList(nn.Linear(hidden, channels) for _ in range(count))
@@ -402,6 +404,7 @@ class SelectiveKernel(Fusion):
         return weigh_maps(maps, list(weights.unbind(1)))
 
 
-def _check_positive(name: str, value: object) -> None:
+def check_positive(name: str, value: object) -> None:
+    """Raise a ValueError, naming an argument, unless its value is a positive whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} {value!r} is not a positive whole number")

@@ -135,6 +135,8 @@ class GraphExecutor(nn.Module):
             for edge in step.edges
         ]
         setattr(fusion, "coarse", [bool(path) for path in paths])
+        if getattr(fusion, "needs_coarse", False) and sum(map(bool, paths)) != 1:
+            raise _not_coarse(step)
         return [path for path in paths if path]
 
     def compile_graph(self, **options: Any) -> None:
@@ -311,6 +313,23 @@ def _frozen_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, settings):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _not_coarse(step: ResolvedNode) -> ValueError:
+    """That a node's fusion upsamples one of its maps itself, but cannot."""
+    assert step.fuse is not None  # for mypy: it is the fusion that asks
+    level = step.node.input_level
+    given = [
+        f"{edge.source!r} comes "
+        + (f"by {edge.resample.operator}" if edge.resample else f"from level {level}")
+        + (f" and {edge.block.operator}" if edge.block else "")
+        for edge in step.edges
+    ]
+    return ValueError(
+        f"{step.fuse.where}: {step.fuse.operator} upsamples a map to level {level} itself."
+        " That map must come from a higher level by the upsampler nearest, without a block after"
+        f" it, and the other from level {level}; but {' and '.join(given)}"
+    )
 
 
 def _made_together(step: ResolvedNode) -> str:

@@ -26,6 +26,7 @@ from fpn_plugin.pyramid.blocks import (
     conv_block,
 )
 from fpn_plugin.pyramid.norms import norm_layer
+from fpn_plugin.pyramid.reassemble import reassemble
 from fpn_plugin.pyramid.resolve import halvings
 from fpn_plugin.registry import Registry
 
@@ -62,6 +63,13 @@ def _is_exporting() -> bool:
     return False
 
 
+def _is_recorded() -> bool:
+    """Whether `torch.export` or `torch.jit.trace`, which keeps one branch for all sizes, runs."""
+    if not torch.jit.is_scripting():
+        return is_exporting() or torch.jit.is_tracing()
+    return False
+
+
 def fit(x: Tensor, size: Size) -> Tensor:
     """Resize a downsampled map to the target's size.
 
@@ -84,7 +92,7 @@ def crop(x: Tensor, size: Size) -> Tensor:
     """
     if size is None:
         return x
-    if _is_exporting() or size[0] > x.shape[2] or size[1] > x.shape[3]:
+    if _is_recorded() or size[0] > x.shape[2] or size[1] > x.shape[3]:
         rows = torch.arange(size[0], device=x.device).clamp(max=x.shape[2] - 1)
         columns = torch.arange(size[1], device=x.device).clamp(max=x.shape[3] - 1)
         return x.index_select(2, rows).index_select(3, columns)
@@ -204,19 +212,8 @@ class _Reassemble(nn.Module):
         nn.init.zeros_(self.encode.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        # The four pixels that a source pixel becomes share its neighbourhood, so the map is
-        # reassembled at its own size, once for each of the four, and shuffled last.
-        kernels = self.encode(self.compress(x)).reshape(n, -1, 4, h, w)
-        kernels = at_least_float32(kernels).softmax(dim=1)
-        padded = F.pad(x, [self.side // 2] * 4)
-        # tap by tap: an unfolded map would be 25 times as large, and autograd would save it
-        out = torch.zeros([n, c, 4, h, w], dtype=kernels.dtype, device=x.device)
-        for tap in range(self.side * self.side):
-            top, left = tap // self.side, tap % self.side
-            shifted = padded[:, :, top : top + h, left : left + w].unsqueeze(2)  # (N, C, 1, H, W)
-            out = out + shifted * kernels[:, tap].unsqueeze(1)
-        return F.pixel_shuffle(out.to(x.dtype).reshape(n, c * 4, h, w), 2)
+        kernels = F.pixel_shuffle(self.encode(self.compress(x)), 2)  # (N, 25, 2H, 2W)
+        return reassemble(x, at_least_float32(kernels).softmax(dim=1), self.side, factor=2)
 
 
 @UPSAMPLE.register("carafe")
@@ -235,6 +232,35 @@ class Carafe(Doubling):
         )
 
 
+def sample_at_offset(x: Tensor, offset: Tensor, groups: int) -> Tensor:
+    """Bilinear interpolation at the pixels of a map twice as large as a source map, moved by an
+    offset; the outermost values go on beyond the border.
+
+    Args:
+        x: the source map, or another one of the same area.
+        offset: shape `(N, 2 · groups, 2h, 2w)` for a source map of `h × w`, in its pixels: to the
+            right for each group of the channels, then down.
+
+    Returns:
+        shape `(N, C, 2h, 2w)`.
+    """
+    n, c = x.shape[0], x.shape[1]
+    height, width = offset.shape[2], offset.shape[3]
+    offset = offset.reshape(n, 2, groups, height, width)
+    # the positions of bilinear interpolation, in source pixels
+    columns = (torch.arange(width, dtype=offset.dtype, device=x.device) + 0.5) / 2
+    rows = (torch.arange(height, dtype=offset.dtype, device=x.device) + 0.5) / 2
+    # grid_sample's coordinates go from -1 to 1
+    x_position = (offset[:, 0] + columns) * 2 / (width // 2) - 1
+    y_position = (offset[:, 1] + rows.unsqueeze(1)) * 2 / (height // 2) - 1
+    grid = torch.stack([x_position, y_position], dim=-1).flatten(0, 1)  # (N·groups, 2h, 2w, 2)
+    parts = at_least_float32(x).reshape(n * groups, c // groups, x.shape[2], x.shape[3])
+    sampled = F.grid_sample(
+        parts, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return sampled.reshape(n, c, height, width).to(x.dtype)
+
+
 class _PointSample(nn.Module):
     """DySample for a factor of two."""
 
@@ -249,25 +275,12 @@ class _PointSample(nn.Module):
             nn.init.zeros_(self.scope.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
         offset = at_least_float32(self.offset(x))
         if self.scope is None:
             offset = offset * 0.25
         else:
             offset = offset * at_least_float32(self.scope(x)).sigmoid() * 0.5
-        offset = F.pixel_shuffle(offset, 2).reshape(n, 2, self.groups, 2 * h, 2 * w)
-        # the positions of bilinear interpolation, in source pixels
-        columns = (torch.arange(2 * w, dtype=offset.dtype, device=x.device) + 0.5) / 2
-        rows = (torch.arange(2 * h, dtype=offset.dtype, device=x.device) + 0.5) / 2
-        # grid_sample's coordinates go from -1 to 1
-        x_position = (offset[:, 0] + columns) * 2 / w - 1
-        y_position = (offset[:, 1] + rows.unsqueeze(1)) * 2 / h - 1
-        grid = torch.stack([x_position, y_position], dim=-1).flatten(0, 1)  # (N·groups, 2H, 2W, 2)
-        parts = at_least_float32(x).reshape(n * self.groups, c // self.groups, h, w)
-        sampled = F.grid_sample(
-            parts, grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        return sampled.reshape(n, c, 2 * h, 2 * w).to(x.dtype)
+        return sample_at_offset(x, F.pixel_shuffle(offset, 2), self.groups)
 
 
 @UPSAMPLE.register("dysample")

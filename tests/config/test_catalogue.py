@@ -88,6 +88,7 @@ AUTHORS: dict[str, dict[str, object]] = {
     "HRFPN": {"TOPOLOGY": "hrfpn"},
     "ASFF": {"TOPOLOGY": "fpn+asff"},
     "FaPN": {"TOPOLOGY": "fapn"},
+    "FreqFusion": {"FUSE_TYPE": "freq"},
     "ChannelMapper": {"TOPOLOGY": "channel_mapper"},
     "Hybrid": {"TOPOLOGY": "hybrid", "FUSE_TYPE": "stack", "BLOCK": "csp_rep", **BATCH_NORM}
     | {"DOWNSAMPLE": 'conv(activation="silu")'},

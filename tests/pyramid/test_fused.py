@@ -16,7 +16,12 @@ from fpn_plugin.pyramid.fusion import FUSIONS
 from fpn_plugin.pyramid.graph import op
 from fpn_plugin.pyramid.pyramid import Pyramid
 
-TAKERS = [name for name in FUSIONS.names() if getattr(FUSIONS.get(name), "takes_coarse", False)]
+# freq takes a coarse map and nothing else: test_frequency.py
+TAKERS = [
+    name
+    for name in FUSIONS.names()
+    if getattr(FUSIONS.get(name), "takes_coarse", False) and name != "freq"
+]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 COARSE = [
     [False, True],

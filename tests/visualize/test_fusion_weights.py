@@ -30,7 +30,9 @@ MODEL:
 NOTES = {
     **dict.fromkeys(("sum", "avg", "max", "product", "stack"), "nothing is learned"),
     "concat": "a convolution of all inputs",
-    **dict.fromkeys(("global_attention", "asff", "gate", "attention"), "depends on the input"),
+    **dict.fromkeys(
+        ("global_attention", "asff", "gate", "attention", "freq"), "depends on the input"
+    ),
 }
 
 
@@ -39,10 +41,10 @@ def test_every_fusion_is_listed_with_its_weights() -> None:
         node(name, 4, ["res4", "res5"], fuse=name, block="conv1x1") for name in FUSIONS.names()
     ]
     nodes.append(node("last", 4, FUSIONS.names(), fuse="channel_fast"))
-    pyramid = Pyramid(Graph({"res4": 4, "res5": 5}, tuple(nodes), ("last",)), CHANNELS, Defaults(2))
+    pyramid = Pyramid(Graph({"res4": 4, "res5": 5}, tuple(nodes), ("last",)), CHANNELS, Defaults(4))
     pyramid.get_submodule("weighted_fuse").weights.data = torch.tensor([2.0, -0.5])
     pyramid.get_submodule("channel_softmax_fuse").weights.data = torch.tensor(
-        [[0.0, 0.0], [0.0, 50.0]]
+        [[0.0] * 4, [0.0, 50.0] * 2]
     )
     fusions = fusion_weights(pyramid)
     assert list(fusions) == [*FUSIONS.names(), "last"]
