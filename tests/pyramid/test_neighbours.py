@@ -67,7 +67,9 @@ def test_sepc_sums_three_convolutions_and_normalizes_all_levels_together() -> No
     pixels = torch.cat([x.permute(1, 0, 2, 3).flatten(1) for x in sums], dim=1)  # (C, all pixels)
     mean, variance = pixels.mean(1), pixels.var(1, unbiased=False)
     for x, y in zip(sums, step(maps)):
-        expected = F.batch_norm(x, mean.detach(), variance.detach(), conv.norm.weight, conv.norm.bias).relu()
+        expected = F.batch_norm(
+            x, mean.detach(), variance.detach(), conv.norm.weight, conv.norm.bias
+        ).relu()
         assert torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(conv.norm.running_mean, mean / 10, atol=1e-6)
 
