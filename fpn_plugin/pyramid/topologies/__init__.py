@@ -4,7 +4,17 @@ A topology function takes its input maps as `{name: level}` and a `Style` with t
 Node names are checkpoint keys: changing one breaks users' checkpoints.
 """
 
-from fpn_plugin.pyramid.topologies import fpn, gather, search, two_way
+from fpn_plugin.pyramid.topologies import fpn, gather, search, two_way, whole
 from fpn_plugin.pyramid.topologies.base import INNER_LEVELS, TOPOLOGIES, Style, Topology
 
-__all__ = ["INNER_LEVELS", "Style", "TOPOLOGIES", "Topology", "fpn", "gather", "search", "two_way"]
+__all__ = [
+    "INNER_LEVELS",
+    "Style",
+    "TOPOLOGIES",
+    "Topology",
+    "fpn",
+    "gather",
+    "search",
+    "two_way",
+    "whole",
+]
