@@ -79,6 +79,7 @@ AUTHORS: dict[str, dict[str, object]] = {
     "FaPN": {"TOPOLOGY": "fapn"},
     "DyHead": {"TOPOLOGY": "fpn+dyhead", "INNER_LEVELS": 2, "DOWNSAMPLE": "conv"},
     "SEPC": {"TOPOLOGY": "fpn+sepc", "INNER_LEVELS": 2, "DOWNSAMPLE": "conv", **BATCH_NORM},
+    "MSDeform": {"TOPOLOGY": "msdeform", "NORM": "GN"},
     "ChannelMapper": {"TOPOLOGY": "channel_mapper"},
     "FPN": {},
 }

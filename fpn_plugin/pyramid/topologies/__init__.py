@@ -4,7 +4,7 @@ A topology function takes its input maps as `{name: level}` and a `Style` with t
 Node names are checkpoint keys: changing one breaks users' checkpoints.
 """
 
-from fpn_plugin.pyramid.topologies import fpn, gather, neighbours, search, two_way
+from fpn_plugin.pyramid.topologies import fpn, gather, neighbours, search, two_way, whole
 from fpn_plugin.pyramid.topologies.base import INNER_LEVELS, TOPOLOGIES, Style, Topology
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "neighbours",
     "search",
     "two_way",
+    "whole",
 ]
