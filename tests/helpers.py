@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Mapping
@@ -113,19 +114,21 @@ def finest_of(topology: str) -> int:
 def small_pyramid(
     topology: str = "fpn", extra: str = "none", repeats: int = 1, **defaults: Any
 ) -> Pyramid:
-    """A catalogue pyramid of width 32 on `small_maps`."""
-    graph = build_graph(topology, levels_of(topology), Style(), repeats, extra)
+    """A catalogue pyramid of width 32 on `small_maps`, of steps that run several times one alone."""
+    name = re.sub("dyhead|sepc", r"\g<0>(depth=1)", topology)
+    graph = build_graph(name, levels_of(topology), Style(), repeats, extra)
     return randomize(Pyramid(graph, CHANNELS, Defaults(32, **defaults)))
 
 
 def randomize(module: nn.Module) -> Any:
     """Give every parameter a random value, so that biases and fusion weights are seen to count.
 
-    Fusion weights stay positive: fast_normalized takes no gradient below zero.
+    Fusion weights stay positive: fast_normalized takes no gradient below zero. So do the biases
+    before ReLU of what scales a whole map.
     """
     for name, parameter in module.named_parameters():
         nn.init.normal_(parameter, std=0.1)
-        if name.endswith(".weights"):
+        if name.endswith((".weights", ".scale.bias")):
             parameter.data.abs_()
     return module
 

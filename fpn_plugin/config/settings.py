@@ -58,7 +58,8 @@ class PyramidSettings:
     topology: str = _setting(
         "fpn",
         "one of [the catalogue](catalogue.md), or several joined by `+`, each on the maps that the"
-        " one before gives: `fpn+pafpn+bfp`",
+        " one before gives: `fpn+pafpn+bfp`; a step's arguments stand in brackets:"
+        " `fpn+dyhead(depth=4)`",
         TOPOLOGIES,
     )
     graph: Sequence[Mapping[str, Any]] = _setting(
@@ -190,7 +191,7 @@ class PyramidSettings:
             ValueError: what `check` raises, and for a graph that cannot be built on these levels.
         """
         self.check()
-        functions = tuple(TOPOLOGIES.get(name) for name in stages(self.topology))
+        functions = tuple(TOPOLOGIES.get(each.name) for each in stages(self.topology))
         return _build_graph(self, tuple(levels.items()), functions)
 
     def defaults(self) -> Defaults:
@@ -297,7 +298,7 @@ def extra_levels_for(cfg: CfgNode) -> str:
         raise unknown_name("extra_levels", fpn.EXTRA_LEVELS, choices)
     if fpn.EXTRA_LEVELS != "auto":
         return fpn.EXTRA_LEVELS
-    first = stages(fpn.TOPOLOGY)[0]
+    first = stages(fpn.TOPOLOGY)[0].name
     if fpn.GRAPH or INNER_LEVELS.get(first) or fpn.INNER_LEVELS > 0:
         return "none"
     extra = _EXTRA_LEVELS.get(cfg.MODEL.META_ARCHITECTURE, "maxpool")

@@ -5,10 +5,13 @@ This module imports no torch.
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import replace
+from functools import partial
 from typing import Mapping
 
-from fpn_plugin.pyramid.graph import MAX_LEVEL, Edge, Graph, Operator, node, op
+from fpn_plugin.pyramid.graph import MAX_LEVEL, Edge, Graph, Operator, as_operator, node, op
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, TOPOLOGIES, Style
 from fpn_plugin.registry import bad_argument, unknown_name
 
@@ -16,16 +19,21 @@ EXTRA_LEVELS = ("none", "maxpool", "conv_c5", "conv_p5")
 MAX_REPEATS = 64  # EfficientDet's largest has 8
 
 
-def stages(topology: str) -> list[str]:
-    """The topologies of a stack like "fpn+bfp", each registered.
+def stages(topology: str) -> list[Operator]:
+    """The topologies of a stack like "fpn+dyhead(depth=4)", each registered.
 
     Raises:
-        UnknownNameError: (a KeyError) naming `topology`.
+        ValueError: (UnknownNameError, a KeyError, for an unknown topology) naming `topology`.
     """
-    names = topology.split("+")
-    for name in names:
-        TOPOLOGIES.get(name, "topology" + (f" {topology!r}" if len(names) > 1 else ""))
-    return names
+    texts = re.split(r"\+(?![^()]*\))", topology)  # a plus in brackets separates nothing
+    where = "topology" + (f" {topology!r}" if len(texts) > 1 else "")
+    operators = [as_operator(text, where) or Operator("") for text in texts]
+    for each in operators:
+        parameters = inspect.signature(TOPOLOGIES.get(each.name, where)).parameters.values()
+        is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if each.args and not is_open:
+            raise bad_argument(where, f"{each}, but {each.name} takes no arguments")
+    return operators
 
 
 def build_graph(
@@ -39,7 +47,8 @@ def build_graph(
     """The graph of a catalogue topology or a stack of them, repeated, with its extra levels.
 
     Args:
-        topology: one name, or several joined by "+", each on the maps that the one before gives.
+        topology: one name, or several joined by "+", each on the maps that the one before gives;
+            a step's arguments stand in brackets.
         inputs: bottom-up maps as `{name: level}` from high to low resolution.
         repeats: how often it runs. Run r > 1 puts `r{r}_` before its node names, stage s > 1 of a
             stack `s{s}_`.
@@ -50,21 +59,22 @@ def build_graph(
     Raises:
         ValueError: (KeyError for an unknown topology) naming the argument.
     """
-    names = stages(topology)
+    operators = stages(topology)
     if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
         raise bad_argument("repeats", f"{repeats!r} is not a whole number from 1 to {MAX_REPEATS}")
-    maker, count = _inner_levels(names, len(inputs), inner_levels)
+    maker, count = _inner_levels([each.name for each in operators], len(inputs), inner_levels)
     graph: Graph | None = None
     for run in range(1, repeats + 1):
-        for stage, name in enumerate(names, 1):
+        for stage, operator in enumerate(operators, 1):
             prefix = (f"r{run}_" if run > 1 else "") + (f"s{stage}_" if stage > 1 else "")
             inner = count if (run, stage) == (1, maker) else 0
             own_style = replace(style, inner_levels=inner, first=graph is None)
+            function = partial(TOPOLOGIES.get(operator.name), **dict(operator.args))
             if graph is None:
-                graph = TOPOLOGIES.get(name)(inputs, own_style)
+                graph = function(inputs, own_style)
                 continue
             levels = {f"p{graph.level(output)}": graph.level(output) for output in graph.outputs}
-            graph = chain(graph, TOPOLOGIES.get(name)(levels, own_style), prefix)
+            graph = chain(graph, function(levels, own_style), prefix)
     assert graph is not None  # there is a run and a stage
     return add_extra_levels(graph, extra_levels)
 

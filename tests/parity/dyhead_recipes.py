@@ -4,7 +4,6 @@ order is the published one. Shapes are `(N, C, H, W)`."""
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
 import openmmlab
@@ -12,7 +11,7 @@ from references import Maps, Reference, State, recipe
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from fpn_plugin.pyramid import Pyramid, Step, Style, op
+from fpn_plugin.pyramid import Pyramid
 from fpn_plugin.pyramid.compose import build_graph
 from fpn_plugin.pyramid.resolve import Defaults
 
@@ -49,24 +48,24 @@ class MisreadingConv(nn.Module):
 
 
 def reference(
-    channels: Mapping[int, int], width: int, theirs: nn.Module, **arguments: Any
+    channels: Mapping[int, int], width: int, theirs: nn.Module, topology: str
 ) -> Reference:
-    inputs = {f"res{level}": level for level in channels}
-    graph = build_graph("fpn+dyhead", inputs, Style())
-    nodes = [
-        replace(each, operator=op("dyhead", **arguments)) if isinstance(each, Step) else each
-        for each in graph.nodes
-    ]
-    sizes = {f"res{level}": count for level, count in channels.items()}
-    ours = Pyramid(replace(graph, nodes=tuple(nodes)), sizes, Defaults(width))
+    """FPN with a dynamic head.
+
+    Args:
+        theirs: the head.
+        topology: ours.
+    """
+    counts = {f"res{level}": count for level, count in channels.items()}
+    graph = build_graph(topology, {f"res{level}": level for level in channels})
     FPN = openmmlab.neck("mmdet.models.necks", "FPN")
-    fpn = FPN(list(channels.values()), width, len(channels))
-    levels = list(channels)
+    both = nn.ModuleDict({"fpn": FPN(list(channels.values()), width, len(channels))})
+    both["dyhead"] = theirs
 
     def convert(state: State) -> Maps:
-        return dict(_ours(name, x, levels) for name, x in state.items())
+        return dict(_ours(name, x, list(channels)) for name, x in state.items())
 
-    return Reference(ours, nn.ModuleDict({"fpn": fpn, "dyhead": theirs}), run, convert)
+    return Reference(Pyramid(graph, counts, Defaults(width)), both, run, convert)
 
 
 def run(theirs: Any, maps: Maps) -> Sequence[Tensor]:
@@ -97,7 +96,7 @@ def natural(channels: Mapping[int, int], width: int) -> Reference:
 
     strides, depth = [2**level for level in channels], depth_of(width)
     theirs = DyHead([width] * len(channels), strides, width, num_blocks=depth)
-    return reference(channels, width, theirs, depth=depth)
+    return reference(channels, width, theirs, f"fpn+dyhead(depth={depth})")
 
 
 @recipe("dyhead_published", width=16, sizes=SIZES)
@@ -107,4 +106,4 @@ def published(channels: Mapping[int, int], width: int) -> Reference:
     for block in theirs.dyhead_blocks:
         for part in (block.spatial_conv_low, block.spatial_conv_mid, block.spatial_conv_high):
             part.conv = MisreadingConv(part.conv)
-    return reference(channels, width, theirs, depth=depth, published_order=True)
+    return reference(channels, width, theirs, f"fpn+dyhead(depth={depth}, published_order=True)")

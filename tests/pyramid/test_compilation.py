@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.compat import COMPILE, EXPORT, TORCH, require_torch
 from fpn_plugin.pyramid.build import REGISTRIES
-from fpn_plugin.pyramid.graph import Graph, node, op
+from fpn_plugin.pyramid.graph import Graph, Node, Step, node, op, step
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
@@ -70,14 +70,16 @@ def assert_compiles(pyramid: Pyramid) -> None:
 
 @pytest.mark.parametrize("kind, name", OPERATORS)
 def test_every_operator(kind: str, name: str) -> None:
-    """A node that reads two maps, of which one is resampled."""
+    """A node that reads two maps, of which one is resampled, or a step over both."""
     level, block = 5 if kind == "down" else 4, name if kind == "block" else "conv3x3"
     given = {"fuse": "sum", "up": "nearest", "down": "maxpool", kind: name}
     defaults = Defaults(
         32, op(given["fuse"]), op(given["up"]), op(given["down"]), norm="BN", activation="relu"
     )
-    nodes = (node("out", level, ["res5", "res4"], block=block),)
-    graph = Graph({"res4": 4, "res5": 5}, nodes, ("out",))
+    last: Node | Step = node("out", level, ["res5", "res4"], block=block)
+    if kind == "step":
+        last = step("out", {4: "res4", 5: "res5"}, name)
+    graph = Graph({"res4": 4, "res5": 5}, (last,), tuple(last.maps()))
     assert_compiles(randomize(Pyramid(graph, CHANNELS, defaults)))
 
 

@@ -43,6 +43,10 @@ def reference(backbone: GraphExecutor, x: Tensor) -> dict[str, Mapping[str, Tens
                 size = [sizes.get(step.node.input_level)] if part.kind in ("up", "down") else []
                 y = backbone.get_submodule(part.path)(y, *size, *guide)
             arrived.append(y)
+        if step.block and step.block.kind == "step":
+            given = backbone.get_submodule(step.block.path)(arrived)
+            maps.update(zip(step.node.maps(), given))
+            continue
         y = arrived[0]
         if step.fuse:
             same_level = [i for i, edge in enumerate(step.edges) if edge.resample is None]
@@ -71,7 +75,7 @@ def test_every_map_is_what_the_graph_says(name: str) -> None:
             torch.testing.assert_close(strengths, reached, rtol=1e-4, atol=1e-5)
     assert maps.fused.keys() == expected["fused"].keys()
     assert maps.before.keys() == expected["before"].keys()
-    built = {step.node.name for step in backbone.steps if [*step.parts()]}
+    built = {name for step in backbone.steps if [*step.parts()] for name in step.node.maps()}
     assert built <= maps.nodes.keys()
     assert list(maps.outputs) == list(plain) and list(maps.inputs) == list(backbone.graph.inputs)
     assert all(torch.equal(maps.outputs[key], strength(plain[key])) for key in plain)

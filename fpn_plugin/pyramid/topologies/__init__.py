@@ -4,7 +4,17 @@ A topology function takes its input maps as `{name: level}` and a `Style` with t
 Node names are checkpoint keys: changing one breaks users' checkpoints.
 """
 
-from fpn_plugin.pyramid.topologies import detr, fpn, gather, one_level, search, two_way, yolo
+from fpn_plugin.pyramid.topologies import (
+    detr,
+    fpn,
+    gather,
+    neighbours,
+    one_level,
+    search,
+    two_way,
+    whole,
+    yolo,
+)
 from fpn_plugin.pyramid.topologies.base import (
     INNER_LEVELS,
     OWN_LEVELS,
@@ -14,4 +24,5 @@ from fpn_plugin.pyramid.topologies.base import (
 )
 
 __all__ = ["INNER_LEVELS", "OWN_LEVELS", "Style", "TOPOLOGIES", "Topology"]
-__all__ += ["detr", "fpn", "gather", "one_level", "search", "two_way", "yolo"]
+__all__ += ["detr", "fpn", "gather", "neighbours", "one_level", "search", "two_way", "whole"]
+__all__ += ["yolo"]

@@ -39,7 +39,7 @@ class Style:
         return prescribe(self.block, order="act-conv-norm", activation=self.act(default))
 
 
-Topology = Callable[[Levels, Style], Graph]
+Topology = Callable[..., Graph]  # of Levels and Style, and of arguments if it passes them to a step
 TOPOLOGIES: Registry[Topology] = Registry("topology")
 # how many levels a topology that makes levels of its own brings its inputs to, if it comes first
 INNER_LEVELS: dict[str, int] = {}
