@@ -19,7 +19,7 @@ from fpn_plugin.modeling.build import build_model
 from fpn_plugin.pyramid.blocks import ModulatedConv
 
 # operators that compute something else when their channels are copied
-INEXACT = ("non_local", "pixel_shuffle")
+INEXACT = ("msdeform", "non_local", "pixel_shuffle")
 _MATRICES = (nn.Conv2d, nn.Linear, ModulatedConv)
 
 
