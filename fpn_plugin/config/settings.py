@@ -65,8 +65,9 @@ class PyramidSettings:
     graph: Sequence[Mapping[str, Any]] = _setting(
         (),
         "a pyramid of your own instead of `TOPOLOGY`: a list of nodes (`name`, `level`, `inputs`,"
-        " `fuse`, `block`, `output`). `LATERAL`, `BLOCK` and `REPEATS` do not apply to it: a node"
-        " names its own block",
+        " `fuse`, `block`, `output`) and of steps over several levels (`name`, `step`, `inputs`,"
+        " `output`), whose map of level 3 is called `<name>_p3`. `LATERAL`, `BLOCK` and `REPEATS`"
+        " do not apply to it: a node names its own block",
         key_default=[],
     )
     repeats: int = _setting(
@@ -79,8 +80,8 @@ class PyramidSettings:
         -1,
         "how many coarser levels the topologies that fuse them"
         f" ({', '.join(f'`{name}`' for name in sorted(INNER_LEVELS))}) make from the top map that"
-        " they read, in a stack the first of them; `-1`: what it takes to have five (`bfp`, and"
-        " those that are not the first of a stack: none)",
+        " they read, in a stack the first of them; `-1`: what it takes to have five (`bfp`,"
+        " `msdeform` and those that are not the first of a stack: none)",
     )
     extra_levels: str = _setting(
         "none",

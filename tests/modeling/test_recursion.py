@@ -197,9 +197,7 @@ def test_networks_and_settings_that_take_no_feedback_are_refused() -> None:
 def test_the_keys_are_in_the_errors_of_a_config() -> None:
     cfg = zoo_config(FASTER, "MODEL.BACKBONE.NAME", "build_pyramid_backbone")
     cfg.MODEL.FPN.RFP_STEPS, cfg.MODEL.BOTTOM_UP.NAME = 2, "build_regnet_backbone"
-    with pytest.raises(
-        ValueError, match="MODEL.FPN.RFP_STEPS: 2 .* is a RegNet, .*BOTTOM_UP.NAME"
-    ):
+    with pytest.raises(ValueError, match="MODEL.FPN.RFP_STEPS: 2 .* is a RegNet, .*BOTTOM_UP.NAME"):
         build_model(cfg)
     cfg.MODEL.BOTTOM_UP.NAME, cfg.MODEL.FPN.OUT_CHANNELS = "build_resnet_backbone", 30
     with pytest.raises(

@@ -12,6 +12,7 @@ from detectron2.modeling import FPN, Backbone
 from helpers import randomize
 from torch import Tensor
 
+from fpn_plugin.pyramid.graph import Step
 from fpn_plugin.pyramid.pyramid import GraphExecutor
 from fpn_plugin.pyramid.topologies import OWN_LEVELS, TOPOLOGIES
 from fpn_plugin.visualize.maps import map_rows, record_maps, strength
@@ -53,10 +54,14 @@ def reference(backbone: GraphExecutor, x: Tensor) -> dict[str, Mapping[str, Tens
             before.update({step.node.name: arrived[same_level[0]]} if same_level else {})
             fusion = backbone.get_submodule(step.fuse.path)
             y = fused[step.node.name] = fusion(arrived)
-        if step.block:
-            y = backbone.get_submodule(step.block.path)(y)
-        maps[step.node.name] = y
-        sizes.setdefault(step.node.level, list(y.shape[2:]))
+        results = [y]
+        if isinstance(step.node, Step):
+            results = backbone.get_submodule(step.block.path)(arrived)
+        elif step.block:
+            results = [backbone.get_submodule(step.block.path)(y)]
+        for (given, level), y in zip(step.node.maps().items(), results):
+            maps[given] = y
+            sizes.setdefault(level, list(y.shape[2:]))
     return {"before": before, "fused": fused, "nodes": maps}
 
 

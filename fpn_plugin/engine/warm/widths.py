@@ -20,7 +20,7 @@ from fpn_plugin.pyramid.blocks import ModulatedKernel
 
 # operators that compute something else when their channels are copied, or when not all of them are
 # copied equally often
-INEXACT = ("eca", "non_local", "pixel_shuffle")
+INEXACT = ("eca", "msdeform", "non_local", "pixel_shuffle")
 UNEVEN = ("cbam", "ema")
 _MATRICES = (nn.Conv2d, nn.Linear, ModulatedKernel)
 
