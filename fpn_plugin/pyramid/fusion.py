@@ -12,7 +12,6 @@ the executor sets `coarse`, leaves those maps as they are, and passes the size o
 
 from __future__ import annotations
 
-import math
 from typing import Callable, List, Optional, Sequence
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.pyramid import fused
 from fpn_plugin.pyramid.blocks import conv_block
-from fpn_plugin.pyramid.norms import norm_layer
+from fpn_plugin.pyramid.norms import narrow_norm
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]
@@ -316,7 +315,7 @@ class AdaptiveSpatial(Fusion):
 
     def __init__(self, channels: int, count: int, norm: str = "", hidden: int = 16) -> None:
         super().__init__(channels, count)
-        _check_positive("hidden", hidden)
+        check_positive("hidden", hidden)
         self.compress = nn.ModuleList(_compression(channels, hidden, norm) for _ in range(count))
         self.logits = conv_block(hidden * count, count, 1)
 
@@ -331,15 +330,8 @@ class AdaptiveSpatial(Fusion):
 
 
 def _compression(channels: int, hidden: int, norm: str) -> Conv2d:
-    """A 1x1 convolution with norm.
-
-    GN gets groups of 8 channels instead of 32 groups: as large as 32 groups of 256 channels.
-    """
-    layer: nn.Module | None
-    if norm == "GN":
-        layer = nn.GroupNorm(hidden // math.gcd(hidden, 8), hidden)
-    else:
-        layer = norm_layer(norm, hidden)
+    """A 1x1 convolution with norm."""
+    layer = narrow_norm(norm, hidden)
     conv = Conv2d(channels, hidden, 1, bias=layer is None, norm=layer)
     weight_init.c2_xavier_fill(conv)
     return conv
@@ -383,7 +375,7 @@ class SelectiveKernel(Fusion):
 
     def __init__(self, channels: int, count: int, norm: str = "", reduction: int = 16) -> None:
         super().__init__(channels, count)
-        _check_positive("reduction", reduction)
+        check_positive("reduction", reduction)
         hidden = max(channels // reduction, 32)
         self.reduce = nn.Linear(channels, hidden)
         self.logits = nn.ModuleList(nn.Linear(hidden, channels) for _ in range(count))
@@ -402,6 +394,7 @@ class SelectiveKernel(Fusion):
         return weigh_maps(maps, list(weights.unbind(1)))
 
 
-def _check_positive(name: str, value: object) -> None:
+def check_positive(name: str, value: object) -> None:
+    """Raise a ValueError, naming an argument, unless its value is a positive whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} {value!r} is not a positive whole number")
