@@ -23,7 +23,7 @@ from fpn_plugin.visualize.detector import read_config
 # by the name of a registry: the key that selects its operators, and a topology that uses them
 _KEYS = {
     "up": ("MODEL.FPN.UPSAMPLE", "fpn"),
-    "down": ("MODEL.FPN.DOWNSAMPLE", "pafpn"),
+    "down": ("MODEL.FPN.DOWNSAMPLE", "bifpn"),  # pafpn's are always convolutions
     "block": ("MODEL.FPN.BLOCK", "fpn"),
     "fuse": ("MODEL.FPN.FUSE_TYPE", "fpn"),
 }

@@ -29,6 +29,7 @@ from fpn_plugin.pyramid.blocks import (
     conv_block,
     initialize,
 )
+from fpn_plugin.pyramid.fusion import check_positive
 from fpn_plugin.pyramid.norms import GroupNorm, norm_layer
 
 
@@ -77,12 +78,11 @@ class Attention(nn.Module):
 
 def _hidden(channels: int, reduction: int, least: int = 1) -> int:
     """`channels / reduction`, at least `least`."""
-    if type(reduction) is not int or reduction < 1:
-        raise ValueError(f"reduction {reduction!r} is not a positive whole number")
+    check_positive("reduction", reduction)
     return max(channels // reduction, least)
 
 
-def _narrow_norm(norm: str, channels: int) -> nn.Module | None:
+def _inner_norm(norm: str, channels: int) -> nn.Module | None:
     """A norm inside an attention block. GN is one group there: of so few channels there are no 32,
     and one stays one at another width."""
     return GroupNorm(1, channels) if norm == "GN" else norm_layer(norm, channels)
@@ -180,7 +180,7 @@ class ConvolutionalAttention(SqueezeExcitation):
                 "norm: LN normalises over channels, and cbam's 7x7 has only one; give cbam a norm"
                 ' of its own: BN, SyncBN, FrozenBN, GN or ""'
             )
-        layer = _narrow_norm(norm, 1)
+        layer = _inner_norm(norm, 1)
         self.spatial = Conv2d(2, 1, 7, padding=3, bias=layer is None, norm=layer)
         initialize(weight_init.c2_xavier_fill, self.spatial)
 
@@ -228,7 +228,7 @@ class CoordinateAttention(Attention):
     ) -> None:
         super().__init__(in_channels, out_channels, norm, activation, order, kernel)
         hidden = _hidden(out_channels, reduction, 8)
-        layer = _narrow_norm(norm, hidden)
+        layer = _inner_norm(norm, hidden)
         self.reduce = Conv2d(out_channels, hidden, 1, norm=layer, activation=nn.Hardswish())
         initialize(weight_init.c2_xavier_fill, self.reduce)
         self.rows = conv_block(hidden, out_channels, 1)

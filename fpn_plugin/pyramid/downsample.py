@@ -13,6 +13,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.blocks import at_least_float32, conv_block
+from fpn_plugin.pyramid.fusion import check_positive
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, Resampler, Size, fit
 
 
@@ -195,5 +196,6 @@ class CarafeDown(Halving):
     """
 
     def __init__(self, channels: int, steps: int, compressed_channels: int = 64) -> None:
+        check_positive("compressed_channels", compressed_channels)
         layers = [_ReassembleDown(channels, compressed_channels) for _ in range(steps)]
         super().__init__(channels, steps, layers)

@@ -12,7 +12,6 @@ the executor sets `coarse`, leaves those maps as they are, and passes the size o
 
 from __future__ import annotations
 
-import math
 from typing import Callable, List, Optional, Sequence
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.pyramid import fused
 from fpn_plugin.pyramid.blocks import conv_block
-from fpn_plugin.pyramid.norms import norm_layer
+from fpn_plugin.pyramid.norms import narrow_norm
 from fpn_plugin.registry import Registry
 
 Size = Optional[List[int]]
@@ -333,15 +332,8 @@ class AdaptiveSpatial(Fusion):
 
 
 def _compression(channels: int, hidden: int, norm: str) -> Conv2d:
-    """A 1x1 convolution with norm.
-
-    GN gets groups of 8 channels instead of 32 groups: as large as 32 groups of 256 channels.
-    """
-    layer: nn.Module | None
-    if norm == "GN":
-        layer = nn.GroupNorm(hidden // math.gcd(hidden, 8), hidden)
-    else:
-        layer = norm_layer(norm, hidden)
+    """A 1x1 convolution with norm."""
+    layer = narrow_norm(norm, hidden)
     conv = Conv2d(channels, hidden, 1, bias=layer is None, norm=layer)
     weight_init.c2_xavier_fill(conv)
     return conv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Mapping, TypeVar
 
 import torch
@@ -116,6 +117,14 @@ def norm_layer(norm: str, channels: int) -> nn.Module | None:
             f"{norm!r} cannot normalise {channels} channels (`out_channels`): {error};"
             " GN has 32 groups, so take a multiple of 32",
         ) from None
+
+
+def narrow_norm(norm: str, channels: int) -> nn.Module | None:
+    """:func:`norm_layer` for a map inside an operator, of a few channels: GN gets groups of 8
+    channels instead of 32 groups, which is as large as 32 groups of 256 channels."""
+    if norm == "GN":
+        return GroupNorm(channels // math.gcd(channels, 8), channels)
+    return norm_layer(norm, channels)
 
 
 def set_norm(module: nn.Module, eps: float, momentum: float) -> nn.Module:

@@ -302,6 +302,8 @@ class DySample(Doubling):
     ) -> None:
         if groups < 1 or channels % groups:
             raise ValueError(f"groups: {groups} groups do not divide {channels} channels")
+        if type(dynamic_scope) is not bool:
+            raise ValueError(f"dynamic_scope {dynamic_scope!r} is not True or False")
         layers: List[nn.Module] = []
         for _ in range(steps):
             layers.append(_PointSample(channels, groups, dynamic_scope))

@@ -105,13 +105,13 @@ def test_what_cannot_be_preserved_is_said(
     [("se", "adown"), ("cbam", "spd"), ("coord", "haar"), ("ema", "carafe_down")],
 )
 def test_attention_and_downsamplers_grow(block: str, down: str, tmp_path: Path) -> None:
-    old = {"OUT_CHANNELS": 32, "BLOCK": f"{block}(kernel=3)", "TOPOLOGY": "pafpn", "NORM": "GN"}
-    old.update({"DOWNSAMPLE": f'{down}(norm="")' if down == "adown" else down})
-    before, after, start = warm(tmp_path, old, {**old, "OUT_CHANNELS": 64})
+    old = {"OUT_CHANNELS": 32, "BLOCK": f"{block}(kernel=3)", "TOPOLOGY": "bifpn", "NORM": "BN"}
+    old["DOWNSAMPLE"] = down
+    before, after, start = warm(tmp_path, old, {**old, "OUT_CHANNELS": 96})
     assert set(start.verdict().values()) == {"up to rounding"}
     x = torch.rand(1, 3, 96, 64)
     maps, maps2 = before.backbone(x), after.backbone(x)
-    assert largest_difference(maps, {k: y[:, ::2] for k, y in maps2.items()}) < 1e-5
+    assert largest_difference(maps, {k: y[:, ::3] for k, y in maps2.items()}) < 1e-5
 
 
 def test_a_head_is_never_grown_by_accident(tmp_path: Path) -> None:

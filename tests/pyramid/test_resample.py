@@ -269,6 +269,13 @@ def test_groups_must_divide_the_channels(name: str, groups: int) -> None:
         UPSAMPLE.get(name)(6, 1)
 
 
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="dynamic_scope 'no' is not True or False"):
+        UPSAMPLE.get("dysample")(8, 1, dynamic_scope="no")
+    with pytest.raises(ValueError, match="compressed_channels 0 is not a positive whole number"):
+        DOWNSAMPLE.get("carafe_down")(8, 1, compressed_channels=0)
+
+
 def test_downsamplers_by_hand() -> None:
     x = torch.tensor([[[[1.0, 5.0, 2.0, 0.0, 9.0], [3.0, 4.0, 8.0, 7.0, 6.0]]]])
     assert DOWNSAMPLE.get("maxpool")(1, 1)(x, None).tolist() == [[[[5, 8, 9]]]]
