@@ -58,8 +58,8 @@ def name_maps(source: str, strides: Sequence[int], advice: str = "") -> dict[str
 
 
 def number_maps(strides: Sequence[int]) -> dict[str, int]:
-    """Name each of several maps with the same stride: `res4_1`, `res4_2`, ... for a plain ViT, after
-    its first block, its second, ...
+    """Name each of several maps with the same stride: for a plain ViT `res4_1` after its first
+    block, `res4_2` after its second, ...
 
     Args:
         strides: in pixels, in the order in which the network computes the maps.

@@ -175,6 +175,7 @@ PINNED = {
     "mask_rcnn_timm_ConvNeXt_T_FPN_1x": RGB,
     "mask_rcnn_timm_DINOv2_S_Feature2Pyramid_FPN_1x": RGB,
     "mask_rcnn_timm_DINOv3_S_Projector_1x": RGB,
+    "mask_rcnn_timm_DINOv3_S_STA_Hybrid_1x": RGB,
     "mask_rcnn_timm_EfficientNetV2_S_FPN_1x": HALF,
     "mask_rcnn_timm_HRNet_W32_FPN_1x": RGB,
     "mask_rcnn_timm_MobileNetV3_L_FPN_1x": RGB,

@@ -1,5 +1,5 @@
-"""The pyramids from maps of one level, as a plain ViT's blocks give: LW-DETR's projector, and BEiT's
-levels from blocks."""
+"""The pyramids from maps of one level, as a plain ViT's blocks give: LW-DETR's projector, and the
+levels of BEiT's segmenter."""
 
 from __future__ import annotations
 
