@@ -39,6 +39,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "bfp": {"TOPOLOGY": "fpn+bfp"},
     "asff": {"TOPOLOGY": "fpn+asff"},
     "fapn": {"TOPOLOGY": "fapn"},
+    "dyhead": {"TOPOLOGY": "fpn+dyhead(depth=1)"},
     "bifpn": BIFPN,
 }
 

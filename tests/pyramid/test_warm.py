@@ -18,7 +18,7 @@ from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import OWN_LEVELS, TOPOLOGIES, Style
 from fpn_plugin.pyramid.warm import WarmPyramid, combine
 
-STACKED = {"bfp": "fpn+bfp", "asff": "fpn+asff"}
+STACKED = {"bfp": "fpn+bfp", "asff": "fpn+asff", "dyhead": "fpn+dyhead(depth=1)"}
 NAMES = [STACKED.get(name, name) for name in TOPOLOGIES.names()]
 FIVE_LEVELS = ("bifpn", "qufpn", "nas_fpn", "fpg", "hrfpn", *OWN_LEVELS)
 
@@ -64,7 +64,7 @@ def test_any_pyramid_begins_as_any_other(old_name: str) -> None:
         assert_same({name: expected[name] for name in common}, common)
 
 
-@pytest.mark.parametrize("name", ["pafpn", "pafpn_mmdet", "fpn+bfp", "fpn+asff"])
+@pytest.mark.parametrize("name", ["pafpn", "pafpn_mmdet", "fpn+bfp", "fpn+asff", "fpn+dyhead"])
 def test_what_contains_the_old_pyramid_runs_it_once(name: str) -> None:
     merged, warm = both(a_pyramid("fpn"), a_pyramid(name))
     new = {item.name for item in a_pyramid(name)[0].nodes}
