@@ -317,7 +317,7 @@ def _frozen_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
 
 def _not_coarse(step: ResolvedNode) -> ValueError:
     """That a node's fusion upsamples one of its maps itself, but cannot."""
-    assert step.fuse is not None  # for mypy: it is the fusion that asks
+    assert step.fuse is not None and isinstance(step.node, Node)  # for mypy: the fusion asks
     level = step.node.input_level
     given = [
         f"{edge.source!r} comes "
