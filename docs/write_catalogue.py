@@ -6,7 +6,8 @@ python docs/write_catalogue.py --count      before that, count parameters and op
 python docs/write_catalogue.py --measure    before that, time all pyramids, on an idle machine
 
 A topology's text is its docstring: a first line "Title, Source.", sentences, and after "::" its
-formula. An operator's is the first paragraph of its docstring.
+formula. Where a file of configs/pyramids has the name of no topology, it is a variant, and its text
+is the comment that it begins with. An operator's is the first paragraph of its docstring.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fpn_plugin.benchmark.catalogue import (
     catalogue,
     count_costs,
     measure_latencies,
+    preset_files,
 )
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.config.files import merge_config_file
@@ -57,7 +59,9 @@ CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 SIZE = (800, 1344)
 R50 = {f"res{i}": ShapeSpec(channels=128 << i - 1, stride=1 << i) for i in range(2, 6)}
 ORDER = ("fpn", "pafpn", "pafpn_mmdet", "bifpn", "qufpn", "nas_fpn", "fpg", "hrfpn", "bfp", "asff")
-ORDER += ("fapn", "simple", "channel_mapper")
+ORDER += ("fapn", "freq", "hybrid", "hybrid_dfine", "hybrid_deimv2", "csp_pan", "csp_pan_rtmdet")
+ORDER += ("csp_pan_yolov8", "csp_pan_ppyoloe", "repgfpn", "bifusion", "msdeform", "dyhead", "sepc")
+ORDER += ("simple", "projector", "feature2pyramid", "channel_mapper")
 OPERATORS: dict[str, tuple[str, Registry[Any]]] = {
     "Fusions": ("`MODEL.FPN.FUSE_TYPE`", FUSIONS),
     "Upsamplers": ("`MODEL.FPN.UPSAMPLE`", UPSAMPLE),
@@ -98,13 +102,13 @@ is `BLOCK`; `3x3 s2` is a convolution of stride 2.
 
 @dataclass(frozen=True)
 class Text:
-    """What a topology's docstring says.
+    """What a topology's docstring says, or a variant's file.
 
     Attributes:
         title: its name in words.
         source: the paper, or whose code it is.
         sentences: in Markdown, one paragraph.
-        formula: in lines.
+        formula: in lines; "" of a variant.
     """
 
     title: str
@@ -114,9 +118,10 @@ class Text:
 
 
 def names() -> list[str]:
-    """The topologies of this plugin, those of the page's order first."""
-    own = [name for name in TOPOLOGIES.names() if _is_ours(TOPOLOGIES.get(name))]
-    return sorted(own, key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
+    """The topologies of this plugin and the variants, those of the page's order first."""
+    own = {name for name in TOPOLOGIES.names() if _is_ours(TOPOLOGIES.get(name))}
+    every = sorted(own | set(preset_files()))
+    return sorted(every, key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
 
 
 def _is_ours(obj: Any) -> bool:
@@ -124,11 +129,13 @@ def _is_ours(obj: Any) -> bool:
 
 
 def text_of(name: str, docstring: str | None = None) -> Text:
-    """What a topology's docstring says.
+    """What a topology's docstring says, or the comment of a variant's file.
 
     Raises:
         ValueError: naming the topology and what its docstring lacks.
     """
+    if docstring is None and name not in TOPOLOGIES:
+        return _text_of_file(preset_files()[name])
     doc = inspect.cleandoc(docstring or TOPOLOGIES.get(name).__doc__ or "")
     first, _, rest = doc.partition("\n\n")
     title, comma, source = " ".join(first.split()).rstrip(".").partition(", ")
@@ -149,6 +156,13 @@ def text_of(name: str, docstring: str | None = None) -> Text:
             f" {' and '.join(lacks)}; see `fpn` in fpn_plugin/pyramid/topologies/fpn.py"
         )
     return Text(title, source, " ".join(sentences.split()), inspect.cleandoc(formula))
+
+
+def _text_of_file(path: Path) -> Text:
+    """The comment that a file begins with: "Title, source", how to use it, and sentences."""
+    lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line[:1] == "#"]
+    title, _, source = lines[0].partition(", ")
+    return Text(title, source, " ".join(lines[2:]), "")
 
 
 def entries_on(shapes: Mapping[str, ShapeSpec]) -> dict[str, Entry]:
@@ -304,7 +318,7 @@ def at_a_glance(
         row = [f"[`{name}`](#{name})", f"{costs[name]['parameters']:,}", f"{flops / 1e9:.1f}"]
         row.append(f"{flops / costs[REFERENCE]['flops']:.2f}×")
         row += [f"{time['ms']:.0f} ms", _relative(time)] if time else ["not measured"] * 2
-        row += ["not measured", f"{_link(configs[name][0])}"]
+        row += ["not measured", _link(configs[name][0]) if configs[name] else ""]
         rows.append(row)
     table = Table("", header, rows).text("github")
     note = (
@@ -353,7 +367,8 @@ def pyramid_section(
     text = text_of(name)
     yield f"### {name}"
     yield f"**{text.title}** ({_linked(text.source)}). {text.sentences}"
-    yield f"```text\n{text.formula}\n```"
+    if text.formula:
+        yield f"```text\n{text.formula}\n```"
     yield f"[![{text.title} as a graph](images/pyramids/{name}.svg)](images/pyramids/{name}.svg)"
     assert entry.settings is not None
     repeats = entry.settings.repeats
@@ -372,7 +387,7 @@ def pyramid_section(
     lines = [
         f"- preset: [`pyramids/{name}.yaml`](../configs/pyramids/{name}.yaml): {shown}{drawn}",
         f"- cost: {cost['parameters']:,} parameters, {cost['flops'] / 1e9:.1f} GFLOPs{took}",
-        f"- configs: {', '.join(map(_link, configs))}",
+        *([f"- configs: {', '.join(map(_link, configs))}"] if configs else []),
     ]
     own = [row for row in published if _config_path(row) in configs]
     lines += [f"- published: {_published_line(row)}" for row in own]
