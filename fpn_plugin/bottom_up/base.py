@@ -76,6 +76,19 @@ def number_maps(strides: Sequence[int]) -> dict[str, int]:
     return names
 
 
+def refuse_twins(source: str, names: Sequence[str], positions: Sequence[int]) -> None:
+    """Refuse two names of one map, such as `res4_12` and `res4`.
+
+    Args:
+        positions: of the maps with these names, as the network computes them.
+
+    Raises:
+        ValueError: naming `MODEL.FPN.IN_FEATURES`.
+    """
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"MODEL.FPN.IN_FEATURES: {names}: two of them are one map of {source}")
+
+
 def select_maps(source: str, names: Sequence[str], out_features: Sequence[str]) -> list[str]:
     """The names of the maps to return, in the network's order: `out_features`, or all if empty.
 

@@ -15,7 +15,15 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from fpn_plugin.bottom_up.base import AdaptedBackbone, MapInfo, freeze, name_maps, select_maps
+from fpn_plugin.bottom_up.base import (
+    AdaptedBackbone,
+    MapInfo,
+    freeze,
+    name_maps,
+    number_maps,
+    refuse_twins,
+    select_maps,
+)
 from fpn_plugin.bottom_up.families import (
     ARGS,
     Family,
@@ -91,7 +99,8 @@ def build_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backb
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
     """ViT as in ViTDet (arXiv:2203.16527); ViT-B by default.
 
-    It has one map, `res4` with patches of 16 pixels, for `MODEL.FPN.TOPOLOGY: simple`.
+    With patches of 16 pixels its map is `res4`, for `MODEL.FPN.TOPOLOGY: simple`; `res4_3` is that
+    after its third block, for `projector`.
 
     Raises:
         ImportError: if timm is not installed, or fairscale for `use_act_checkpoint`.
@@ -120,13 +129,16 @@ def _build(name: str, family: Family, cfg: CfgNode, input_shape: ShapeSpec) -> D
     model = _construct(name, family, cfg.MODEL.BOTTOM_UP.ARGS, input_shape.channels or 3)
     strides = family.strides(model)
     stages = list(strides)
-    positions = name_maps(name, list(strides.values()))
+    deepest = name_maps(name, list(strides.values()))
+    positions = {**number_maps(list(strides.values())), **deepest}
+    wanted = cfg.MODEL.FPN.IN_FEATURES or list(deepest)
     maps, numbers = {}, []
-    for map_name in select_maps(name, list(positions), cfg.MODEL.FPN.IN_FEATURES):
+    for map_name in select_maps(name, list(positions), wanted):
         number = positions[map_name]
         stage = stages[number]
         maps[map_name] = MapInfo(model._out_feature_channels[stage], strides[stage])
         numbers.append(number)
+    refuse_twins(name, list(maps), numbers)
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     if freeze_at >= 1:
         freeze(family.stem(model))

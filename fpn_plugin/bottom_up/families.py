@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Dict, Iterable, Mapping, Sequence
 
 import torch
 from detectron2.modeling.backbone import MViT, RegNet, SwinTransformer, ViT, regnet
+from detectron2.modeling.backbone.utils import get_abs_pos
 from torch import Tensor, nn
 
 from fpn_plugin.bottom_up.image_channels import set_image_channels
@@ -188,6 +189,34 @@ class MViTFamily(Family):
         return model.blocks[ends[number] + 1 : ends[number + 1] + 1].parameters()
 
 
+class BlockMapsViT(ViT):
+    """Detectron2's ViT, which can give the map after each of its blocks, as `block<number>`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (channels,), (stride,) = (
+            self._out_feature_channels.values(),
+            self._out_feature_strides.values(),
+        )
+        self._out_features = [f"block{number}" for number, _ in enumerate(self.blocks, start=1)]
+        self._out_feature_channels = dict.fromkeys(self._out_features, channels)
+        self._out_feature_strides = dict.fromkeys(self._out_features, stride)
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """The wanted maps, from the first block on."""
+        x = self.patch_embed(x)  # (N, H/16, W/16, C)
+        if self.pos_embed is not None:
+            size = (x.shape[1], x.shape[2])
+            x = x + get_abs_pos(self.pos_embed, self.pretrain_use_cls_token, size)
+        maps: Dict[str, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            name = f"block{number + 1}"
+            if name in self._out_features:
+                maps[name] = x.permute(0, 3, 1, 2)
+        return maps
+
+
 class ViTFamily(Family):
     network_class = ViT
     # ViT-B, of Detectron2's common/models/mask_rcnn_vitdet.py: blocks 2, 5, 8 and 11 see the whole
@@ -206,11 +235,15 @@ class ViTFamily(Family):
     }
     reserved = ("act_layer", "in_chans", "norm_layer", "out_feature")
 
+    def construct(self, arguments: Mapping[str, Any]) -> Any:
+        return BlockMapsViT(**arguments)
+
     def shorten(self, model: Any, wanted: Sequence[str], last: int) -> None:
-        pass  # there is one map
+        model._out_features = list(wanted)
+        model.blocks = model.blocks[: last + 1]
 
     def stage(self, model: Any, number: int) -> Iterable[nn.Parameter]:
-        return model.blocks.parameters()
+        return model.blocks[number].parameters()
 
     def pad_to(self, model: Any) -> int:
         return model.patch_embed.proj.stride[0]

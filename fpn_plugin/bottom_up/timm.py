@@ -16,6 +16,7 @@ from fpn_plugin.bottom_up.base import (
     freeze,
     name_maps,
     number_maps,
+    refuse_twins,
     select_maps,
 )
 from fpn_plugin.bottom_up.norms import convert_norms, freeze_norm_statistics
@@ -76,8 +77,7 @@ class TimmBackbone(AdaptedBackbone):
         named, choices = _map_indices(source, whole)
         names = select_maps(source, list(choices), out_features or list(named))
         indices = [choices[name] for name in names]
-        if len(set(indices)) < len(indices):
-            raise ValueError(f"MODEL.FPN.IN_FEATURES: {names}: two of them are one map of {source}")
+        refuse_twins(source, names, indices)
         if normed or not set(indices) <= set(_indices(whole)):
             all_indices = sorted({*named.values(), *indices})
             whole, options = _create(model, in_channels, options, out_indices=all_indices, **normed)

@@ -306,7 +306,8 @@ def _feature_levels(shapes: Mapping[str, ShapeSpec], settings: PyramidSettings) 
     if order != sorted(order) or len(levels) != len(names):
         raise bad_argument(
             argument,
-            f"{list(names)} are of levels {order}: list each map once, finest first",
+            f"{list(names)} are of levels {order}: list each level once, or several maps of one,"
+            " finest first",
         )
     return levels
 

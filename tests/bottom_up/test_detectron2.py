@@ -182,6 +182,25 @@ def test_the_defaults_are_of_well_known_sizes(
     assert sum(p.numel() for p in backbone.parameters()) == pytest.approx(millions * 1e6, rel=5e-3)
 
 
+@torch.no_grad()
+def test_a_plain_vit_has_a_map_after_each_block() -> None:
+    whole = build("build_vit_backbone").eval()
+    depth, x = len(whole.model.blocks), torch.randn(1, 3, 32, 64)
+    passed: list[torch.Tensor] = []
+    for block in whole.model.blocks:
+        block.register_forward_hook(lambda module, inputs, y: passed.append(y.permute(0, 3, 1, 2)))
+    assert torch.equal(whole(x)["res4"], passed[-1])
+    for maps in (["res4_1", "res4"], ["res4_1"]):
+        part = build("build_vit_backbone", maps=maps).eval()
+        assert len(part.model.blocks) == (depth if "res4" in maps else 1)
+        part.load_state_dict(whole.state_dict(), strict=False)
+        assert all(
+            torch.equal(y, passed[0 if name == "res4_1" else -1]) for name, y in part(x).items()
+        )
+    with pytest.raises(ValueError, match="IN_FEATURES: .* two of them are one map of build_vit"):
+        build("build_vit_backbone", maps=[f"res4_{depth}", "res4"])
+
+
 def test_a_pyramid_runs_on_a_plain_vit() -> None:
     cfg = config("build_vit_backbone", maps=["res4"])
     cfg.MODEL.FPN.TOPOLOGY, cfg.MODEL.FPN.NORM, cfg.MODEL.FPN.OUT_CHANNELS = "simple", "LN", 16

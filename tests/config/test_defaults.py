@@ -31,7 +31,7 @@ def config(path: str, *overrides: Any) -> Any:
 
 
 MISTAKES: list[tuple[str, str, Any, str]] = [
-    (MASK, "FPN.TOPOLOGY", "fpnn", "FPN.TOPOLOGY: .*'fpnn'.*channel_mapper, fapn"),
+    (MASK, "FPN.TOPOLOGY", "fpnn", "FPN.TOPOLOGY: .*'fpnn'.*channel_mapper, .*fapn"),
     (MASK, "FPN.FUSE_TYPE", "add", "FPN.FUSE_TYPE: .*'add'.*asff, attention, avg, blend"),
     (MASK, "FPN.UPSAMPLE", "maxpool", "FPN.UPSAMPLE: .*'maxpool'.*bilinear"),
     (MASK, "FPN.DOWNSAMPLE", "nearest", "FPN.DOWNSAMPLE: .*'nearest'.*conv"),
