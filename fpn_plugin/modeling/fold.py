@@ -35,7 +35,8 @@ def fold_norms(model: nn.Module) -> int:
     uses = _count_uses(model)
     pairs = [(owner, *pair) for owner in model.modules() for pair in _neighbours(owner)]
     count = sum(_fold(conv, owner, name, uses) for owner, conv, name in pairs)
-    for block in [each for each in model.modules() if hasattr(each, "merge_branches")]:
+    blocks: list[Any] = [each for each in model.modules() if hasattr(each, "merge_branches")]
+    for block in blocks:
         parts = [*block.modules(), *block.parameters()]
         if all(uses[id(part)] <= 1 for part in parts):  # none is another's too
             block.merge_branches()

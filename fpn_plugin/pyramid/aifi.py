@@ -7,19 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS
+from fpn_plugin.pyramid.resample import _is_exporting
 
 
 def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
     """`[sin(y·ω), cos(y·ω), sin(x·ω), cos(x·ω)]` of each pixel, row by row, shape `(H·W, C)`, with
     `ωᵢ = 10000^(−i / (C/4))`.
 
-    Computed in float32 at least, then cast.
+    Computed in float64, or in float32 where a device or the reader of an exported file may lack it,
+    then cast.
 
     Args:
         channels: a multiple of 4.
         like: has the result's type and device.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    lacks = like.dtype != torch.float64 and (like.device.type == "mps" or _is_exporting())
+    dtype = torch.float32 if lacks else torch.float64
     count = channels // 4
     steps = torch.arange(count, dtype=dtype, device=like.device) / count
     omega = torch.pow(10000.0, -steps)
