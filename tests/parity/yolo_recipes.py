@@ -183,7 +183,7 @@ def yolov8(channels: Mapping[int, int], width: int) -> Reference:
     return reference(topology, channels, width, block, theirs, parts, CSP)
 
 
-@recipe("PP-YOLOE", sizes=SIZES)
+@recipe("PP-YOLOE", sizes=SIZES, parameters=7_835_392)
 def ppyoloe(channels: Mapping[int, int], width: int) -> Reference:
     theirs = neck("mmyolo.models.necks", "PPYOLOECSPPAFPN")([width] * 3, [width] * 3)
     # the reference halves the channels as it goes up, since its finer maps have half as many; here
@@ -246,7 +246,7 @@ def damo_yolo_silu(channels: Mapping[int, int], width: int) -> Reference:
     return damo_yolo(channels, width, "silu", 1.0)
 
 
-@recipe("YOLOv6", levels=(2, 3, 4, 5), sizes=EVEN)
+@recipe("YOLOv6", levels=(2, 3, 4, 5), sizes=EVEN, parameters=16_283_136)
 def yolov6(channels: Mapping[int, int], width: int) -> Reference:
     theirs = neck("mmyolo.models.necks", "YOLOv6RepBiPAFPN")(
         list(channels.values()), [width] * 3, num_csp_blocks=4
