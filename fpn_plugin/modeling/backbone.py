@@ -108,7 +108,7 @@ class PyramidBackbone(GraphExecutor, Backbone):
         whole, per_node = (warm.graph, warm.per_node) if warm else (graph, None)
         inputs = {name: channels[name] for name in whole.inputs}
         super().__init__(whole, inputs, defaults, per_node)
-        self.settings = settings
+        self.settings: PyramidSettings = settings
         self.warm_start = warm
         self.bottom_up = bottom_up
         accept_small_maps(bottom_up)

@@ -90,6 +90,7 @@ class RecursivePyramid(nn.Module):
             prefix: before this module's names in it.
             network: before that network's.
         """
+        copied: Any
         for i, copied in enumerate(self.networks):
             first = f"{prefix}networks.{i}.stages."
             if not any(name.startswith(first) for name in state):
@@ -134,6 +135,7 @@ class FeedbackResNet(nn.Module):
             fed_back: what is made of the pyramid's maps, by their names.
         """
         x, maps = image, {}
+        stage: Any
         for name, stage in zip(self.names, self.stages):
             if name in self.sources:
                 first, *others = stage

@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 from backbones import LEVELS, bifpn, toy_backbone
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 
 from fpn_plugin import PyramidBackbone
 from fpn_plugin.visualize.complexity import (
     HEADER,
     Complexity,
+    Cost,
     count_parameters,
     measure,
     node_table,
     padded_size,
     settings_text,
+    totals,
     totals_text,
 )
 
@@ -87,6 +91,28 @@ def test_norms_separable_blocks_and_projections_are_counted() -> None:
     assert cost.nodes["c1_p3"].parameters == projection + 32 * 9 + 32 * 32 + 64 + 2
     convolutions = 32 * 32 * (16 * 32 + 32 * 9 + 32 * 32)
     assert cost.nodes["c1_p3"].flops >= convolutions
+
+
+def test_a_recursive_pyramid_runs_twice_and_its_network_is_counted() -> None:
+    stages = [[BasicBlock(8, 8)], [BasicBlock(8, 16, stride=2)]]
+    networks = [ResNet(BasicStem(3, 8), stages, out_features=["res2", "res3"]) for _ in range(2)]
+    names = ["res2", "res3"]
+    single = measure(PyramidBackbone(networks[0], names, 8), (64, 96))
+    backbone = PyramidBackbone(networks[1], names, 8, rfp_steps=2)
+    cost = measure(backbone, (64, 96))
+    assert cost.bottom_up == single.bottom_up and not single.recursion.parameters
+    assert cost.pyramid == Cost(single.pyramid.parameters, 2 * single.pyramid.flops)
+    whole = cost.pyramid + cost.bottom_up + cost.recursion
+    assert whole == Cost(
+        count_parameters(backbone), totals(backbone, "bottom_up", (64, 96))["backbone"].flops
+    )
+    fed_back, gated = 8 * 12, 8 * 12 + 16 * 24  # pixels
+    branches = 8 * 2 * 19 * fed_back + 8 * 2  # 1x1, two 3x3 on the map, a 1x1 on its mean
+    extra = cost.recursion.flops - cost.bottom_up.flops - branches - 8 * 16 * fed_back - 8 * gated
+    assert 0 <= extra < 10 * fed_back * 8  # the mean, what fvcore counts beside convolutions
+    text = totals_text(cost, {})
+    assert "recursion" in text and "recursion" not in totals_text(single, {})
+    assert "runs               2" in settings_text(backbone, {})
 
 
 def test_images_are_padded_as_detectron2_does() -> None:
