@@ -59,7 +59,7 @@ def msdeform(inputs: Levels, style: Style) -> Graph:
     nodes.append(encoder)
     outputs = {level: name for name, level in encoder.maps().items()}
     for level in reversed(fine):
-        above = Edge(outputs[level + 1], resample=op("bilinear"))
+        above = Edge(outputs[min(outputs)], resample=op("bilinear"))
         outputs[level] = f"msdeform_output{level}"
         block = prescribe(style.block, activation=style.act("relu"))
         nodes.append(node(outputs[level], level, [maps[level], above], block=block))
