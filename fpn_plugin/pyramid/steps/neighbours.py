@@ -185,9 +185,8 @@ class _PyramidKernel(ModulatedKernel):
     def __init__(self, channels: int, stride: int, deformable: bool) -> None:
         super().__init__(channels, channels, stride=stride)
         nn.init.normal_(self.weight, std=0.01)
-        self.offset: nn.Module | None = None
-        if deformable:
-            self.offset = Conv2d(channels, 18, 3, stride=stride, padding=1)
+        self.offset = Conv2d(channels, 18, 3, stride=stride, padding=1) if deformable else None
+        if self.offset is not None:
             nn.init.zeros_(self.offset.weight)
             nn.init.zeros_(self.offset.bias)
 
