@@ -7,9 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize
+from helpers import CHANNELS, randomize
 from torch import Tensor, nn
 
+from fpn_plugin.pyramid import Pyramid, Step, op
+from fpn_plugin.pyramid.compose import build_graph
+from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.steps.neighbours import SEPC, DyHead
 
 LEVELS = (3, 4, 5)
@@ -85,6 +88,45 @@ def test_a_deformable_sepc_starts_as_the_plain_one_and_moves_no_tap_of_the_fines
         nn.init.constant_(kernel.offset.bias, 0.5)
     same = [torch.allclose(x, y, atol=1e-6) for x, y in zip(deformable(maps), expected)]
     assert same == [True, False, False]
+
+
+def test_arguments_stand_in_the_topology() -> None:
+    graph = build_graph("fpn+dyhead(depth=2, groups=8)", {"res4": 4, "res5": 5}, inner_levels=2)
+    assert list(graph.output_names()) == ["p4", "p5", "p6", "p7"]
+    last = graph.nodes[-1]
+    assert isinstance(last, Step) and last.operator == op("dyhead", depth=2, groups=8)
+    pyramid = Pyramid(graph, CHANNELS, Defaults(24))
+    assert len(pyramid.get_submodule("s2_dyhead.blocks")) == 2
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("fpn(depth=2)+dyhead", r"topology 'fpn.*: fpn\(depth=2\), but fpn takes no arguments"),
+        ("fpn+dyhead(depth)", r"topology 'fpn.*'dyhead\(depth\)' is not an operator"),
+        ("fpn+dyhaed(depth=2)", "topology 'fpn.*unknown name 'dyhaed'.*did you mean 'dyhead'"),
+        ("fpn+dyhead(dept=2)", "step 's2_dyhead', arguments of dyhead: unknown name 'dept'"),
+        ("fpn+dyhead(depth=0)", "step 's2_dyhead': depth: 0 is not a whole number"),
+        ("fpn+sepc(depth=-1)", "step 's2_sepc': depth: -1 is not a whole number"),
+    ],
+)
+def test_bad_arguments_in_the_topology(topology: str, message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=message):
+        Pyramid(build_graph(topology, {"res4": 4, "res5": 5}), CHANNELS, Defaults(32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [DyHead, SEPC])
+def test_half_precision(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    step = randomize(kind(16, LEVELS, depth=1))
+    maps = some_maps((11, 18), (6, 9), (3, 5))
+    expected = step(maps)
+    with torch.autocast("cpu", dtype):
+        found = step(maps)
+    cast = step.to(dtype)([x.to(dtype) for x in maps])
+    for x, y, z in zip(expected, found, cast):
+        assert z.dtype == dtype
+        assert torch.allclose(y.float(), x, atol=0.05) and torch.allclose(z.float(), x, atol=0.05)
 
 
 @pytest.mark.parametrize(

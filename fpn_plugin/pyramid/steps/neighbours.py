@@ -136,8 +136,8 @@ class DyHead(nn.Module):
     larger of two linear functions of each channel, `(2a₁ + 1) s + b₁` and `2a₂ s + b₂`, where the
     a and b are `hs(FC(ReLU(FC(GAP(s))))) - ½`. All levels share all weights.
 
-    Half precision is convolved in float32. In front of a detector's heads it takes the place of
-    their towers: the paper's heads have no convolutions of their own.
+    Half precision is convolved in float32. It takes the place of the convolutions in a one-stage
+    head: the paper's heads have none of their own, Detectron2's one at least.
 
     Args:
         levels: consecutive ones.
@@ -185,9 +185,8 @@ class _PyramidKernel(ModulatedKernel):
     def __init__(self, channels: int, stride: int, deformable: bool) -> None:
         super().__init__(channels, channels, stride=stride)
         nn.init.normal_(self.weight, std=0.01)
-        self.offset: nn.Module | None = None
-        if deformable:
-            self.offset = Conv2d(channels, 18, 3, stride=stride, padding=1)
+        self.offset = Conv2d(channels, 18, 3, stride=stride, padding=1) if deformable else None
+        if self.offset is not None:
             nn.init.zeros_(self.offset.weight)
             nn.init.zeros_(self.offset.bias)
 

@@ -28,8 +28,7 @@ def dyhead(inputs: Levels, style: Style, **arguments: Any) -> Graph:
 
     After another pyramid: six blocks of attention over places, scales and channels. The paper's is
     `fpn+dyhead`; MMDetection makes P6 and P7 before (`inner_levels=2`, `downsample="conv"`), so
-    that they take part. It takes the place of the convolutions in a one-stage head, whose number is
-    then 0.
+    that they take part. It takes the place of the convolutions in a one-stage head.
 
     Args:
         arguments: of the step: `fpn+dyhead(depth=4)`.
