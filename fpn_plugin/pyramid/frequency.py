@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fpn_plugin.pyramid.blocks import at_least_float32, conv_block
 from fpn_plugin.pyramid.fusion import FUSIONS, Fusion, Size, check_positive
-from fpn_plugin.pyramid.norms import narrow_norm
+from fpn_plugin.pyramid.norms import GroupNorm
 from fpn_plugin.pyramid.reassemble import BORDERS, reassemble
 from fpn_plugin.pyramid.resample import crop, sample_at_offset
 
@@ -144,7 +144,8 @@ class _Sampler(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.norm_fine, self.norm_coarse = narrow_norm("GN", channels), narrow_norm("GN", channels)
+        parts = channels // math.gcd(channels, 8)  # groups of 8 channels, as in the paper's code
+        self.norm_fine, self.norm_coarse = GroupNorm(parts, channels), GroupNorm(parts, channels)
         seen = channels + 8  # similarities
         self.offset_fine = _predictor(seen, 2 * groups)
         self.offset_coarse = _predictor(seen, 2 * groups * 4)
