@@ -30,6 +30,12 @@ def dyhead(inputs: Levels, style: Style, **arguments: Any) -> Graph:
     `fpn+dyhead`; MMDetection makes P6 and P7 before (`inner_levels=2`, `downsample="conv"`), so
     that they take part. It takes the place of the convolutions in a one-stage head.
 
+    ::
+
+        S_l = mean of hs(ReLU(w . GAP(Z) + b)) Z over Z of:    (hs(v) = min(max(v + 3, 0), 6) / 6)
+              norm(DCN(X_l)),  norm(DCN s2(X_{l-1})),  norm(DCN(bilinear(X_{l+1})))
+        P_l = max(a1 S_l + b1, a2 S_l + b2),  a, b = hs(FC(ReLU(FC(GAP(S_l)))))
+
     Args:
         arguments: of the step: `fpn+dyhead(depth=4)`.
     """
@@ -41,7 +47,11 @@ def sepc(inputs: Levels, style: Style, **arguments: Any) -> Graph:
     """Scale-equalizing pyramid convolution, Wang et al. 2020, arXiv:2005.03101.
 
     After another pyramid: four convolutions over levels and places. The paper's is `fpn+sepc` with
-    P6 and P7 (`inner_levels=2`, `downsample="conv"`).
+    P6 and P7 (`inner_levels=2`, `downsample="conv"`). All levels share its weights, and its norm.
+
+    ::
+
+        P_l = ReLU(norm(3x3(X_l) + 3x3 s2(X_{l-1}) + bilinear(3x3(X_{l+1}))))    (four times)
 
     Args:
         arguments: of the step: `fpn+sepc(deformable=True)`.

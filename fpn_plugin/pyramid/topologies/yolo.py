@@ -122,7 +122,7 @@ def csp_pan(inputs: Levels, style: Style) -> Graph:
 def csp_pan_rtmdet(inputs: Levels, style: Style) -> Graph:
     """RTMDet's pyramid, Lyu et al. 2022, arXiv:2212.07784.
 
-    YOLOX's (`csp_pan`) with 3x3 output convolutions; its blocks have large depthwise kernels.
+    YOLOX's (`csp_pan`) with 3x3 output convolutions. Its blocks have large depthwise kernels.
 
     ::
 
@@ -159,7 +159,7 @@ def csp_pan_yolov8(inputs: Levels, style: Style) -> Graph:
 def csp_pan_ppyoloe(inputs: Levels, style: Style) -> Graph:
     """PP-YOLOE's pyramid, Xu et al. 2022, arXiv:2203.16250.
 
-    The coarsest map has a block of its own; a 1x1 reduces what goes up, while the bottom-up path
+    The coarsest map has a block of its own. A 1x1 reduces what goes up, while the bottom-up path
     reads the maps before it.
 
     ::
