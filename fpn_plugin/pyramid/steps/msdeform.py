@@ -161,7 +161,9 @@ class DeformableAttention(nn.Module):
         weights = logits.softmax(-1).reshape(shape)
         values = at_least_float32(self.value(tokens))  # sampled in float32 at least
         # (N·M, C/M, S), of one level after the other: no more than K maps of all values at once
-        total = torch.zeros_like(values).reshape(n * self.heads, channels // self.heads, count)
+        per_head = [n * self.heads, channels // self.heads, count]
+        # zeros of this shape: a reshape would bind an exported program to sizes of some divisor
+        total = torch.zeros(per_head, dtype=values.dtype, device=values.device)
         start = 0
         for i, x in enumerate(maps):
             height, width = x.shape[2], x.shape[3]
