@@ -194,13 +194,10 @@ class BlockMapsViT(ViT):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        (channels,), (stride,) = (
-            self._out_feature_channels.values(),
-            self._out_feature_strides.values(),
-        )
+        (last,) = self.output_shape().values()
         self._out_features = [f"block{number}" for number, _ in enumerate(self.blocks, start=1)]
-        self._out_feature_channels = dict.fromkeys(self._out_features, channels)
-        self._out_feature_strides = dict.fromkeys(self._out_features, stride)
+        self._out_feature_channels = dict.fromkeys(self._out_features, last.channels)
+        self._out_feature_strides = dict.fromkeys(self._out_features, last.stride)
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """The wanted maps, from the first block on."""

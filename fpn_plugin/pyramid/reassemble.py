@@ -113,7 +113,9 @@ class _Reassemble(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         padded, kernels = ctx.saved_tensors
         side, factor = ctx.side, ctx.factor
-        grad = _split(grad.contiguous(memory_format=memory_layout(padded)), factor)
+        grad = _split(
+            grad.contiguous(memory_format=memory_layout(padded) or torch.contiguous_format), factor
+        )
         source = _repeat(padded, 1, factor).unsqueeze(3)
         source_grad = torch.zeros_like(source, dtype=kernels.dtype)
         kernels_grad = torch.empty_like(kernels)

@@ -60,8 +60,12 @@ class Extended(PyramidSettings):
     strength: float = settings._setting(0.5, "how strong it is")
 
 
-def test_a_new_field_is_a_new_key_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_field_is_a_new_key_everywhere(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setattr(settings, "PyramidSettings", Extended)
+    defaults.plugin_keys.cache_clear()
+    request.addfinalizer(defaults.plugin_keys.cache_clear)
     cfg = config()
     assert cfg.MODEL.FPN.STRENGTH == 0.5
     merge_overrides(cfg, ["MODEL.FPN.STRENGTH", "0.25"])
