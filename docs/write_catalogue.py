@@ -195,7 +195,7 @@ def changed_settings(settings: PyramidSettings | None) -> dict[str, Any]:
 
 
 def read_data(path: Path, entries: Mapping[str, Entry], option: str) -> dict[str, Any]:
-    """Recorded numbers.
+    """Recorded numbers; times may lack a pyramid, which the page then says.
 
     Raises:
         ValueError: if they are of other pyramids than configs/pyramids has now, with the command.
@@ -203,6 +203,8 @@ def read_data(path: Path, entries: Mapping[str, Entry], option: str) -> dict[str
     data = json.loads(path.read_text()) if path.is_file() else {"entries": {}}
     for name, entry in entries.items():
         recorded = data["entries"].get(name, {}).get("settings")
+        if recorded is None and option == "--measure":
+            continue
         if recorded != changed_settings(entry.settings) and (
             data["entries"] or option == "--count"
         ):

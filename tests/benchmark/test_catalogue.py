@@ -28,6 +28,7 @@ def test_all_on_detectron2s_own_config_with_times(capsys: pytest.CaptureFixture[
     words = ["--latency", "--rounds", "1", "--config-file"]
     rows, notes = table(capsys, *words, "COCO-Detection/retinanet_R_50_FPN_1x.yaml", *SMALL)
     assert set(rows) == set(preset_files()) >= set(TOPOLOGIES.names())
+    assert rows.pop("bifusion")[1:] == ["–"] and "bifusion: MODEL.FPN.IN_FEATURES: the" in notes
     times = [float(row[-3 if "(" in row[-1] else -2]) for row in rows.values()]
     assert times == sorted(times) and rows["fpn"][-1] == "(1.00…1.00)"
     assert rows["fpn"][1:3] == ["(this", "config)"]
