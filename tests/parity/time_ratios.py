@@ -32,7 +32,7 @@ from fpn_plugin.benchmark.timing import (  # noqa: E402
     clock_for,
     time_interleaved,
 )
-from fpn_plugin.report.tables import aligned  # noqa: E402
+from fpn_plugin.visualize.complexity import aligned  # noqa: E402
 
 LIMIT = 1.2
 OURS, THEIRS = "ours", "reference"
