@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS
 from fpn_plugin.pyramid.compose import EXTRA_LEVELS, add_extra_levels, build_graph, stages
 from fpn_plugin.pyramid.fusion import FUSIONS
-from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator, parse_graph
+from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator
+from fpn_plugin.pyramid.graph_yaml import parse_graph
 from fpn_plugin.pyramid.norms import norm_layer
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
 from fpn_plugin.pyramid.resolve import Defaults

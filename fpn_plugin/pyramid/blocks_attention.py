@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.activation = ACTIVATIONS.get(last, "activation")()
 
     def attend(self, x: Tensor) -> Tensor:
-        """Weigh the map."""
+        """Weigh the map; each of the blocks below has its own."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

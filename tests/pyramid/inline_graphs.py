@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers import CHANNELS, randomize
 
-from fpn_plugin.pyramid.graph import parse_graph
+from fpn_plugin.pyramid.graph_yaml import parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 

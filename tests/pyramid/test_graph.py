@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from fpn_plugin.pyramid.compose import add_extra_levels, build_graph, chain
-from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, node, op, parse_graph
+from fpn_plugin.pyramid.graph import Edge, Graph, Node, Operator, as_operator, node, op
+from fpn_plugin.pyramid.graph_yaml import parse_graph
 from fpn_plugin.pyramid.pyramid import REGISTRIES
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, OWN_LEVELS, TOPOLOGIES, Style
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fpn_plugin.pyramid import STEPS, Graph, Pyramid, conv_block, node, step
 from fpn_plugin.pyramid.compose import build_graph, chain
-from fpn_plugin.pyramid.graph import Edge, op, parse_graph
+from fpn_plugin.pyramid.graph import Edge, op
+from fpn_plugin.pyramid.graph_yaml import parse_graph
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.warm import combine
 from fpn_plugin.visualize.complexity import measure, node_table

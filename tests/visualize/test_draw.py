@@ -14,7 +14,8 @@ from backbones import bifpn, toy_backbone
 from PIL import Image
 
 from fpn_plugin.pyramid.compose import build_graph
-from fpn_plugin.pyramid.graph import Graph, parse_graph
+from fpn_plugin.pyramid.graph import Graph
+from fpn_plugin.pyramid.graph_yaml import parse_graph
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.visualize.draw import box_kind, check_extension, draw_graph
