@@ -38,6 +38,7 @@ from fpn_plugin.benchmark.catalogue import (
 from fpn_plugin.benchmark.timing import Plan
 from fpn_plugin.config.files import merge_config_file
 from fpn_plugin.config.settings import PyramidSettings
+from fpn_plugin.modeling.recursion import RecursivePyramid
 from fpn_plugin.paths import configs_dir
 from fpn_plugin.pyramid.blocks import ACTIVATIONS, BLOCKS
 from fpn_plugin.pyramid.fusion import FUSIONS
@@ -56,12 +57,13 @@ PAGE, DATA, PUBLISHED = DOCS / "catalogue.md", DOCS / "data", DOCS / "data" / "p
 COSTS, TIMES = DATA / "catalogue_costs.json", DATA / "catalogue_times.json"
 DRAWINGS = DOCS / "images" / "pyramids"
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+RECURSIVE = "COCO-InstanceSegmentation/mask_rcnn_R_50_RFP_1x.yaml"
 SIZE = (800, 1344)
 R50 = {f"res{i}": ShapeSpec(channels=128 << i - 1, stride=1 << i) for i in range(2, 6)}
 ORDER = ("fpn", "pafpn", "pafpn_mmdet", "bifpn", "qufpn", "nas_fpn", "fpg", "hrfpn", "bfp", "asff")
 ORDER += ("fapn", "freq", "hybrid", "hybrid_dfine", "hybrid_deimv2", "csp_pan", "csp_pan_rtmdet")
 ORDER += ("csp_pan_yolov8", "csp_pan_ppyoloe", "repgfpn", "bifusion", "msdeform", "dyhead", "sepc")
-ORDER += ("simple", "projector", "feature2pyramid", "channel_mapper")
+ORDER += ("simple", "projector", "projector_rfdetr", "feature2pyramid", "channel_mapper")
 OPERATORS: dict[str, tuple[str, Registry[Any]]] = {
     "Fusions": ("`MODEL.FPN.FUSE_TYPE`", FUSIONS),
     "Upsamplers": ("`MODEL.FPN.UPSAMPLE`", UPSAMPLE),
@@ -291,6 +293,7 @@ def page(entries: Mapping[str, Entry]) -> str:
     parts.append("## The pyramids")
     for name, entry in entries.items():
         parts += pyramid_section(name, entry, costs[name], times, configs[name], published)
+    parts += ["## Run again", *recursion_section()]
     for title, (keys, registry) in OPERATORS.items():
         parts += [f"## {title}", f"By {keys}.", operators_table(registry)]
     parts += ["## Norms and activations", norms_text(), "## Published results", published_text()]
@@ -396,6 +399,21 @@ def pyramid_section(
     if not own:
         lines.append("- published: no number with a ResNet-50 under a head of Detectron2 was found")
     yield "\n".join(lines)
+
+
+def recursion_section() -> Iterator[str]:
+    """What `RFP_STEPS` does with any pyramid, from the docstring of the class behind it."""
+    doc = inspect.cleandoc(RecursivePyramid.__doc__ or "")
+    first, _, rest = doc.partition("\n\n::\n\n")
+    formula, rest = re.split(r"\n\n(?=\S)", rest, maxsplit=1)
+    sentences = " ".join(rest.partition("\n\nArgs:")[0].split())
+    source = _linked("Qiao et al. 2020, arXiv:2006.02334")
+    yield f"**The recursive feature pyramid** (DetectoRS, {source}). {first} {sentences}"
+    yield f"```text\n{inspect.cleandoc(formula)}\n```"
+    yield (
+        "- keys: `MODEL.FPN.RFP_STEPS: 2` beside any pyramid of this page; networks: Detectron2's"
+        f" ResNets\n- config: {_link(configs_dir() / RECURSIVE)}"
+    )
 
 
 def configs_of(entries: Mapping[str, Entry]) -> dict[str, list[Path]]:

@@ -88,8 +88,9 @@ _KEYS = [
     Key(
         "MODEL.FPN.RECOMPUTE",
         False,
-        "computes nodes whose fusion has weights again in the backward pass, from their inputs,"
-        " instead of keeping what they computed: less memory, more time, the same gradients",
+        "computes nodes whose fusion has weights, and steps, again in the backward pass, from their"
+        " inputs, instead of keeping what they computed: less memory, more time, the same"
+        " gradients",
     ),
     Key(
         "MODEL.BOTTOM_UP.NAME",

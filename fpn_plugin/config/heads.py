@@ -160,6 +160,7 @@ def validate_heads(cfg: CfgNode, strides: Mapping[str, int]) -> None:
         ValueError: naming the key, the value and the maps that exist.
     """
     _validate_cascade(cfg)
+    _validate_towers(cfg)
     for key, features in head_features(cfg).items():
         missing = [name for name in features if name not in strides]
         if missing:
@@ -369,6 +370,18 @@ def _validate_cascade(cfg: CfgNode) -> None:
             raise ValueError(
                 "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG: False, but MODEL.ROI_HEADS.NAME:"
                 " CascadeROIHeads needs True"
+            )
+
+
+def _validate_towers(cfg: CfgNode) -> None:
+    """The predictors of Detectron2's dense heads are as wide as the convolution before them."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in ("RetinaNet", "FCOS"):
+        count = cfg.MODEL[name.upper()].NUM_CONVS
+        if type(count) is not int or count < 1:
+            raise ValueError(
+                f"MODEL.{name.upper()}.NUM_CONVS: {count!r}, but Detectron2's head has at least"
+                " one convolution in each of its two branches: set it to 1 or more"
             )
 
 

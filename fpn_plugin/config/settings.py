@@ -8,7 +8,7 @@ the record, so that a new key is one field here.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Callable, Mapping, Sequence
 
 from detectron2.config import CfgNode
@@ -21,7 +21,7 @@ from fpn_plugin.pyramid.graph import Graph, Operator, OperatorLike, as_operator
 from fpn_plugin.pyramid.graph_yaml import parse_graph
 from fpn_plugin.pyramid.norms import norm_layer
 from fpn_plugin.pyramid.resample import DOWNSAMPLE, UPSAMPLE
-from fpn_plugin.pyramid.resolve import Defaults
+from fpn_plugin.pyramid.resolve import Defaults, ResolvedNode, resolve
 from fpn_plugin.pyramid.topologies import INNER_LEVELS, OWN_LEVELS, TOPOLOGIES, Style
 from fpn_plugin.registry import Registry, bad_argument, unknown_name
 
@@ -195,6 +195,40 @@ class PyramidSettings:
         self.check()
         functions = tuple(TOPOLOGIES.get(each.name) for each in stages(self.topology))
         return _build_graph(self, tuple(levels.items()), functions)
+
+    def refuse_unread(self, levels: Mapping[str, int], channels: Mapping[str, int]) -> None:
+        """Refuse an operator that is set to another than its default, but that no part of the
+        pyramid follows from, as `downsample` of `pafpn`, which has its own.
+
+        Args:
+            levels: and `channels`: of the bottom-up maps, by name.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        parts = self._parts(levels, channels)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            is_operator = each.metadata["registry"] is not None and each.name != "topology"
+            if not is_operator or value == each.default:
+                continue
+            plain = replace(self, **{each.name: each.default})
+            try:
+                is_read = plain._parts(levels, channels) != parts
+            except ValueError:  # it cannot be built with the default
+                is_read = True
+            if not is_read:
+                pyramid = "`graph`" if self.graph else f"`topology` {self.topology!r}"
+                raise bad_argument(
+                    each.name,
+                    f"{value!r} is set, but nothing reads it: no part of {pyramid} on"
+                    f" {', '.join(levels)} takes it from there. Leave it out",
+                )
+
+    def _parts(
+        self, levels: Mapping[str, int], channels: Mapping[str, int]
+    ) -> tuple[ResolvedNode, ...]:
+        return resolve(self.build_graph(levels), channels, self.defaults())
 
     def defaults(self) -> Defaults:
         """What nodes and edges get that do not say otherwise."""

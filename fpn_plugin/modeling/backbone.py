@@ -59,8 +59,8 @@ class PyramidBackbone(GraphExecutor, Backbone):
         size_divisibility: the divisor of the image's sides that the heads need, if it is larger
             than the pyramid's.
         square_pad: if > 0, images are padded to squares of this size.
-        recompute: whether training recomputes nodes with weighted fusions in the backward pass
-            instead of keeping their intermediate results.
+        recompute: whether training recomputes nodes with weighted fusions, and steps, in the
+            backward pass instead of keeping their intermediate results.
         warm_from: a pyramid on the same network, whose function this one has at its start (see
             `warm.py`); only its structure is used, not its weights.
         arguments: further fields of `PyramidSettings`, such as `topology="bifpn"`; docs/config.md
@@ -98,9 +98,11 @@ class PyramidBackbone(GraphExecutor, Backbone):
         given = {name: value for name, value in features.items() if value is not None}
         settings = _settings(settings, {**given, **arguments})
         shapes = bottom_up.output_shape()
-        graph = settings.build_graph(_feature_levels(shapes, settings))
+        levels = _feature_levels(shapes, settings)
+        graph = settings.build_graph(levels)
         defaults = settings.defaults()
         channels = {name: shape.channels for name, shape in shapes.items()}
+        settings.refuse_unread(levels, channels)
         warm = None
         if warm_from is not None:
             _check_steps(warm_from.settings.rfp_steps, settings.rfp_steps)

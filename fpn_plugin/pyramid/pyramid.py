@@ -208,19 +208,27 @@ class GraphExecutor(nn.Module):
     def _combine(
         self, step: ResolvedNode, inputs: List[Tensor], size: Optional[List[int]]
     ) -> Tensor:
-        """:meth:`_fuse`, in training with what `recompute` asks for."""
-        if self.recompute and torch.is_grad_enabled() and not is_traced():
-            return self._fuse_and_checkpoint(step, inputs, size)
+        """:meth:`_fuse`, in training with what `recompute` asks for.
+
+        Where the fusion has no weights, autograd need not save its inputs, so nothing is gained.
+        """
+        fusion = step.fuse and self._module(step.fuse)
+        if self._recomputes() and fusion and next(fusion.parameters(), None) is not None:
+            return self._checkpoint(step, lambda maps: self._fuse(step, maps, size), inputs)
         return self._fuse(step, inputs, size)
 
+    def _recomputes(self) -> bool:
+        return self.recompute and torch.is_grad_enabled() and not is_traced()
+
     def _run_step(self, step: ResolvedNode, inputs: List[Tensor]) -> List[Tensor]:
-        """The maps that a step gives.
+        """The maps that a step gives, in training with what `recompute` asks for.
 
         Raises:
             ValueError: naming the step, if they are not as many as it takes.
         """
         assert step.block is not None  # a step's operator
-        results = self._module(step.block)(inputs)
+        module = self._module(step.block)
+        results = self._checkpoint(step, module, inputs) if self._recomputes() else module(inputs)
         if isinstance(results, (list, tuple)) and len(results) != len(inputs):
             raise ValueError(
                 f"{step.block.where}: {step.block.operator} takes {len(inputs)} maps but gives"
@@ -237,15 +245,11 @@ class GraphExecutor(nn.Module):
             x = fusion(inputs, size) if takes_size else fusion(inputs)
         return x if step.block is None else self._module(step.block)(x)
 
-    def _fuse_and_checkpoint(
-        self, step: ResolvedNode, inputs: List[Tensor], size: Optional[List[int]]
-    ) -> Tensor:
-        """:meth:`_fuse`, of which autograd saves only the inputs and computes the rest again.
-
-        Where the fusion has no weights, autograd need not save its inputs, so nothing is gained.
-        """
-        if step.fuse is None or not any(True for _ in self._module(step.fuse).parameters()):
-            return self._fuse(step, inputs, size)
+    def _checkpoint(
+        self, step: ResolvedNode, function: Callable[[List[Tensor]], Any], inputs: List[Tensor]
+    ) -> Any:
+        """A node's or step's function, of which autograd saves only the inputs and computes the
+        rest again."""
         norms = [
             norm
             for spec in (step.fuse, step.block)
@@ -254,7 +258,7 @@ class GraphExecutor(nn.Module):
             if isinstance(norm, _NormBase) and norm.track_running_stats
         ]
         return checkpoint(
-            lambda *maps: self._fuse(step, list(maps), size),
+            lambda *maps: function(list(maps)),
             *inputs,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in a pyramid is random

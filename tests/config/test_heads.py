@@ -244,3 +244,12 @@ def test_cascade_needs_boxes_without_a_class() -> None:
     message = "CLS_AGNOSTIC_BBOX_REG: False, but MODEL.ROI_HEADS.NAME: CascadeROIHeads needs True"
     with pytest.raises(ValueError, match=message):
         resolve_config(cfg)
+
+
+@pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
+def test_dense_heads_need_a_convolution(name: str) -> None:
+    """Detectron2's would stop at an index that names no key."""
+    key = f"MODEL.{name.upper()}.NUM_CONVS"
+    cfg = config(RETINANET, key, 0, "MODEL.META_ARCHITECTURE", name)
+    with pytest.raises(ValueError, match=f"{key}: 0, but Detectron2's head has at least one"):
+        resolve_config(cfg)

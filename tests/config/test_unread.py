@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backbones import bifpn, toy_backbone
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -113,3 +114,21 @@ def test_what_is_set_for_a_builder_of_the_user_is_its_own_matter() -> None:
     refuse_unread_keys(zoo_config(C4, *ALONE, *TIMM, "MODEL.RESNETS.NORM", "BN"))
     with pytest.raises(KeyError, match="BACKBONE.NAME.*did you mean 'build_pyramid_backbone'"):
         refuse_unread_keys(zoo_config(C4, "MODEL.BACKBONE.NAME", "build_pyramids_backbone"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"topology": "pafpn", "downsample": "avgpool"}, "downsample: 'avgpool' is set, but noth"),
+        ({"topology": "channel_mapper", "fuse_type": "max"}, "fuse_type: 'max'.*'channel_mapper'"),
+        ({"upsample": "carafe", "topology": "channel_mapper"}, "upsample: 'carafe'.*res2, res3"),
+        ({"graph": bifpn(1), "lateral": "conv3x3"}, "lateral: 'conv3x3'.*no part of `graph`"),
+    ],
+)
+def test_an_operator_that_no_part_of_the_pyramid_has_is_named(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy_backbone(**arguments)
+    if "graph" not in arguments:
+        toy_backbone(**{**arguments, "topology": "bifpn"})  # which reads them all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
@@ -10,6 +11,7 @@ import torch
 from backbones import toy_backbone
 from helpers import CHANNELS, LEVELS, assert_same, randomize, small_maps
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from fpn_plugin.pyramid import STEPS, Graph, Pyramid, conv_block, node, step
 from fpn_plugin.pyramid.compose import build_graph, chain
@@ -85,6 +87,27 @@ def test_a_step_takes_and_gives_the_maps_of_its_levels() -> None:
     expected = pyramid.get_submodule("mix")([before["p2"], before["p3"], before["p4"]])
     assert_same(dict(zip(outputs, [*expected, before["p5"]])), outputs)
     assert not torch.equal(outputs["p2"], before["p2"])
+
+
+@pytest.mark.parametrize("operator", ["mix", "msdeform", "dyhead(depth=2)"])
+def test_computing_steps_again_keeps_every_bit(operator: str) -> None:
+    """`recompute`: the same gradients and statistics, with less saved for the backward pass."""
+    pyramid = pyramid_of(mixed(operator=operator), norm="BN").train()
+    state, found, sizes = copy.deepcopy(pyramid.state_dict()), [], []
+    for again in (False, True):
+        pyramid.load_state_dict(state)
+        pyramid.zero_grad()
+        pyramid.recompute = again
+        saved: list[int] = []
+        maps = {name: x.requires_grad_() for name, x in small_maps(batch=2).items()}
+        with saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            outputs = pyramid(maps)
+        sum(x.square().mean() for x in outputs.values()).backward()
+        found.append([*(p.grad for p in (*pyramid.parameters(), *maps.values()))])
+        found[-1] += [x.clone() for x in (*outputs.values(), *pyramid.buffers())]
+        sizes.append(sum(saved))
+    assert all(torch.equal(one, two) for one, two in zip(*found))
+    assert sizes[1] < sizes[0]
 
 
 def test_projections_where_the_channels_differ() -> None:
