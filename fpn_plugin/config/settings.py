@@ -28,6 +28,8 @@ from fpn_plugin.registry import Registry, bad_argument, unknown_name
 SECTION = "MODEL.FPN"
 _MAX_RFP_STEPS = 8  # a whole network each; the paper has 2
 _MAX_CHANNELS = 8192  # one 3x3 convolution of so many takes 2.4 GB
+# what parts of a pyramid get that say nothing else
+_OPERATORS = ("fuse_type", "upsample", "downsample", "lateral", "block")
 # Detectron2's own choices: build_retinanet_resnet_fpn_backbone, and its FCOS config
 _EXTRA_LEVELS = {"RetinaNet": "conv_c5", "FCOS": "conv_p5"}
 
@@ -209,8 +211,7 @@ class PyramidSettings:
         parts = self._parts(levels, channels)
         for each in fields(self):
             value = getattr(self, each.name)
-            is_operator = each.metadata["registry"] is not None and each.name != "topology"
-            if not is_operator or value == each.default:
+            if each.name not in _OPERATORS or value == each.default:
                 continue
             plain = replace(self, **{each.name: each.default})
             try:
