@@ -33,6 +33,7 @@ from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.config.resolve import DATA_FLAGS
 from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
+from fpn_plugin.engine.elastic import CopyHook, start_run
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -50,7 +51,6 @@ from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
     claim_output_dir,
-    remove_old_run,
 )
 from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
 from fpn_plugin.engine.step import build_python_optimizer, make_step_trainer
@@ -204,10 +204,9 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         load_adapted(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
     else:
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
+    start_run(folder, overwrite)
     if comm.is_main_process():
-        if overwrite:  # only now, as nothing can refuse to start any more
-            remove_old_run(folder)
-        elif resume:
+        if resume:
             trim_metrics(folder, start, end)
         if start < end:  # else the run's stays
             LazyConfig.save(cfg, os.path.join(folder, CONFIG))  # with the classes
@@ -269,13 +268,14 @@ def _hooks(
     settings, main = cfg.train, comm.is_main_process()
     chosen = [
         hooks.IterationTimer(),
-        LossNormalizerHook(model),
+        LossNormalizerHook(model, settings.checkpointer.period),
         hooks.LRScheduler(optimizer, scheduler=instantiate(cfg.lr_multiplier)),
     ]
     if main:
         writers = build_writers(settings.output_dir, settings.max_iter)
         chosen.append(FlushMetrics(writers, settings.checkpointer.period))
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
+    chosen.append(CopyHook(settings.output_dir, settings.checkpointer.period))
     evaluate_model = lambda: evaluate(cfg, model)  # noqa: E731
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
