@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
@@ -34,6 +35,7 @@ from fpn_plugin.data.checks import (
 from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
+from fpn_plugin.engine import elastic
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
@@ -88,6 +90,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_flags(args)
     alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
+    launched = dist.is_initialized()
+    if launched:
+        elastic.recover(args, cfg.OUTPUT_DIR, "OUTPUT_DIR")
     if args.resume and not args.overwrite:
         _refuse_moved(cfg.OUTPUT_DIR, args.config_file)
     if args.eval_only:
@@ -107,15 +112,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
             require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
         _preflight(cfg, args)
-        if args.machine_rank == 0:
+        weights = {
+            "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
+            "MODEL.BOTTOM_UP.WEIGHTS": cfg.MODEL.BOTTOM_UP.WEIGHTS,
+        }
+        if launched:
+            elastic.claim(args, cfg.OUTPUT_DIR, "OUTPUT_DIR", weights)
+        elif args.machine_rank == 0:
             hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before its content is looked at
-            weights = {
-                "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
-                "MODEL.BOTTOM_UP.WEIGHTS": cfg.MODEL.BOTTOM_UP.WEIGHTS,
-            }
             claim_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR", weights, args.resume, args.overwrite)
-            if args.resume:
-                warn_of_changes(cfg)
+        if args.resume and args.machine_rank == 0 and comm.is_main_process():
+            warn_of_changes(cfg)
     cfg.freeze()
     return cfg
 
