@@ -213,15 +213,20 @@ def start_run(folder: str, overwrite: bool) -> None:
     agents = set(comm.all_gather(agent_of(os.environ))) - {""}
     if mine:
         known = set(mine.agents) if mine.run == run else set()
-        record = {"run": run, "processes": schedule_processes(), "agents": sorted(known | agents)}
+        processes = schedule_processes(comm.get_world_size())
+        record = {"run": run, "processes": processes, "agents": sorted(known | agents)}
         content = json.dumps(record, indent=1).encode() + b"\n"
         write_atomically(Path(folder, RUN), lambda file: file.write(content))
 
 
-def schedule_processes() -> int:
+def schedule_processes(processes: int) -> int:
     """The number of processes for which `SOLVER.REFERENCE_WORLD_SIZE` scales batch and schedule: a
-    run that was restarted with fewer keeps those that it began with."""
-    return (_hosts.processes if _hosts else 0) or comm.get_world_size()
+    run that was restarted with fewer keeps those that it began with.
+
+    Args:
+        processes: those that there are.
+    """
+    return (_hosts.processes if _hosts else 0) or processes
 
 
 class CopyHook(HookBase):

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
@@ -36,9 +35,11 @@ from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
 from fpn_plugin.engine import elastic
+from fpn_plugin.engine.agreement import settings_of
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
+from fpn_plugin.engine.peers import peers_of, rank_of
 from fpn_plugin.engine.preflight import check_model, check_reference, check_weights, silence
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
@@ -75,10 +76,13 @@ def argument_parser() -> argparse.ArgumentParser:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a run, with its output folder claimed; call it before launching processes.
 
-    The folder of a training run is locked but not changed, even with `--overwrite`.
+    The folder of a training run is locked but not changed, even with `--overwrite`. Where another
+    launcher has started the processes, each calls it: they join here, before the first of them
+    claims the folder.
 
     Args:
-        args: of :func:`argument_parser`.
+        args: of :func:`argument_parser`; `peers`, if it is there, of
+            :func:`fpn_plugin.engine.peers.meet`.
 
     Raises:
         FileNotFoundError: if the config file or `MODEL.WEIGHTS` does not exist.
@@ -86,13 +90,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         ValueError: for a bad value, no data, or an evaluation without weights.
         FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
-    setup_logger(name="fpn_plugin")
+    setup_logger(name="fpn_plugin", distributed_rank=rank_of(args))
     check_flags(args)
-    alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
-    launched = dist.is_initialized()
-    if launched:
+    if peers := peers_of(args):
+        peers.join(cfg.MODEL.DEVICE, settings_of(cfg))
         elastic.recover(args, cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    alone = processes_of(args) < 2  # the run checks its data in this process
     if args.resume and not args.overwrite:
         _refuse_moved(cfg.OUTPUT_DIR, args.config_file)
     if args.eval_only:
@@ -102,7 +106,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         register_own(cfg, alone, needed=("VAL",))
         _require_data(cfg, eval_only=True)
         _preflight(cfg, args)
-        if args.machine_rank == 0:
+        if is_first(args):
             cfg.OUTPUT_DIR = claim_eval_dir(cfg.OUTPUT_DIR)
         logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
     else:
@@ -116,12 +120,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
             "MODEL.BOTTOM_UP.WEIGHTS": cfg.MODEL.BOTTOM_UP.WEIGHTS,
         }
-        if launched:
+        if peers:
             elastic.claim(args, cfg.OUTPUT_DIR, "OUTPUT_DIR", weights)
-        elif args.machine_rank == 0:
+        elif is_first(args):
             hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before its content is looked at
             claim_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR", weights, args.resume, args.overwrite)
-        if args.resume and args.machine_rank == 0 and comm.is_main_process():
+        if args.resume and is_first(args):
             warn_of_changes(cfg)
     cfg.freeze()
     return cfg
@@ -130,9 +134,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check what would fail only in the processes of a run."""
     check_processes(args, cfg.MODEL.DEVICE)
-    processes = max(1, args.num_gpus * args.num_machines)
+    processes = processes_of(args)
     if not args.eval_only:
-        check_reference(cfg, processes)
+        check_reference(cfg, processes, elastic.schedule_processes(processes))
     cfg = cfg.clone()
     cfg.defrost()
     if (
@@ -145,8 +149,18 @@ def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     with silence():
         cfg = _without_first_weights(cfg, args)
     check_weights(cfg, args)
-    if processes > 1:
+    if processes > 1 and comm.is_main_process():
         check_model(cfg, args)
+
+
+def processes_of(args: argparse.Namespace) -> int:
+    """How many processes a run has: those that have joined, or that are to be launched."""
+    return max(1, args.num_gpus * args.num_machines, comm.get_world_size())
+
+
+def is_first(args: argparse.Namespace) -> bool:
+    """Whether this process is the one of the run, before any is launched, that may write."""
+    return args.machine_rank == 0 and comm.is_main_process()
 
 
 def check_flags(args: argparse.Namespace) -> None:

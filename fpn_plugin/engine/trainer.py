@@ -99,7 +99,8 @@ class Trainer(DefaultTrainer):
             cfg = prepare_config(cfg)
             # before the writers of this run begin theirs
             self._old_results = comm.all_gather(run_results(cfg.OUTPUT_DIR))[0]
-        self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, schedule_processes()))
+        processes = schedule_processes(comm.get_world_size())
+        self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, processes))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
 
@@ -110,7 +111,7 @@ class Trainer(DefaultTrainer):
         self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
         data_loader = self._counted_loader()
         # DDP refuses device_ids on the CPU; with None it chooses the device itself
-        device_ids = [comm.get_local_rank()] if device_type(cfg) == "cuda" else None
+        device_ids = [torch.cuda.current_device()] if device_type(cfg) == "cuda" else None
         self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)

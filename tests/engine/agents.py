@@ -40,7 +40,7 @@ def write_config(file: Path, **overrides: object) -> Path:
 def training(config: Path, json_file: Path, *words: str) -> list[str]:
     """The words of a command line that trains on a dataset, after those of torchrun."""
     data = ["--train-json", str(json_file), "--train-images", str(json_file.parent)]
-    return [os.environ.get("DRV") or str(ROOT / "tools" / "train_net.py"), str(config), *data, *words]
+    return [str(ROOT / "tools" / "train_net.py"), str(config), *data, *words]
 
 
 class Store:
