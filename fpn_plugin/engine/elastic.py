@@ -16,8 +16,6 @@ import logging
 import os
 import shutil
 import socket
-import threading
-import time
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -43,7 +41,6 @@ RUN = ".run.json"
 _SHARED = ".shared-"  # a file that rank 0 makes for a moment, to see who shares its folder
 # what the config of a checkpoint may differ in from that of another one of the same run
 _CHANGEABLE = (*OUTER_KEYS, "SOLVER.MAX_ITER", "train.output_dir", "train.device", "train.max_iter")
-_LOOK = 1.0  # seconds between two looks at the agent
 
 Result = TypeVar("Result")
 
@@ -338,21 +335,6 @@ def together(action: Callable[[], Result]) -> list[Result]:
         text, host = outcomes[failed[0]][1]
         raise ValueError(f"rank {failed[0]} on {host}: {text}")
     return [result for result, _ in outcomes]
-
-
-def end_with_agent() -> None:
-    """End this process within seconds when what started it is gone: nothing else would stop it,
-    and the other hosts could not go on without it."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK)
-        host = socket.gethostname()
-        print(f"The launcher of this process on {host} is gone: it ends, too", flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="agent", daemon=True).start()
 
 
 def _find_hosts(folder: str, key: str, lock: str) -> Hosts:
