@@ -121,7 +121,7 @@ def killed_host(scene: Scene, main_host: bool = True) -> str:
         lost, left = left, lost
     lost.kill_host()
     assert left.end() == 0, left.text
-    assert "2 images, 2 in each of 1 process" in left.text, left.text
+    assert "batch     2 images;" in left.text, left.text  # in one process
     assert (left.output / "model_final.pth").exists()
     start = re.findall("Starting training from iteration ([0-9]+)", left.text)[-1]
     assert int(start) > PERIOD and (losses(left.folder) or main_host)
