@@ -23,9 +23,9 @@ from omegaconf import DictConfig
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.cli.arguments import add_common_flags, split_overrides
 from fpn_plugin.engine import lazy
+from fpn_plugin.engine.elastic import start_run
 from fpn_plugin.engine.launch import launch_ranks
 from fpn_plugin.engine.log import write_modules
-from fpn_plugin.engine.run_folder import remove_old_run
 from fpn_plugin.engine.setup import argument_parser, begin, setup
 from fpn_plugin.engine.summary import log_end
 from fpn_plugin.engine.trainer import Trainer
@@ -79,8 +79,7 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Any:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if args.overwrite and comm.is_main_process():
-        remove_old_run(cfg.OUTPUT_DIR)  # only now, as nothing can refuse to start any more
+    start_run(cfg.OUTPUT_DIR, args.overwrite)
     results = trainer.train()
     if comm.is_main_process():
         log_end(cfg.OUTPUT_DIR, next(iter(cfg.DATASETS.TEST), ""))

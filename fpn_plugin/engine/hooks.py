@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable
 
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -124,6 +124,16 @@ def trim_metrics(folder: str, start: int, end: int) -> None:
         file.write(content[common:])
 
 
+def is_checkpoint_due(trainer: TrainerBase, period: int) -> bool:
+    """Whether a trainer saves a checkpoint after its present iteration.
+
+    Args:
+        period: `SOLVER.CHECKPOINT_PERIOD`.
+    """
+    done = trainer.iter + 1
+    return done % period == 0 or done >= trainer.max_iter
+
+
 class FlushMetrics(HookBase):
     """Writes metrics.json before each checkpoint, so that a run resumed from it lacks no line.
 
@@ -138,8 +148,7 @@ class FlushMetrics(HookBase):
 
     def after_step(self) -> None:
         """Called by the trainer after each iteration, before the checkpoint's hook."""
-        done = self.trainer.iter + 1
-        if done % self._period == 0 or done >= self.trainer.max_iter:
+        if is_checkpoint_due(self.trainer, self._period):
             for writer in self._writers:
                 writer.write()
 
@@ -225,20 +234,45 @@ class LossNormalizerHook(HookBase):
     """Keeps a dense detector's running number of positives in the checkpoint.
 
     In Detectron2's `DenseDetector` it is a plain attribute and no part of the state dict, but an
-    exact resume of RetinaNet and FCOS needs it.
+    exact resume of RetinaNet and FCOS needs it. Each process has its own, of its part of the batch.
 
     Args:
         model: the model itself, not a wrapper.
+        period: `SOLVER.CHECKPOINT_PERIOD`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, period: int) -> None:
         self.model = model
+        self._period = period
+        self._gathered: tuple[int, list[float]] = (-1, [])  # the iteration, those of all processes
+
+    def after_step(self) -> None:
+        """Called by the trainer after each iteration, before the checkpoint's hook."""
+        if is_checkpoint_due(self.trainer, self._period):
+            self.gather()
+
+    def gather(self) -> None:
+        """Fetch the numbers of all processes, for a checkpoint that is saved in this iteration."""
+        value = getattr(self.model, "loss_normalizer", None)
+        if value is not None:
+            self._gathered = (self.trainer.iter, comm.all_gather(float(value)))
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"loss_normalizer": value}`, or nothing for a model without it."""
+        """This process's number, and those of all; nothing for a model without it."""
         value = getattr(self.model, "loss_normalizer", None)
-        return {} if value is None else {"loss_normalizer": value}
+        if value is None:
+            return {}
+        iteration, values = self._gathered
+        is_fresh = iteration == self.trainer.iter
+        return {"loss_normalizer": value, **({"loss_normalizers": values} if is_fresh else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the value of the checkpoint."""
-        self.model.loss_normalizer = state["loss_normalizer"]
+        """Go on from the checkpoint: this process's number or, if there were more or fewer
+        processes, an equal share of all."""
+        values, processes = state.get("loss_normalizers", []), comm.get_world_size()
+        if len(values) == processes:
+            self.model.loss_normalizer = values[comm.get_rank()]
+        elif values:
+            self.model.loss_normalizer = sum(values) / processes
+        else:  # of a version that did not gather them
+            self.model.loss_normalizer = state["loss_normalizer"]

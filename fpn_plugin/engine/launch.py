@@ -7,6 +7,9 @@ import multiprocessing as mp
 import os
 import re
 import signal
+import socket
+import sys
+import threading
 import time
 from datetime import timedelta
 from typing import Any, Callable
@@ -23,6 +26,7 @@ from fpn_plugin.report.mistakes import mistake_in
 
 # what the errors of gloo and NCCL say when another process is gone
 _LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
+_LOOK = 1.0  # seconds between two looks at whether the launcher is there
 _GRACE = 5.0  # seconds for the launcher to notice which process died first
 
 
@@ -110,6 +114,21 @@ def check_processes(args: Any, device: str) -> None:
             "--dist-url auto: several machines need one address, such as tcp://10.0.0.1:29500, a"
             " port of the machine of --machine-rank 0"
         )
+
+
+def end_with_launcher() -> None:
+    """End this process soon after the one that has started it: where an agent of torchrun is killed
+    nothing else would stop its processes, and other hosts would go on with them until their end."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_LOOK)
+        text = f"process {launcher} on {socket.gethostname()}, which has started this one, is gone"
+        print(f"{text}: this one ends, too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _run_rank(

@@ -33,6 +33,7 @@ from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.config.resolve import DATA_FLAGS
 from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
+from fpn_plugin.engine import elastic
 from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
@@ -52,7 +53,6 @@ from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
     claim_output_dir,
-    remove_old_run,
 )
 from fpn_plugin.engine.setup import (
     check_flags,
@@ -101,12 +101,15 @@ def setup(args: argparse.Namespace) -> DictConfig:
         logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
     if peers := peers_of(args):
         peers.join(device_of(cfg), settings_of(cfg))
+        elastic.recover(args, cfg.train.output_dir, "train.output_dir")
+    folder, key = cfg.train.output_dir, "train.output_dir"
+    weights = {"train.init_checkpoint": cfg.train.init_checkpoint}
     if args.eval_only:
         _prepare_eval(cfg, args)
+    elif peers:
+        elastic.claim(args, folder, key, weights)
     elif is_first(args):
-        folder, key = cfg.train.output_dir, "train.output_dir"
         hold(folder, key)
-        weights = {"train.init_checkpoint": cfg.train.init_checkpoint}
         claim_output_dir(folder, key, weights, args.resume, args.overwrite)
     require_file("train.init_checkpoint", cfg.train.init_checkpoint)
     check_processes(args, device_of(cfg))
@@ -215,10 +218,9 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         load_adapted(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
     else:
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
+    elastic.start_run(folder, overwrite)
     if comm.is_main_process():
-        if overwrite:  # only now, as nothing can refuse to start any more
-            remove_old_run(folder)
-        elif resume:
+        if resume:
             trim_metrics(folder, start, end)
         if start < end:  # else the run's stays
             LazyConfig.save(cfg, os.path.join(folder, CONFIG))  # with the classes
@@ -280,13 +282,14 @@ def _hooks(
     settings, main = cfg.train, comm.is_main_process()
     chosen = [
         hooks.IterationTimer(),
-        LossNormalizerHook(model),
+        LossNormalizerHook(model, settings.checkpointer.period),
         hooks.LRScheduler(optimizer, scheduler=instantiate(cfg.lr_multiplier)),
     ]
     if main:
         writers = build_writers(settings.output_dir, settings.max_iter)
         chosen.append(FlushMetrics(writers, settings.checkpointer.period))
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
+    chosen.append(elastic.CopyHook(settings.output_dir, settings.checkpointer.period))
     evaluate_model = lambda: evaluate(cfg, model)  # noqa: E731
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:

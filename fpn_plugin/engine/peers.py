@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fpn_plugin.engine.agreement import Report, find_difference, gpu_index
+from fpn_plugin.engine.launch import end_with_launcher
 from fpn_plugin.engine.place import Place, refuse_launch_flags
 from fpn_plugin.report.mistakes import mistake_of
 
@@ -170,6 +171,7 @@ def meet(place: Place | None, args: Any) -> Iterator[Peers | None]:
     if place is None:
         yield None
         return
+    end_with_launcher()
     timeout = timedelta(minutes=args.rank_timeout)
     store = _connect(place, timeout)
     if place.rank > 0:  # else Python would print the warnings of each

@@ -43,22 +43,28 @@ def check_batch(key: str, batch: int, processes: int) -> None:
         )
 
 
-def check_reference(cfg: CfgNode, processes: int) -> None:
+def check_reference(cfg: CfgNode, processes: int, scheduled: int = 0) -> None:
     """Check `SOLVER.IMS_PER_BATCH` for a number of processes, also where Detectron2 scales it by
     `SOLVER.REFERENCE_WORLD_SIZE`.
+
+    Args:
+        scheduled: for how many it is scaled, if not for as many as there are.
 
     Raises:
         ValueError: naming the keys.
     """
+    scheduled = scheduled or processes
     key, solver = "SOLVER.IMS_PER_BATCH", cfg.SOLVER
     batch, reference = solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE
-    if reference in (0, processes):
+    if reference in (0, scheduled):
         check_batch(key, batch, processes)
     elif reference < 0 or batch % reference:
         raise ValueError(
             f"SOLVER.REFERENCE_WORLD_SIZE: {reference} processes cannot divide {key}: {batch}:"
             f" choose a divisor of {batch}, or 0 to scale nothing"
         )
+    else:
+        check_batch(key, batch // reference * scheduled, processes)
 
 
 def check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from fpn_plugin.data.checks import (
 from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
+from fpn_plugin.engine import elastic
 from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
@@ -94,6 +95,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args)
     if peers := peers_of(args):
         peers.join(cfg.MODEL.DEVICE, settings_of(cfg))
+        elastic.recover(args, cfg.OUTPUT_DIR, "OUTPUT_DIR")
     alone = processes_of(args) < 2  # the run checks its data in this process
     if args.resume and not args.overwrite:
         _refuse_moved(cfg.OUTPUT_DIR, args.config_file)
@@ -114,15 +116,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
             require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
         _preflight(cfg, args)
-        if is_first(args):
+        weights = {
+            "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
+            "MODEL.BOTTOM_UP.WEIGHTS": cfg.MODEL.BOTTOM_UP.WEIGHTS,
+        }
+        if peers:
+            elastic.claim(args, cfg.OUTPUT_DIR, "OUTPUT_DIR", weights)
+        elif is_first(args):
             hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before its content is looked at
-            weights = {
-                "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
-                "MODEL.BOTTOM_UP.WEIGHTS": cfg.MODEL.BOTTOM_UP.WEIGHTS,
-            }
             claim_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR", weights, args.resume, args.overwrite)
-            if args.resume:
-                warn_of_changes(cfg)
+        if args.resume and is_first(args):
+            warn_of_changes(cfg)
     cfg.freeze()
     return cfg
 
@@ -132,7 +136,7 @@ def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_processes(args, cfg.MODEL.DEVICE)
     processes = processes_of(args)
     if not args.eval_only:
-        check_reference(cfg, processes)
+        check_reference(cfg, processes, elastic.schedule_processes(processes))
     cfg = cfg.clone()
     cfg.defrost()
     if (

@@ -27,6 +27,7 @@ from fpn_plugin.config.validate import check_pixels, plugin_config
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
+from fpn_plugin.engine.elastic import CopyHook, schedule_processes
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
     evaluation_hints,
@@ -36,6 +37,7 @@ from fpn_plugin.engine.faults.divergence import last_sizes
 from fpn_plugin.engine.faults.skipping import CountedLoader, SkipCounter, TestMapper
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.hooks import (
+    EvalHook,
     FlushMetrics,
     LossNormalizerHook,
     MissedEvaluation,
@@ -97,7 +99,8 @@ class Trainer(DefaultTrainer):
             cfg = prepare_config(cfg)
             # before the writers of this run begin theirs
             self._old_results = comm.all_gather(run_results(cfg.OUTPUT_DIR))[0]
-        self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+        processes = schedule_processes(comm.get_world_size())
+        self.cfg = cfg = _with_seed(DefaultTrainer.auto_scale_workers(cfg, processes))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
 
@@ -115,7 +118,8 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.record = make_record(plain_config(as_recorded(cfg)), model, optimizer)
         self._seed_hook = SeedHook(cfg.SEED)
-        state_hooks = (self._seed_hook, LossNormalizerHook(model), self._skips)
+        normalizer = LossNormalizerHook(model, cfg.SOLVER.CHECKPOINT_PERIOD)
+        state_hooks = (self._seed_hook, normalizer, self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
 
     @property
@@ -244,6 +248,8 @@ class Trainer(DefaultTrainer):
             place = next(i for i, h in enumerate(hooks) if isinstance(h, PeriodicCheckpointer))
             hooks.insert(place, FlushMetrics(self._writers, self.cfg.SOLVER.CHECKPOINT_PERIOD))
         period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
+        place = next((i for i, h in enumerate(hooks) if isinstance(h, EvalHook)), len(hooks))
+        hooks.insert(place, CopyHook(folder, self.cfg.SOLVER.CHECKPOINT_PERIOD))
         hooks.insert(0, MissedEvaluation(period, self._evaluate, folder))
         if self.cfg.TEST.VIS_PERIOD > 0 and comm.is_main_process():
             # imported here, as it needs matplotlib
