@@ -80,6 +80,11 @@ def listening() -> Iterator[None]:
     try:
         with _handlers(_end):
             yield
+    except Interrupted:
+        for child in mp.active_children():
+            if child.daemon:  # workers of loaders: torch would wait 5 seconds for each
+                child.terminate()
+        raise
     finally:
         _state.is_listening = False
 
@@ -109,6 +114,20 @@ def has_ended_by_signal(exit_code: int) -> bool:
         exit_code: of that process, negative if a signal killed it: it had no handler yet.
     """
     return exit_code == RESUME_ME or 0 < _state.number == -exit_code
+
+
+@contextlib.contextmanager
+def interrupted_when_left() -> Iterator[None]:
+    """Within it an evaluation may be left, at a time when nothing is to be saved.
+
+    Raises:
+        Interrupted: if it is left.
+    """
+    try:
+        yield
+    except EvaluationLeft as error:
+        logger.warning("%s. Exit code %d: --resume goes on", error, RESUME_ME)
+        raise Interrupted from None
 
 
 class InterruptHook(HookBase):
