@@ -5,22 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import zlib
 from typing import Any, Callable, Mapping, Sequence
 
 import detectron2
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from fpn_plugin.checkpoint.record import plain_config
 from fpn_plugin.checkpoint.run_folder import OUTER_KEYS, flatten
-from fpn_plugin.engine.place import Place, host_name
+from fpn_plugin.engine.place import DETECTRON2, SRUN, TORCHRUN, Place, host_name
 from fpn_plugin.version import __version__
 
 # seconds by which clocks may differ: far more than NTP leaves
 CLOCK_TOLERANCE = 60.0
 _SHOWN = 3  # keys in a message
+# where a host may differ, or takes what rank 0 has
+_FREE = (
+    *OUTER_KEYS,
+    *("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"),
+    *("train.output_dir", "train.device", "train.imports"),
+)
+# flags that say how many processes a host runs, by launcher
+_COUNTS = {TORCHRUN: "--nproc-per-node", SRUN: "--ntasks-per-node", DETECTRON2: "--num-gpus"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +100,30 @@ def gpu_index(place: Place) -> int | None:
 
 def settings_of(cfg: CfgNode | DictConfig) -> dict[str, Any]:
     """What of a config all hosts must have alike, by full keys."""
-    outer = (*OUTER_KEYS, "train.output_dir", "train.device", "train.imports")
     values = flatten(plain_config(cfg))
-    return {key: value for key, value in values.items() if key not in outer}
+    return {key: value for key, value in values.items() if key not in _FREE}
+
+
+def compare_machines(args: Any, cfg: CfgNode | DictConfig, device: str) -> None:
+    """Compare what the processes of several `--num-machines` are about to do, once they have formed
+    Detectron2's groups; those that another launcher has started have done so before.
+
+    Args:
+        args: of `fpn_plugin.engine.setup.argument_parser`.
+        device: of the model.
+
+    Raises:
+        ValueError: in all processes, naming the first host that differs.
+    """
+    if getattr(args, "num_machines", 1) < 2:
+        return
+    ranks = comm.get_rank(), comm.get_world_size(), comm.get_local_rank(), comm.get_local_size()
+    report = Report.of_this_process(Place(*ranks, DETECTRON2, "", 0), device, settings_of(cfg))
+    comm.synchronize()
+    told = comm.all_gather((report, time.time()))
+    reports = [report.with_clock(clock, told[0][1], told[0][1]) for report, clock in told]
+    if difference := find_difference(reports):
+        raise ValueError(difference)
 
 
 def find_difference(reports: Sequence[Report]) -> str:
@@ -157,7 +188,7 @@ def _configs_differ(reports: Sequence[Report]) -> str:
 
 def _places_differ(reports: Sequence[Report]) -> str:
     first, local = reports[0], reports[0].place.local_processes
-    flag = {"torchrun": "--nproc-per-node", "srun": "--ntasks-per-node"}[first.place.launcher]
+    flag = _COUNTS[first.place.launcher]
     pair = _first_other(reports, lambda other: other.place.local_processes != local)
     if pair:
         return (

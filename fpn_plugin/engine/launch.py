@@ -81,7 +81,7 @@ def launch_ranks(
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
-                dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus),
+                dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus, device),
                 args=(Loaded(), SharedLocks(), main, *arguments),  # as they are to be unpickled
                 timeout=timedelta(minutes=args.rank_timeout),
             )

@@ -33,7 +33,7 @@ from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.config.resolve import DATA_FLAGS
 from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
-from fpn_plugin.engine.agreement import settings_of
+from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -151,6 +151,7 @@ def _refuse_data_flags(args: argparse.Namespace) -> None:
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Set up a process of the run before it trains or evaluates: its folder, log and seed."""
+    compare_machines(args, cfg, device_of(cfg))
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
     prepare_process(cfg.train.output_dir, device_of(cfg))
     folder = cfg.train.output_dir

@@ -27,6 +27,7 @@ from fpn_plugin.report.mistakes import mistake_of
 
 _POLL = 0.1  # seconds between two looks at the store
 _GRACE = 5.0  # seconds for the process that failed first to say so
+_PRECEDENCE = 1.0  # seconds for what another one says to come first
 _HELLO, _WELCOME, _HERE = "fpn_plugin/hello", "fpn_plugin/welcome", "here"
 _REPORT, _ASKED, _CLOCK, _AGREED = "report", "asked", "clock", "agreed"
 _FAILURE, _HEARD = "failure", "heard"
@@ -91,11 +92,14 @@ class Peers:
         """
         mine = {"rank": self.place.rank, "code": _MISTAKE if mistake_of(error) else _UNEXPECTED}
         with contextlib.suppress(RuntimeError):  # the store may be gone, with rank 0
-            if _is_echo(error):  # the one that it lost may still be about to say why
-                self._wait(_FAILURE, time.monotonic() + _GRACE)
+            if self.place.rank > 0 or _is_echo(error):
+                # rank 0 may be about to say the same, and a lost peer why it went
+                patience = _GRACE if _is_echo(error) else _PRECEDENCE
+                self._wait(_FAILURE, time.monotonic() + patience)
             first = json.loads(self.store.compare_set(_FAILURE, "", json.dumps(mine)))
             if first != mine:
                 self.store.add(_HEARD, 1)
+                time.sleep(_PRECEDENCE)  # the launcher stops all when one ends: let it speak
                 return int(first["code"])
             self._linger()
         return 0
@@ -182,10 +186,12 @@ def meet(place: Place | None, args: Any) -> Iterator[Peers | None]:
     except Exception as error:
         if code := peers.fail(error):
             sys.exit(code)
-        get_error_handler().record_exception(error)  # for the summary of torchrun
-        if place.rank > 0 and (mistake := mistake_of(error)):
+        mistake, trace = mistake_of(error), error.__traceback__
+        if mistake:
             error.mistake = f"{mistake} ({place})"  # type: ignore[attr-defined]
-        raise
+        error.__traceback__ = None if mistake else trace
+        get_error_handler().record_exception(error)  # for the summary of torchrun
+        raise error.with_traceback(trace)
 
 
 def peers_of(args: Any) -> Peers | None:

@@ -10,7 +10,7 @@ import re
 import socket
 from typing import Any, Mapping, NamedTuple
 
-TORCHRUN, SRUN = "torchrun", "srun"
+TORCHRUN, SRUN, DETECTRON2 = "torchrun", "srun", "--num-machines"
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -171,13 +171,13 @@ def _tasks_per_node(text: str) -> list[int]:
 def _first_host(environ: Mapping[str, str]) -> str:
     """`node1` of `node[1-4,7],other`."""
     text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "")
-    match = re.match(r"(?P<prefix>[^\[,]+)(?:\[(?P<number>\d+)[^\]]*\](?P<suffix>[^\[,]*))?", text)
-    if match is None:
+    first = re.match(r"(?:[^\[,]|\[\d[^\]]*\])+", text)  # up to a comma that is in no brackets
+    if first is None:
         raise ValueError(
             f"SLURM_STEP_NODELIST {text!r} does not begin with a host, as srun sets it: set"
             " MASTER_ADDR to the host of the first task"
         )
-    return f"{match['prefix']}{match['number'] or ''}{match['suffix'] or ''}"
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def _port_of_step(environ: Mapping[str, str]) -> int:

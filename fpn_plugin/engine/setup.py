@@ -34,7 +34,7 @@ from fpn_plugin.data.checks import (
 from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
-from fpn_plugin.engine.agreement import settings_of
+from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
@@ -190,6 +190,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
+    compare_machines(args, cfg, cfg.MODEL.DEVICE)
     # Machine 0 chose the folder, and may be the only one that sees it: the others follow.
     chosen = (cfg.OUTPUT_DIR, read_pixels(cfg), pixel_notes(cfg))
     cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(chosen)[0]
