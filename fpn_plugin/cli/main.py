@@ -29,6 +29,7 @@ from fpn_plugin.cli import (
     visualize,
 )
 from fpn_plugin.cli.mistakes import mistakes
+from fpn_plugin.engine.interrupt import listening
 from fpn_plugin.engine.peers import meet
 from fpn_plugin.engine.place import find_place, refuse_launcher
 from fpn_plugin.registry import close_name
@@ -100,7 +101,7 @@ def _run(argv: Sequence[str]) -> int:
         if command is not train:
             load_plugins(args)
             return command.run(args) or 0
-        with meet(place, args) as args.peers:
+        with listening(), meet(place, args) as args.peers:
             load_plugins(args)
             return command.run(args) or 0
 

@@ -6,6 +6,7 @@ evaluate what was missed, and put what a dense detector counts into the checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from detectron2.utils.events import (
 from torch import nn
 
 from fpn_plugin.checkpoint.run_folder import METRICS, RESULT_KEY, metric_lines
+from fpn_plugin.engine.interrupt import EvaluationLeft, interrupted_when_left
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +171,18 @@ class EvalHook(hooks.EvalHook):
         super().__init__(period, evaluate)
         self._folder = folder
 
+    def after_step(self) -> None:
+        """Called by the trainer after each iteration. The last hook ends a run that was told to end
+        during an evaluation."""
+        with contextlib.suppress(EvaluationLeft):
+            super().after_step()
+
     def after_train(self) -> None:
-        """Called by the trainer after the last iteration, or after an error."""
+        """Called by the trainer after the last iteration, or after an error.
+
+        Raises:
+            Interrupted: if a signal came during the evaluation.
+        """
         start, end = self.trainer.start_iter, self.trainer.max_iter
         if self.trainer.iter < end:
             return
@@ -181,7 +193,8 @@ class EvalHook(hooks.EvalHook):
                 os.path.join(self._folder, METRICS),
             )
             return
-        super().after_train()
+        with interrupted_when_left():
+            super().after_train()
 
 
 def replace_eval_hooks(
@@ -217,13 +230,18 @@ class MissedEvaluation(hooks.EvalHook):
         self._folder = folder
 
     def before_train(self) -> None:
-        """Called by the trainer at the start."""
+        """Called by the trainer at the start.
+
+        Raises:
+            Interrupted: if a signal came during the evaluation.
+        """
         start = self.trainer.start_iter
         due = self._period > 0 and 0 < start < self.trainer.max_iter and start % self._period == 0
         if due and not comm.all_gather(_has_results(self._folder, start - 1, start - 1))[0]:
             logger.info("The evaluation after iteration %d was not finished: again", start - 1)
             self.trainer.storage.iter = start - 1
-            self._do_eval()
+            with interrupted_when_left():
+                self._do_eval()
             self.trainer.storage.iter = start
 
     def after_step(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing as mp
 import os
 import re
@@ -20,6 +21,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.engine.interrupt import Interrupted, forwarding, has_ended_by_signal, listening
 from fpn_plugin.engine.rendezvous import announced
 from fpn_plugin.plugins import Loaded
 from fpn_plugin.report.mistakes import mistake_in
@@ -67,24 +69,29 @@ def launch_ranks(
 
     Raises:
         RankError: if one of several processes was killed or raised an error.
+        Interrupted: if a signal has ended them.
     """
     if dist.is_initialized():
         main(*arguments)
         return
-    if device == "cpu" and args.num_gpus * args.num_machines > 1:
+    processes = args.num_gpus * args.num_machines
+    if device == "cpu" and processes > 1:
         # Detectron2 takes NCCL where a process sees a GPU, and gloo where it sees none
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        launch(
-            _run_rank,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus, device),
-            args=(Loaded(), SharedLocks(), main, *arguments),  # in the order of their unpickling
-            timeout=timedelta(minutes=args.rank_timeout),
-        )
+        with forwarding() if processes > 1 else contextlib.nullcontext():
+            launch(
+                _run_rank,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus, device),
+                args=(Loaded(), SharedLocks(), main, *arguments),  # as they are to be unpickled
+                timeout=timedelta(minutes=args.rank_timeout),
+            )
     except (ProcessExitedException, ProcessRaisedException) as error:
+        if has_ended_by_signal(getattr(error, "exit_code", 0)):
+            raise Interrupted from None
         failure = RankError(_describe(error, args))
         failure.mistake = mistake_in(getattr(error, "msg", ""))
         if getattr(error, "signal_name", None):
@@ -137,14 +144,18 @@ def _run_rank(
     """Run `main` in one of the processes, or in the only one.
 
     torch sends SIGINT to ranks whose parent died. A shell has background jobs ignore that signal,
-    so without a handler such ranks would never stop.
+    so without a handler such ranks would never stop. Their data workers are forked, as those of a
+    process that torchrun starts: they import nothing again, and no signal kills them meanwhile.
     """
     if mp.parent_process() is None:
         main(*arguments)
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "fork" in mp.get_all_start_methods():
+        mp.set_start_method("fork", force=True)
     try:
-        main(*arguments)
+        with listening():
+            main(*arguments)
     except RuntimeError as error:
         if _LOST_PEER.search(str(error)):
             # the launcher names the first process that ends: that should be the one that died

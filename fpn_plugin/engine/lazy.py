@@ -45,6 +45,7 @@ from fpn_plugin.engine.hooks import (
     build_writers,
     trim_metrics,
 )
+from fpn_plugin.engine.interrupt import InterruptHook, InterruptibleLoader, deferring
 from fpn_plugin.engine.launch import check_processes
 from fpn_plugin.engine.log import begin_log, write_modules
 from fpn_plugin.engine.peers import peers_of, rank_of
@@ -192,6 +193,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
         SaveError: if there is no room for a checkpoint or the results of an evaluation.
         WorkerError: if a process that loads data died.
         OutOfMemoryError: with what to lower.
+        Interrupted: if SIGTERM or SIGUSR1 has ended the run, with a checkpoint.
     """
     resumes = resume and bool(find_checkpoint(cfg.train.output_dir))
     model = build_model(cfg, first_weights=not resumes)
@@ -228,7 +230,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
             log_pyramid(model)
     key = "dataloader.train.num_workers"
     hints = lambda: _training_hints(cfg, last_sizes(trainer.model))  # noqa: E731
-    with actionable_errors("training", folder, hints, key):
+    with deferring(), actionable_errors("training", folder, hints, key):
         trainer.train(start, end)
     return _last_results(trainer, folder)
 
@@ -248,7 +250,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     prepared = prepare_for_inference(model, _speed(cfg))
     folder, key = cfg.train.output_dir, "dataloader.test.num_workers"
     with actionable_errors("evaluating", folder, lambda: _evaluation_hints(cfg), key):
-        results = inference_on_dataset(prepared, loader, instantiate(settings))
+        results = inference_on_dataset(prepared, InterruptibleLoader(loader), instantiate(settings))
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -294,6 +296,7 @@ def _hooks(
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
+    chosen.append(InterruptHook(checkpointer, settings.checkpointer.period))
     return chosen
 
 

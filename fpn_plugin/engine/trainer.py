@@ -45,6 +45,7 @@ from fpn_plugin.engine.hooks import (
     replace_eval_hooks,
     trim_metrics,
 )
+from fpn_plugin.engine.interrupt import InterruptHook, InterruptibleLoader, deferring
 from fpn_plugin.engine.log import write_modules
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.rng import SeedHook
@@ -121,6 +122,7 @@ class Trainer(DefaultTrainer):
         normalizer = LossNormalizerHook(model, cfg.SOLVER.CHECKPOINT_PERIOD)
         state_hooks = (self._seed_hook, normalizer, self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
+        self.register_hooks([InterruptHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)])
 
     @property
     def model(self) -> nn.Module:
@@ -170,6 +172,7 @@ class Trainer(DefaultTrainer):
             SaveError: if there is no room for a checkpoint or the results of an evaluation.
             WorkerError: if a process that loads data died.
             OutOfMemoryError: with what to lower.
+            Interrupted: if SIGTERM or SIGUSR1 has ended the run, with a checkpoint.
         """
         if not self._is_begun:
             self._claim_folder(resume=False)
@@ -179,7 +182,7 @@ class Trainer(DefaultTrainer):
             write_modules(folder, self.checkpointer.model)
             log_summary(self.cfg, self.checkpointer.model, data_counts(self.cfg))
         hints = lambda: training_hints(self.cfg, last_sizes(model))  # noqa: E731
-        with actionable_errors("training", folder, hints):
+        with deferring(), actionable_errors("training", folder, hints):
             return super().train()
 
     def _claim_folder(self, resume: bool) -> None:
@@ -302,7 +305,7 @@ class Trainer(DefaultTrainer):
         mapper = TestMapper(Mapper(cfg, is_train=False), dataset_name)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_test_classes(cfg, dataset_name)
-        return loader
+        return InterruptibleLoader(loader)
 
     @classmethod
     def build_evaluator(
