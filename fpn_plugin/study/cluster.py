@@ -286,6 +286,11 @@ class ClusterLauncher:
     def leave(self, jobs: Sequence[Job]) -> None:
         """The jobs go on without the study."""
 
+    def submitted(self, jobs: Sequence[Job]) -> str:
+        numbers = [job.number for job in jobs if isinstance(job, ClusterJob)]
+        some = numbers if len(numbers) < 3 else [numbers[0], "…", numbers[-1]]
+        return f"submitted as {' '.join(some)}; the logs of the jobs are in {self._folder}"
+
     def notice(self) -> str:
         """Of the jobs that wait, with the cluster's reasons."""
         states = (self._queue.states() if self._queue is not None else None) or {}

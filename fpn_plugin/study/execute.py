@@ -207,6 +207,8 @@ class _Work:
         for run, state, job in zip(runs, states, jobs):
             self._at_work[run] = state(job)
             self.waiting.remove(run)
+        if jobs and (text := self._launcher.submitted(jobs)):
+            self._progress.say(text)
 
     def _announce(self, run: PlannedRun, how: str = "") -> Callable[[Job], _AtWork]:
         """Show a run that is about to start; its state is complete with its job."""

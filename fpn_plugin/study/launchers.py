@@ -55,6 +55,9 @@ class Launcher(Protocol):
     def leave(self, jobs: Sequence[Job]) -> None:
         """The study is interrupted while these are at work."""
 
+    def submitted(self, jobs: Sequence[Job]) -> str:
+        """What to say of jobs that were started, if anything."""
+
     def notice(self) -> str:
         """What the runs wait for, if they do."""
 
@@ -120,6 +123,9 @@ class LocalLauncher:
             session.ask_to_stop()
         for session in sessions:
             session.stop()
+
+    def submitted(self, jobs: Sequence[Job]) -> str:
+        return ""
 
     def notice(self) -> str:
         return ""
