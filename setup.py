@@ -19,6 +19,7 @@ EXTRAS = {
     "lvis": ["lvis>=0.5.3"],
     "cityscapes": ["cityscapesscripts>=2.2"],
     "fast_eval": ["faster-coco-eval>=1.8,<2"],  # TEST.FAST_COCO_EVAL
+    "slurm": ["submitit>=1.5.4,<2"],  # fpn study --launcher slurm
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # fpn export to ONNX
 }
 # Either of them, and none in the place of the other: `import fpn_plugin` says so where both lack
@@ -44,6 +45,7 @@ EXTRAS["dev"] = [
     *EXTRAS["timm"],
     *EXTRAS["fast_eval"],
     *EXTRAS["export"],
+    *EXTRAS["slurm"],
     *EXTRAS["docs"],
     *EXTRAS["opencv"],
     "pytest>=8",

@@ -35,7 +35,15 @@ ROOMS["cli"] = ROOMS["study"] | {"study", "export"}
 ROOMS["__main__"] = {"cli"}
 # A module that needs one of these is imported where it is used: matplotlib takes half a second, the
 # others are extras.
-OPTIONAL = {"matplotlib", "timm", "faster_coco_eval", "onnx", "onnxruntime", "onnxscript"}
+OPTIONAL = {
+    "matplotlib",
+    "timm",
+    "faster_coco_eval",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "submitit",
+}
 
 
 class Import(NamedTuple):

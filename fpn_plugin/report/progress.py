@@ -22,6 +22,9 @@ _PAUSE = 10.0  # seconds between the lines of a stage, where there is no termina
 _POLL = 0.5  # seconds between two looks at a run's files
 _MISTAKE = 2  # a command's exit code
 _TAIL = 30  # lines of a failed run's output in the error
+_LINES = 10  # of single runs, to one about all
+_BARS = 12  # of runs at once on a terminal
+_LAYOUT = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
 _METRICS = {
     "AP": "AP",
     "AP50": "AP50",
@@ -91,14 +94,20 @@ class TrainingProgress:
         quiet: show nothing.
         stream: standard error by default.
         interval: seconds between the lines where there is no terminal; 0: a line for each update.
+        row: of the bar, from the cursor's downwards; by default below the other bars.
     """
 
     def __init__(
-        self, quiet: bool = False, stream: TextIO | None = None, interval: float = 30.0
+        self,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        interval: float = 30.0,
+        row: int | None = None,
     ) -> None:
         self._quiet = quiet
         self._stream = stream or sys.stderr
-        self._interval = interval
+        self.interval = interval
+        self._row = row
         self._title, self._total = "", 0
         self._last_line = float("-inf")
         self._bar: tqdm | None = None
@@ -114,9 +123,13 @@ class TrainingProgress:
         self.end()
         self._title, self._total = title, total
         if not self._quiet and self._stream.isatty():
-            layout = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
-                desc=title, total=total, file=self._stream, leave=False, bar_format=layout
+                desc=title,
+                total=total,
+                file=self._stream,
+                leave=False,
+                bar_format=_LAYOUT,
+                position=self._row,
             )
 
     def update(self, metrics: Mapping[str, Any], note: str = "") -> None:
@@ -130,7 +143,7 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.n = done
             self._bar.set_postfix_str(text)
-        elif time.monotonic() - self._last_line >= self._interval:
+        elif time.monotonic() - self._last_line >= self.interval:
             self._last_line = time.monotonic()
             self.say(f"{self._title}: iteration {done} of {self._total}, {text}")
 
@@ -139,6 +152,92 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class RunsProgress:
+    """Shows several runs at once: below a bar of all of them a bar each on a terminal, plain lines
+    elsewhere, as many of them as of one run.
+
+    Args:
+        quiet, stream, interval: as of :class:`TrainingProgress`.
+    """
+
+    def __init__(
+        self, quiet: bool = False, stream: TextIO | None = None, interval: float = 30.0
+    ) -> None:
+        self._quiet = quiet
+        self._stream = stream or sys.stderr
+        self._interval = interval
+        self._shown: dict[str, TrainingProgress] = {}
+        self._rows: dict[str, int] = {}
+        self._total, self._last_line = 0, 0.0
+        self._bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        TrainingProgress(self._quiet, self._stream).say(text)
+
+    def begin_all(self, total: int) -> None:
+        """Show how many of `total` runs are done: in a bar above those of the runs, or in a line
+        now and then."""
+        self._total, self._last_line = total, time.monotonic()
+        if not self._quiet and self._stream.isatty():
+            self._bar = tqdm(
+                desc="all runs",
+                total=total,
+                file=self._stream,
+                leave=False,
+                bar_format=_LAYOUT,
+                position=0,
+            )
+
+    def update_all(self, done: int, text: str) -> None:
+        """Show that `done` runs are done, and a text behind that."""
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_postfix_str(text)
+        elif self._total and time.monotonic() - self._last_line >= _LINES * self._interval:
+            self._last_line = time.monotonic()
+            self.say(f"{done} of {self._total} runs are done, {text}")
+
+    def end_all(self) -> None:
+        """Remove all bars."""
+        for title in list(self._shown):
+            self.end(title)
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._total = 0
+
+    def begin(self, title: str, total: int) -> None:
+        """Show a run of `total` iterations from now on, beside the others."""
+        first = 0 if self._bar is None else 1
+        rows = [row for row in range(first, first + _BARS) if row not in self._rows.values()]
+        # where there is no row left, a terminal does not show the run
+        quiet = self._quiet or (not rows and self._stream.isatty())
+        row = rows[0] if rows else None
+        shown = TrainingProgress(quiet, self._stream, row=row)
+        self._shown[title] = shown
+        if row is not None:
+            self._rows[title] = row
+        self._share_lines()
+        shown.begin(title, total)
+
+    def update(self, title: str, metrics: Mapping[str, Any], note: str = "") -> None:
+        """Show a line of a run's metrics.json with a loss, and a note behind its ETA, which the bar
+        of all runs has instead where there is one."""
+        self._shown[title].update(metrics, note if self._bar is None else "")
+
+    def end(self, title: str) -> None:
+        """Remove a run's bar."""
+        self._shown.pop(title).end()
+        self._rows.pop(title, None)
+        self._share_lines()
+
+    def _share_lines(self) -> None:
+        """Let all runs together have as many lines as one run has."""
+        for shown in self._shown.values():
+            shown.interval = self._interval * len(self._shown)
 
 
 def follow(
@@ -160,7 +259,7 @@ def follow(
         RuntimeError: with the message of the user's mistake, or the end of its output, if the run
             fails.
     """
-    new_output, new_metrics = _NewLines(output, 0), _NewLines(metrics)
+    new_output, new_metrics = NewLines(output, 0), NewLines(metrics)
     running = True
     while running:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -168,20 +267,18 @@ def follow(
             running = False
         for line in new_output.read():
             on_output(line)
-        for line in new_metrics.read():
-            # what a killed run left of its last line may stand before; the objects are flat
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(line[max(line.rfind("{"), 0) :])
-                if "iteration" in values and "total_loss" in values:
-                    on_metrics(values)
+        for values in new_metrics.read_losses():
+            on_metrics(values)
     if process.returncode:
-        text = output.read_text(errors="replace")
-        if process.returncode == _MISTAKE and (mistake := printed_mistake(text)):
-            raise RuntimeError(mistake)
-        tail = text.splitlines()[-_TAIL:]
-        raise RuntimeError(
-            f"the run ended with exit code {process.returncode}:\n" + "\n".join(tail)
-        )
+        raise RuntimeError(failure_text(process.returncode, output.read_text(errors="replace")))
+
+
+def failure_text(returncode: int, output: str) -> str:
+    """Why a run failed: the message of the user's mistake, or the end of its output."""
+    if returncode == _MISTAKE and (mistake := printed_mistake(output)):
+        return mistake
+    tail = output.splitlines()[-_TAIL:]
+    return f"the run ended with exit code {returncode}:\n" + "\n".join(tail)
 
 
 def show_training(command: Sequence[str], title: str, total: int, metrics: Path) -> None:
@@ -209,7 +306,7 @@ def show_training(command: Sequence[str], title: str, total: int, metrics: Path)
             progress.end()
 
 
-class _NewLines:
+class NewLines:
     """The lines that are appended to a file, which may not exist yet.
 
     Args:
@@ -233,6 +330,17 @@ class _NewLines:
         lines, end, _ = content.rpartition(b"\n")
         self._position += len(lines + end)
         return lines.decode(errors="replace").splitlines()
+
+    def read_losses(self) -> list[dict[str, Any]]:
+        """Those of the lines that are a run's metrics with a loss, if the file is metrics.json."""
+        losses = []
+        for line in self.read():
+            # what a killed run left of its last line may stand before; the objects are flat
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line[max(line.rfind("{"), 0) :])
+                if "iteration" in values and "total_loss" in values:
+                    losses.append(values)
+        return losses
 
 
 def as_time(seconds: float) -> str:

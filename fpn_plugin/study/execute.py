@@ -1,45 +1,41 @@
 """Runs a study: skips what is done, resumes what was interrupted, and compares the results.
 
-Each run is a process of its own, with a record (study.json) of what it ran on and how long.
+Each run is a process of its own, on this machine or in a job of a cluster. One that was lost
+(killed, or its machine gone) is started again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
+import heapq
 import logging
-import os
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
-from fpn_plugin.checkpoint.checkpointer import list_checkpoints, write_atomically
+from fpn_plugin.checkpoint.checkpointer import list_checkpoints
 from fpn_plugin.compare.comparison import compare
-from fpn_plugin.compare.runs import RECORD, read_record
+from fpn_plugin.compare.runs import read_record
 from fpn_plugin.engine.run_folder import METRICS
-from fpn_plugin.report.environment import collect_environment
-from fpn_plugin.report.progress import TrainingProgress, as_time, follow
+from fpn_plugin.report.progress import NewLines, RunsProgress, as_time
 from fpn_plugin.study.config import REPORT, Study, StudyError
+from fpn_plugin.study.launchers import Job, Launcher
 from fpn_plugin.study.plan import (
     DONE,
     FINAL,
     INTERRUPTED,
     OTHER,
-    PENDING,
     PlannedRun,
     check_folders,
 )
+from fpn_plugin.study.session import FAILED, LOST, STOPPED, Ending
 
 TRAIN = (sys.executable, "-m", "fpn_plugin", "train")
-_PATIENCE = 10.0  # seconds that an interrupted run gets to end by itself
+_LOSSES = 3  # how often in a row a run may be lost without having got further
 
 
 @dataclass
@@ -47,7 +43,7 @@ class Outcome:
     """The result of a study.
 
     Attributes:
-        done: the runs that can be compared.
+        done: the runs that can be compared, in the order of the study.
         failures: by the titles of the runs that failed, the end of their output.
     """
 
@@ -77,55 +73,22 @@ def status_text(runs: Sequence[PlannedRun], command: Sequence[str] = TRAIN) -> s
 
 
 def run_study(
-    study: Study,
-    runs: Sequence[PlannedRun],
-    progress: TrainingProgress,
-    command: Sequence[str] = TRAIN,
+    study: Study, runs: Sequence[PlannedRun], progress: RunsProgress, launcher: Launcher
 ) -> Outcome:
-    """Train the runs that are not done yet, one after the other.
+    """Train the runs that are not done yet, as many at once as the launcher starts.
 
     Args:
         runs: of :func:`plan_runs`.
-        command: what trains a run.
 
     Raises:
-        ValueError: before anything starts, if a folder holds a run of another config or another
-            study runs there.
+        ValueError: before anything starts, if a folder holds a run of another config, another
+            study runs there, or the launcher cannot start them.
     """
     check_folders(runs)
-    outcome = Outcome()
     with lock(study.output) as lock_file:
-        waiting = [run for run in runs if run.state() != DONE]
-        finished = [run for run in runs if run not in waiting]
-        progress.say(f"{len(runs)} runs in {study.output}, {len(finished)} of them done")
-        for number, run in enumerate(runs, 1):
-            if run in finished:
-                outcome.done.append(run)
-                continue
-            waiting.remove(run)
-            title = f"run {number} of {len(runs)}, {run.title}"
-            resumed = f", going on at {run.reached()}" if run.state() == INTERRUPTED else ""
-            progress.say(f"{title}: {run.max_iterations} iterations{resumed}")
-            remaining = _remaining_time(run, [*finished, *outcome.done], list(waiting))
-            progress.begin(title, run.max_iterations)
-            try:
-                seconds = train(run, command, _shown_by(progress, remaining), lock_file)
-            except RuntimeError as error:
-                outcome.failures[run.title] = str(error)
-                progress.say(f"{title}: FAILED, its log is {run.folder}/log.txt")
-                continue
-            finally:
-                progress.end()
-            if run.state() != DONE:
-                outcome.failures[run.title] = (
-                    f"it ended without a final checkpoint or an evaluation: {run.folder}"
-                )
-                continue
-            outcome.done.append(run)
-            progress.say(f"{title}: done in {as_time(seconds)}")
-            if not study.keep_checkpoints:
-                _remove_earlier_checkpoints(run)
-    return outcome
+        work = _Work(study, runs, progress, launcher, lock_file)
+        launcher.check(work.waiting)
+        return work.finish()
 
 
 def compare_runs(study: Study, runs: Sequence[PlannedRun], quiet: bool) -> Path:
@@ -166,129 +129,180 @@ def lock(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def train(
-    run: PlannedRun,
-    command: Sequence[str],
-    on_metrics: Callable[[Mapping[str, Any]], None],
-    lock_file: int,
-) -> float:
-    """Start or resume a run, and wait for its end.
+@dataclass
+class _AtWork:
+    """A run that is being trained.
+
+    Attributes:
+        metrics: the new lines of its metrics.json.
+        began: when, by the monotonic clock.
+        left: the seconds until its end, once it has said so.
+        whole: the seconds that it takes from its start on, by that.
+    """
+
+    job: Job
+    metrics: NewLines
+    began: float
+    left: float | None = None
+    whole: float | None = None
+
+
+class _Work:
+    """The runs of a study on their way."""
+
+    def __init__(
+        self,
+        study: Study,
+        runs: Sequence[PlannedRun],
+        progress: RunsProgress,
+        launcher: Launcher,
+        lock_file: int,
+    ) -> None:
+        self._study, self._runs, self._progress = study, list(runs), progress
+        self._launcher, self._lock_file = launcher, lock_file
+        self.waiting = [run for run in runs if run.state() != DONE]
+        self._done = [run for run in runs if run not in self.waiting]
+        self._failures: dict[PlannedRun, str] = {}
+        self._at_work: dict[PlannedRun, _AtWork] = {}
+        # how often each was lost in a row, and how far it had got then
+        self._losses: dict[PlannedRun, tuple[int, int]] = {}
+        # the seconds that each config is known to take
+        self._times = {
+            run.config.name: seconds
+            for run in self._done
+            if (seconds := read_record(run.folder).get("seconds"))
+        }
+
+    def finish(self) -> Outcome:
+        """Train all, and say how."""
+        say, launcher = self._progress.say, self._launcher
+        say(f"{len(self._runs)} runs in {self._study.output}, {len(self._done)} of them done")
+        if launcher.jobs != 1 and len(self.waiting) > 1:
+            self._progress.begin_all(len(self._runs))
+        try:
+            for run, job in launcher.adopt(self.waiting).items():
+                self._at_work[run] = self._announce(run, "at work already")(job)
+                self.waiting.remove(run)
+            while self.waiting or self._at_work:
+                self._start()
+                for run, state in list(self._at_work.items()):
+                    self._look_at(run, state)
+                self._update_all()
+                if self._at_work:
+                    time.sleep(launcher.pause)
+        finally:
+            self._progress.end_all()
+            launcher.leave([state.job for state in self._at_work.values()])
+        failures = {run.title: self._failures[run] for run in self._runs if run in self._failures}
+        return Outcome([run for run in self._runs if run in self._done], failures)
+
+    def _title(self, run: PlannedRun) -> str:
+        return f"run {self._runs.index(run) + 1} of {len(self._runs)}, {run.title}"
+
+    def _start(self) -> None:
+        free = (self._launcher.jobs or len(self._runs)) - len(self._at_work)
+        runs = self.waiting[: max(free, 0)]
+        states = [self._announce(run) for run in runs]
+        jobs = self._launcher.start(runs, [self._lock_file]) if runs else []
+        for run, state, job in zip(runs, states, jobs):
+            self._at_work[run] = state(job)
+            self.waiting.remove(run)
+        if jobs and (text := self._launcher.submitted(jobs)):
+            self._progress.say(text)
+
+    def _announce(self, run: PlannedRun, how: str = "") -> Callable[[Job], _AtWork]:
+        """Show a run that is about to start; its state is complete with its job."""
+        title = self._title(run)
+        how = how or (f"going on at {run.reached()}" if run.state() == INTERRUPTED else "")
+        self._progress.say(f"{title}: {run.max_iterations} iterations{how and f', {how}'}")
+        self._progress.begin(title, run.max_iterations)
+        metrics, began = NewLines(run.folder / METRICS), time.monotonic()
+        return lambda job: _AtWork(job, metrics, began)
+
+    def _look_at(self, run: PlannedRun, state: _AtWork) -> None:
+        ending = state.job.poll()  # first, so that the last lines are read too
+        for metrics in state.metrics.read_losses():
+            state.left = metrics.get("eta_seconds", 0.0)
+            state.whole = time.monotonic() - state.began + state.left
+            note = f", of the study {as_time(self._remaining())}"
+            self._progress.update(self._title(run), metrics, note)
+        if ending is not None:
+            del self._at_work[run]
+            self._progress.end(self._title(run))
+            self._end(run, ending)
+
+    def _end(self, run: PlannedRun, ending: Ending) -> None:
+        title, say = self._title(run), self._progress.say
+        if ending.how in (LOST, STOPPED) and self._may_start_again(run):
+            say(f"{title}: lost at {run.reached()}: {ending.text}. Starting it again")
+            self.waiting.insert(0, run)
+        elif ending.how in (LOST, STOPPED):
+            self._failures[run] = (
+                f"it was lost {_LOSSES} times without getting further, the last time because"
+                f" {ending.text}"
+            )
+            say(f"{title}: FAILED, {self._failures[run]}")
+        elif ending.how == FAILED:
+            self._failures[run] = ending.text
+            say(f"{title}: FAILED, its log is {run.folder}/log.txt")
+        elif run.state() != DONE:
+            self._failures[run] = (
+                f"it ended without a final checkpoint or an evaluation: {run.folder}"
+            )
+        else:
+            self._done.append(run)
+            seconds = read_record(run.folder).get("seconds", 0.0)
+            self._times[run.config.name] = seconds
+            say(f"{title}: done in {as_time(seconds)}")
+            if not self._study.keep_checkpoints:
+                _remove_earlier_checkpoints(run)
+
+    def _may_start_again(self, run: PlannedRun) -> bool:
+        count, before = self._losses.get(run, (0, 0))
+        reached = run.reached()
+        self._losses[run] = (1 if reached > before else count + 1, reached)
+        return self._losses[run][0] < _LOSSES
+
+    def _update_all(self) -> None:
+        texts = [f"{len(self._at_work)} at work", self._launcher.notice()]
+        texts += [f"ETA {as_time(left)}"] if (left := self._remaining()) else []
+        self._progress.update_all(len(self._done), ", ".join(filter(None, texts)))
+
+    def _remaining(self) -> float:
+        """The seconds until the end of the study; 0.0 as long as nothing is known."""
+        at_work, now = self._at_work.items(), time.monotonic()
+        times = {run.config.name: state.whole for run, state in at_work if state.whole}
+        times |= self._times
+        left = [
+            max(_expected(run, times) - now + state.began, 0) if state.left is None else state.left
+            for run, state in at_work
+        ]
+        waiting = [_expected(run, times) for run in self.waiting]
+        return remaining_time(left, waiting, self._launcher.jobs or len(self._runs))
+
+
+def _expected(run: PlannedRun, times: Mapping[str, float]) -> float:
+    """The seconds of a run: a config takes as long as with another seed; one that has not run yet,
+    as long as the mean."""
+    return times.get(run.config.name, statistics.mean(times.values()) if times else 0.0)
+
+
+def remaining_time(left: Sequence[float], waiting: Sequence[float], slots: int) -> float:
+    """The seconds until all runs are done.
 
     Args:
-        command: what trains a run.
-        on_metrics: gets each new line of its metrics.json that has a loss.
-        lock_file: of :func:`lock`.
-
-    Returns:
-        the seconds it took, all its sessions together.
-
-    Raises:
-        RuntimeError: with the end of its output, if it fails.
+        left: the seconds that are left of each run that is at work.
+        waiting: the seconds of those that follow, in their order.
+        slots: how many are at work at once.
     """
-    flags = [] if run.state() == PENDING else ["--resume"]
-    command = [*command, *flags, *run.arguments()]
-    record = _begin_session(run, command)
-    start, session = time.monotonic(), record["sessions"][-1]
-    try:
-        with tempfile.NamedTemporaryFile() as output:
-            with _process_group(command, output, lock_file) as process:
-                follow(process, Path(output.name), run.folder / METRICS, on_metrics)
-        session["ended"] = "done"
-    except RuntimeError as error:
-        session["ended"], session["output"] = "failed", str(error).splitlines()
-        raise
-    except BaseException:
-        session["ended"] = "interrupted"
-        raise
-    finally:
-        session["seconds"] = round(time.monotonic() - start, 1)
-        record["seconds"] = round(sum(past.get("seconds", 0) for past in record["sessions"]), 1)
-        _write_record(run.folder, record)
-    return record["seconds"]
-
-
-def _shown_by(
-    progress: TrainingProgress, remaining: Callable[[float], float]
-) -> Callable[[Mapping[str, Any]], None]:
-    """Show a run's metrics, with the ETA of the study."""
-    start = time.monotonic()
-
-    def show(metrics: Mapping[str, Any]) -> None:
-        left = metrics.get("eta_seconds", 0.0)
-        whole = time.monotonic() - start + left
-        progress.update(metrics, f", of the study {as_time(left + remaining(whole))}")
-
-    return show
-
-
-def _remaining_time(
-    run: PlannedRun, done: Sequence[PlannedRun], waiting: Sequence[PlannedRun]
-) -> Callable[[float], float]:
-    """A function from the seconds of a run to those of all runs after it.
-
-    A config takes as long as with another seed; one that has not run yet, as long as the mean.
-    """
-    known = {
-        other.config.name: seconds
-        for other in done
-        if (seconds := read_record(other.folder).get("seconds"))
-    }
-
-    def remaining(seconds: float) -> float:
-        times = {run.config.name: seconds, **known}
-        mean = statistics.mean(times.values())
-        return sum(times.get(other.config.name, mean) for other in waiting)
-
-    return remaining
+    ends = sorted(left)
+    for seconds in waiting:
+        start = heapq.heappop(ends) if len(ends) >= slots else 0.0
+        heapq.heappush(ends, start + seconds)
+    return max(ends, default=0.0)
 
 
 def _remove_earlier_checkpoints(run: PlannedRun) -> None:
     for file in list_checkpoints(str(run.folder)):
         if file.name != FINAL:
             file.unlink()
-
-
-def _begin_session(run: PlannedRun, command: list[str]) -> dict[str, Any]:
-    """The run's record with a session for this start, already written: the run may be killed."""
-    session = {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "ended": "killed",  # until another end is recorded
-        "machine": collect_environment(
-            "cuda" if run.cfg.MODEL.DEVICE.startswith("cuda") else "cpu"
-        ),
-    }
-    record = read_record(run.folder)
-    record |= {"name": run.config.name, "seed": run.seed, "config": str(run.config.file)}
-    record |= {"overrides": list(run.config.overrides)}
-    record["sessions"] = [*record.get("sessions", []), session]
-    _write_record(run.folder, record)
-    return record
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(folder / RECORD, lambda file: file.write(text.encode()))
-
-
-@contextlib.contextmanager
-def _process_group(
-    command: list[str], output: IO[bytes], lock_file: int
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, which ends with this block."""
-    process = subprocess.Popen(
-        command,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        pass_fds=[lock_file],
-    )
-    try:
-        yield process
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, number)
-                    process.wait(_PATIENCE)

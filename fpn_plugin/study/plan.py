@@ -15,6 +15,7 @@ from fpn_plugin.checkpoint.run_folder import (
     metric_lines,
     recorded_config,
 )
+from fpn_plugin.config.resolve import as_recorded
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.engine.run_folder import config_changes, run_results
 from fpn_plugin.modeling.described import PYTHON_OUTER_KEYS, changed_values, load_model_config
@@ -26,9 +27,9 @@ FINAL = "model_final.pth"
 PENDING, INTERRUPTED, DONE, OTHER = "to do", "broken off", "done", "another config's"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """One training of a study.
+    """One training of a study, which equals no other.
 
     Attributes:
         folder: its OUTPUT_DIR.
@@ -47,6 +48,11 @@ class PlannedRun:
     @property
     def max_iterations(self) -> int:
         return self.cfg.SOLVER.MAX_ITER
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether its config asks for a GPU, be there one on this machine or not."""
+        return as_recorded(self.cfg).MODEL.DEVICE.startswith("cuda")
 
     def arguments(self) -> list[str]:
         """The arguments of `fpn train`, without --resume."""

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from fpn_plugin.report.progress import Bar, TrainingProgress, ap_table, follow, show_training
+from fpn_plugin.report.progress import (
+    Bar,
+    RunsProgress,
+    TrainingProgress,
+    ap_table,
+    follow,
+    show_training,
+)
 
 STEP = {"iteration": 19, "total_loss": 1.43345, "eta_seconds": 64.2}
 
@@ -70,6 +77,49 @@ def test_quiet_is_quiet() -> None:
     progress.say("done")
     progress.end()
     assert stream.getvalue() == ""
+
+
+def test_several_runs_share_the_lines_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = RunsProgress(stream=stream)
+    progress.begin_all(3)
+    for name in ("a", "b"):
+        progress.begin(name, 40)
+    for now[0] in range(0, 320, 10):
+        for name in ("a", "b"):
+            progress.update(name, STEP, ", of the study 0:10:00")
+        progress.update_all(1, "2 at work")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "a: iteration 20 of 40, loss 1.433, ETA 0:01:04, of the study 0:10:00"
+    assert [line[0] for line in lines] == [*"ababababab", "a", "b", "1"]
+    assert lines[-1] == "1 of 3 runs are done, 2 at work"
+    progress.end("a")
+    now[0] += 30
+    progress.update("b", STEP)
+    progress.end_all()
+    assert len(stream.getvalue().splitlines()) == len(lines) + 1
+
+
+def test_several_runs_have_a_bar_each_on_a_terminal() -> None:
+    stream = Terminal()
+    progress = RunsProgress(stream=stream)
+    progress.begin_all(20)
+    names = [f"run {number}" for number in range(20)]
+    for name in names:  # more than there are bars
+        progress.begin(name, 40)
+    progress.update("run 3", STEP, ", of the study 0:10:00")
+    progress.update_all(5, "15 at work, ETA 0:10:00")
+    progress.say("a line")
+    for name in names:
+        progress.end(name)
+    progress.begin("another", 40)
+    progress.end_all()
+    text = stream.getvalue()
+    assert "run 3:  50%|##########          | 20/40, loss 1.433, ETA 0:01:04" in text
+    assert "of the study" not in text and "run 15" not in text
+    assert "all runs:  25%|#####               | 5/20, 15 at work, ETA 0:10:00" in text
+    assert "a line\n" in text and "another:   0%" in text
 
 
 def follow_code(code: str, folder: Path) -> tuple[list[Any], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+import torch
 import yaml
 from helpers import own_datasets
 from tiny import tiny_config, write_dataset
@@ -21,15 +23,15 @@ from tiny import tiny_config, write_dataset
 from fpn_plugin.cli import study as study_command
 from fpn_plugin.compare import costs
 from fpn_plugin.compare.runs import read_record
-from fpn_plugin.report.progress import TrainingProgress
+from fpn_plugin.report.progress import RunsProgress
 from fpn_plugin.study.config import Study, read_study
 from fpn_plugin.study.execute import (
     compare_runs,
     lock,
     run_study,
     status_text,
-    train,
 )
+from fpn_plugin.study.launchers import LocalLauncher
 from fpn_plugin.study.plan import (
     DONE,
     INTERRUPTED,
@@ -41,19 +43,16 @@ from fpn_plugin.study.plan import (
 )
 
 RUNS = {"a": {}, "avg": {"MODEL.RPN.NMS_THRESH": 0.6}}
-# trains `a`; of the other run it makes a copy with its own config, which is faster
-TRAIN_ONE = """
-import shutil, sys
+# trains; a run called avg is killed when it is first started
+KILLED_ONCE = """
+import os, signal, sys
 from pathlib import Path
-folder = Path(sys.argv[sys.argv.index("OUTPUT_DIR") + 1])
-if folder.parent.name == "a":
-    from fpn_plugin.cli.main import main
-    sys.exit(main(["train", *sys.argv[1:]]))
-else:
-    ignored = shutil.ignore_patterns("study.json")
-    shutil.copytree(folder.parents[1] / "a" / "seed-0", folder, ignore=ignored, dirs_exist_ok=True)
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace(" NMS_THRESH: 0.7", " NMS_THRESH: 0.6"))
+marker = Path(sys.argv[0]).with_name("killed")
+if "avg" in str(sys.argv) and not marker.exists():
+    marker.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+from fpn_plugin.cli.main import main
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
@@ -91,15 +90,13 @@ def _registry() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that is done, with the report of its comparison."""
     folder = tmp_path_factory.mktemp("study")
-    (folder / "train_one.py").write_text(TRAIN_ONE)
     write_config(folder)
     path = write_study(folder)
     out, err, tool = io.StringIO(), io.StringIO(), study_command
     words = [str(path), "SOLVER.MAX_ITER", "3", "--only", "a,avg"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(costs, "SIZE", (64, 64))
-        command = (sys.executable, str(folder / "train_one.py"))
-        patch.setattr(run_study, "__defaults__", (command,))
+        patch.setenv("OMP_NUM_THREADS", "1")
         # what would outlive this: a handler of signals, and the loggers' levels
         patch.setattr(tool.signal, "signal", lambda *args: None)
         patch.setattr(tool.execute, "quiet_loggers", lambda: None)
@@ -127,6 +124,11 @@ def never(*args: object) -> None:
     raise AssertionError("a run was started")
 
 
+def local(script: Path | None = None, **options: int) -> LocalLauncher:
+    """Trains by a script, or must not train at all."""
+    return LocalLauncher((sys.executable, str(script)) if script else ("nothing",), **options)
+
+
 def test_a_study_trains_evaluates_records_and_compares(finished: Path) -> None:
     said = (finished / "said.txt").read_text()
     assert "2 runs in" in said and ", 0 of them done" in said
@@ -147,15 +149,57 @@ def test_a_study_trains_evaluates_records_and_compares(finished: Path) -> None:
     assert content["baseline"] == "a"
 
 
+def test_a_study_in_parallel_gives_the_comparison_of_the_serial_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the digit, with one run killed and started again on the way."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    script = tmp_path / "train.py"
+    script.write_text(KILLED_ONCE)
+    serial, _ = study_of(finished)
+    study = dataclasses.replace(serial, output=tmp_path / "parallel")
+    runs, said = plan_runs(study), io.StringIO()
+    outcome = run_study(study, runs, RunsProgress(stream=said), local(script, jobs=2))
+    assert (outcome.done, outcome.failures) == (runs, {})
+    assert "avg seed 0: lost at 0: it was killed by SIGKILL" in said.getvalue()
+    sessions = [read_record(run.folder)["sessions"] for run in runs]
+    assert [[s["ended"] for s in past] for past in sessions] == [["done"], ["lost", "done"]]
+    assert sessions[0][0]["started"] < sessions[1][1]["started"]
+    compare_runs(study, outcome.done, quiet=True)
+    compared = [json.loads((s.output / "report/compare.json").read_text()) for s in (serial, study)]
+    for content in compared:
+        del content["date"]
+        for run in content["runs"]:
+            del run["folder"]
+    assert compared[0] == compared[1]
+    for run in runs:
+        first, second = (
+            torch.load(s.output / run.config.name / "seed-0/model_final.pth", weights_only=True)
+            for s in (serial, study)
+        )
+        assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["model"])
+
+
+def test_a_run_that_is_lost_again_and_again_fails(copied: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import os\nos.kill(os.getpid(), 9)")
+    study, runs = study_of(copied)
+    shutil.rmtree(runs[0].folder)
+    outcome = run_study(study, runs, RunsProgress(quiet=True), local(script))
+    assert outcome.done == runs[1:]
+    assert "lost 3 times without getting further" in outcome.failures["a seed 0"]
+    assert len(read_record(runs[0].folder)["sessions"]) == 3
+
+
 def test_what_is_done_is_skipped_and_compared_again(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpn_plugin.study.execute.train", never)
+    monkeypatch.setattr("fpn_plugin.study.launchers.Session", never)
     monkeypatch.setattr("fpn_plugin.compare.report.draw_all", lambda report: {})
     monkeypatch.setattr("fpn_plugin.compare.comparison.count_costs", lambda group: {})
     study, runs = study_of(copied)
     assert [run.state() for run in runs] == [DONE, DONE]
-    outcome = run_study(study, runs, TrainingProgress(quiet=True))
+    outcome = run_study(study, runs, RunsProgress(quiet=True), local())
     assert (outcome.done, outcome.failures) == (runs, {})
     assert list((study.output / "report").glob("*.png"))
     assert compare_runs(study, outcome.done, quiet=True) == study.output / "report" / "compare.html"
@@ -165,12 +209,12 @@ def test_what_is_done_is_skipped_and_compared_again(
 def test_another_config_is_refused_before_anything_starts(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpn_plugin.study.execute.train", never)
+    monkeypatch.setattr("fpn_plugin.study.launchers.Session", never)
     study, runs = study_of(copied, "SOLVER.MAX_ITER", "5", "MODEL.DEVICE", "cpu")
     shutil.rmtree(runs[0].folder)
     assert [run.state() for run in runs] == [PENDING, OTHER]
     with pytest.raises(ValueError, match="avg/seed-0: SOLVER.MAX_ITER 3 -> 5\nNothing was started"):
-        run_study(study, runs, TrainingProgress(quiet=True))
+        run_study(study, runs, RunsProgress(quiet=True), local())
     status = status_text(runs).splitlines()
     assert status[0] == "a seed 0: to do" and "--config-file" in status[1]
     assert status[2:] == ["avg seed 0: another config's", "  SOLVER.MAX_ITER 3 -> 5"]
@@ -187,7 +231,7 @@ def test_an_interrupted_run_is_resumed(copied: Path, tmp_path: Path) -> None:
     script.write_text(
         f"open({str(metrics)!r}, 'a').write('{{\"iteration\": 2, \"bbox/AP\": 1}}\\n')"
     )
-    outcome = run_study(study, runs, TrainingProgress(quiet=True), (sys.executable, str(script)))
+    outcome = run_study(study, runs, RunsProgress(quiet=True), local(script))
     assert outcome.done == runs
     record = read_record(runs[0].folder)
     first, second = record["sessions"]
@@ -202,7 +246,7 @@ def test_failing_runs_are_reported_and_the_others_go_on(copied: Path, tmp_path: 
     study, runs = study_of(copied)
     for run in runs:
         shutil.rmtree(run.folder)
-    outcome = run_study(study, runs, TrainingProgress(quiet=True), (sys.executable, str(script)))
+    outcome = run_study(study, runs, RunsProgress(quiet=True), local(script))
     assert outcome.done == []
     assert list(outcome.failures) == ["a seed 0", "avg seed 0"]
     assert "exit code 1" in outcome.failures["a seed 0"]
@@ -217,10 +261,12 @@ def test_two_studies_do_not_share_a_folder(copied: Path) -> None:
     study, runs = study_of(copied)
     with lock(study.output):
         with pytest.raises(ValueError, match="another study, or a run that a killed one left"):
-            run_study(study, runs, TrainingProgress(quiet=True))
+            run_study(study, runs, RunsProgress(quiet=True), local())
 
 
-def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path: Path) -> None:
+def test_an_interrupt_stops_the_run_with_what_it_started(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study, runs = study_of(copied)
     metrics = runs[0].folder / "metrics.json"
     script, pids = tmp_path / "train.py", tmp_path / "pids"
@@ -232,11 +278,14 @@ def test_an_interrupt_stops_the_run_with_what_it_started(copied: Path, tmp_path:
         "time.sleep(60)\n"
     )
 
-    def interrupt(values: object) -> None:
+    def interrupt(*values: object) -> None:
         raise KeyboardInterrupt
 
-    with lock(study.output) as held, pytest.raises(KeyboardInterrupt):
-        train(runs[0], (sys.executable, str(script)), interrupt, held)
+    progress = RunsProgress(quiet=True)
+    monkeypatch.setattr(progress, "update", interrupt)
+    shutil.rmtree(runs[0].folder)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, runs, progress, local(script))
     assert read_record(runs[0].folder)["sessions"][-1]["ended"] == "interrupted"
     for pid in pids.read_text().split():
         status = Path("/proc", pid, "status")
