@@ -37,6 +37,7 @@ from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoi
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
+from fpn_plugin.engine.parallel import read_exchange
 from fpn_plugin.engine.preflight import check_model, check_reference, check_weights, silence
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
@@ -126,6 +127,9 @@ def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     processes = max(1, args.num_gpus * args.num_machines)
     if not args.eval_only:
         check_reference(cfg, processes)
+        exchange = read_exchange(cfg)
+        if processes > 1:
+            exchange.check(cfg.SOLVER.ACCUMULATE)
     cfg = cfg.clone()
     cfg.defrost()
     if (

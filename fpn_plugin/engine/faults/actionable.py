@@ -100,6 +100,7 @@ def training_hints(cfg: CfgNode, sizes: Sequence[tuple[int, ...]] = ()) -> list[
     hints = [
         f"SOLVER.IMS_PER_BATCH ({solver.IMS_PER_BATCH}), and SOLVER.BASE_LR ({solver.BASE_LR:g}) in"
         " proportion",
+        f"or take a larger SOLVER.ACCUMULATE ({solver.ACCUMULATE}): the same batch in more parts",
         f"INPUT.MIN_SIZE_TRAIN ({inputs.MIN_SIZE_TRAIN}) and MAX_SIZE_TRAIN"
         f" ({inputs.MAX_SIZE_TRAIN}){describe_sizes(sizes)}",
     ]
