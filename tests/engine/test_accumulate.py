@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fpn_plugin.checkpoint.finite import DivergedError
 from fpn_plugin.checkpoint.run_folder import metric_lines
 from fpn_plugin.engine.accumulate import Accumulator, _Padding, check_parts
+from fpn_plugin.engine.faults.actionable import actionable_errors
 from fpn_plugin.engine.faults.divergence import DivergenceRules, StepRecorder
 from fpn_plugin.engine.parallel import read_exchange, read_python_exchange
 from fpn_plugin.engine.trainer import Trainer
@@ -181,6 +182,11 @@ def test_parts_are_padded_to_the_size_of_the_batch(is_compiled: bool) -> None:
     with EventStorage(0):
         assert step(batch)["total_loss"].item() == 96 * 64
     assert model.weight.grad.item() == 96 * 64 / 2, "the last part's gradient is the trainer's task"
+    scaled = Accumulator(step.recorder, 2, "parts", lambda loss: loss * 1024)  # for fp16
+    model.zero_grad()
+    with EventStorage(0):
+        scaled(batch)
+    assert model.weight.grad.item() == 1024 * 96 * 64 / 2
     assert model.backbone(torch.zeros(1, 3, 5, 5)).shape == (1, 3, 5, 5)
     assert batch[0]["sem_seg"].shape == (70, 10), "the batch was changed"
     with pytest.raises(ValueError, match="parts: 3 images of a process cannot be divided by 2"):
@@ -197,6 +203,17 @@ def test_two_processes(dataset: Path, quick_ranks: None, tmp_path: Path) -> None
     assert calls == parts[2] > 0, "gradients were exchanged between the parts"
     for _, weights, _ in (fp16, bf16):
         assert 0 < difference(before, plain, weights) < 0.02
+
+
+def test_a_graph_that_is_not_static() -> None:
+    said = (
+        "Your training graph has changed ... this is not compatible with static_graph set to True"
+    )
+    with pytest.raises(
+        ValueError, match="SOLVER.DDP.STATIC_GRAPH .*: True, but .* set it to False"
+    ):
+        with actionable_errors("training", "run", list):
+            raise RuntimeError(said)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "2"])
