@@ -172,6 +172,36 @@ _KEYS = [
         "the type that `SOLVER.AMP.ENABLED` computes in: `fp16`, `bf16`, or `auto` (`fp16` on CUDA,"
         " `bf16` on the CPU)",
     ),
+    Key(
+        "SOLVER.ACCUMULATE",
+        1,
+        "in how many parts each process runs its share of a batch, one after the other, for batches"
+        " larger than memory: `SOLVER.IMS_PER_BATCH`, the schedule and the step stay those of the"
+        " batch; [what is equal](training.md#batches-larger-than-memory)",
+    ),
+    Key(
+        "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW",
+        False,
+        "of several processes (`SOLVER.DDP` says how torch's DistributedDataParallel exchanges"
+        " their gradients): gradients live in the buffers that are sent, which saves a copy and"
+        " that much memory",
+    ),
+    Key(
+        "SOLVER.DDP.STATIC_GRAPH",
+        False,
+        "promises that each step uses the same parameters; not with `SOLVER.ACCUMULATE`",
+    ),
+    Key(
+        "SOLVER.DDP.BUCKET_MB",
+        0,
+        "MiB of gradients that are sent at once; `0`: torch's own numbers, 25 and first 1",
+    ),
+    Key(
+        "SOLVER.DDP.COMPRESS",
+        "",
+        "sends gradients in half precision: `bf16` (needs a torch built with CUDA) or `fp16`"
+        " (overflows beyond 65504)",
+    ),
     Key("SOLVER.OPTIMIZER", "SGD", "`SGD` (Detectron2's) or `AdamW`"),
     Key("SOLVER.FUSED", False, "the optimizer's step in one kernel"),
     Key(

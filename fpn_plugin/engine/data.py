@@ -159,8 +159,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         A DataLoader of lists of mapped samples.
 
     Raises:
-        ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes, no image is
-            left to train on, or a key of DATALOADER does not fit.
+        ValueError: if SOLVER.IMS_PER_BATCH is no multiple of the number of processes times that of
+            parts (SOLVER.ACCUMULATE), no image is left to train on, or a key of DATALOADER does not
+            fit.
         KeyError: if DATALOADER.ON_ERROR is unknown.
     """
     batch_size = _batch_per_process(cfg)
@@ -288,7 +289,7 @@ def _detectron2_sampler(cfg: CfgNode, dataset: Any) -> torchdata.Sampler:
 
 def _batch_per_process(cfg: CfgNode) -> int:
     total, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    check_batch("SOLVER.IMS_PER_BATCH", total, processes)
+    check_batch("SOLVER.IMS_PER_BATCH", total, processes, cfg.SOLVER.ACCUMULATE)
     return total // processes
 
 

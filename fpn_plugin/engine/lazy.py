@@ -18,7 +18,7 @@ from typing import Any, Sequence
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import SimpleTrainer, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -34,6 +34,7 @@ from fpn_plugin.config.files import find_config_file
 from fpn_plugin.config.resolve import DATA_FLAGS
 from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
 from fpn_plugin.engine import elastic
+from fpn_plugin.engine.accumulate import check_parts
 from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
@@ -48,6 +49,7 @@ from fpn_plugin.engine.hooks import (
 from fpn_plugin.engine.interrupt import InterruptHook, InterruptibleLoader, deferring
 from fpn_plugin.engine.launch import check_processes
 from fpn_plugin.engine.log import begin_log, write_modules
+from fpn_plugin.engine.parallel import make_parallel, read_python_exchange
 from fpn_plugin.engine.peers import peers_of, rank_of
 from fpn_plugin.engine.preflight import check_batch, refuse_synced, silence
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
@@ -76,6 +78,8 @@ from fpn_plugin.modeling.python_config import (
 from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
+
+_PARTS_KEY = "train.accumulate"
 
 pretrained_timm = python_config.pretrained_timm  # where configs and runs of before name it
 
@@ -123,12 +127,14 @@ def setup(args: argparse.Namespace) -> DictConfig:
 
 def _preflight(cfg: DictConfig, processes: int) -> None:
     """Check what would fail only in the processes of a run."""
-    key = "dataloader.train.total_batch_size"
+    key, parts = "dataloader.train.total_batch_size", _parts(cfg)
     batch = OmegaConf.select(cfg, key)
+    exchange = read_python_exchange(_ddp_entries(cfg))
+    if isinstance(batch, int):
+        check_batch(key, batch, processes, parts, _PARTS_KEY)
     if processes < 2:
         return
-    if isinstance(batch, int):
-        check_batch(key, batch, processes)
+    exchange.check(parts)
     if device_of(cfg) == "cpu":
         with silence():
             model = build_part(cfg, "model", False)
@@ -200,11 +206,10 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     optimizer = build_python_optimizer(cfg, model)
     loader = instantiate(cfg.dataloader.train)
     _record_classes(cfg)
-    # DDP refuses device_ids on the CPU; with None it chooses the device itself
-    device_ids = [torch.cuda.current_device()] if _device_type(cfg) == "cuda" else None
-    parallel = create_ddp_model(model, device_ids=device_ids, **cfg.train.get("ddp", {}))
+    parallel = make_parallel(model, _device_type(cfg), read_python_exchange(_ddp_entries(cfg)))
     trainer = make_step_trainer(
-        parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
+        *(parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)),
+        *(_parts(cfg), _PARTS_KEY),
     )
     folder, key = cfg.train.output_dir, "train.init_checkpoint"
     checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
@@ -320,6 +325,15 @@ def _dtype(cfg: DictConfig) -> torch.dtype | None:
     return choose_dtype(amp.get("precision", "auto"), _device_type(cfg), "train.amp.precision")
 
 
+def _parts(cfg: DictConfig) -> int:
+    return check_parts(_PARTS_KEY, cfg.train.get("accumulate", 1))
+
+
+def _ddp_entries(cfg: DictConfig) -> dict[str, Any]:
+    entries: Any = OmegaConf.to_container(cfg.train.get("ddp") or OmegaConf.create())
+    return entries
+
+
 def _speed(cfg: DictConfig) -> Speed:
     return Speed(
         _device_type(cfg),
@@ -353,6 +367,7 @@ def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 _RATE = ("optimizer.lr", "train.amp.enabled")
 _TRAINING = (
+    "train.accumulate",
     "dataloader.train.total_batch_size",
     "train.amp.enabled",
     "model.backbone.recompute",

@@ -19,6 +19,7 @@ from fpn_plugin.checkpoint.files import fetch, is_remote
 from fpn_plugin.config.defaults import OWN_BUILDERS
 from fpn_plugin.config.files import leaves
 from fpn_plugin.config.validate import RESNET_BUILDERS
+from fpn_plugin.engine.accumulate import PARTS_KEY, check_parts
 from fpn_plugin.modeling.build import build_model
 
 WEIGHTS, NETWORK_WEIGHTS = "MODEL.WEIGHTS", "MODEL.BOTTOM_UP.WEIGHTS"
@@ -30,16 +31,26 @@ _RESNET = re.compile(
 )
 
 
-def check_batch(key: str, batch: int, processes: int) -> None:
-    """Check that a batch can be divided among the processes.
+def check_batch(
+    key: str, batch: int, processes: int, parts: int = 1, parts_key: str = PARTS_KEY
+) -> None:
+    """Check that a batch can be divided among the processes, and in parts there.
+
+    Args:
+        key: the config key of `batch`, for messages.
+        parts: `SOLVER.ACCUMULATE`.
+        parts_key: the config key of `parts`.
 
     Raises:
         ValueError: naming the key.
     """
-    if batch < processes or batch % processes:
+    check_parts(parts_key, parts)
+    whole = processes * parts
+    if batch < whole or batch % whole:
+        split = f", in {parts} parts each ({parts_key})" if parts > 1 else ""
         raise ValueError(
             f"{key}: {batch} images cannot be divided among {processes}"
-            f" process{'es' * (processes > 1)}: choose a multiple of {processes}"
+            f" process{'es' * (processes > 1)}{split}: choose a multiple of {whole}"
         )
 
 
@@ -57,14 +68,14 @@ def check_reference(cfg: CfgNode, processes: int, scheduled: int = 0) -> None:
     key, solver = "SOLVER.IMS_PER_BATCH", cfg.SOLVER
     batch, reference = solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE
     if reference in (0, scheduled):
-        check_batch(key, batch, processes)
+        check_batch(key, batch, processes, solver.ACCUMULATE)
     elif reference < 0 or batch % reference:
         raise ValueError(
             f"SOLVER.REFERENCE_WORLD_SIZE: {reference} processes cannot divide {key}: {batch}:"
             f" choose a divisor of {batch}, or 0 to scale nothing"
         )
     else:
-        check_batch(key, batch // reference * scheduled, processes)
+        check_batch(key, batch // reference * scheduled, processes, solver.ACCUMULATE)
 
 
 def check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
+from fpn_plugin.engine.parallel import read_exchange
 from fpn_plugin.engine.peers import peers_of, rank_of
 from fpn_plugin.engine.preflight import check_model, check_reference, check_weights, silence
 from fpn_plugin.engine.run_folder import (
@@ -137,6 +138,9 @@ def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     processes = processes_of(args)
     if not args.eval_only:
         check_reference(cfg, processes, elastic.schedule_processes(processes))
+        exchange = read_exchange(cfg)
+        if processes > 1:
+            exchange.check(cfg.SOLVER.ACCUMULATE)
     cfg = cfg.clone()
     cfg.defrost()
     if (

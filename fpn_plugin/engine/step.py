@@ -1,7 +1,8 @@
 """What takes a training step: the optimizer, and the trainer of single steps that guards it.
 
 `SOLVER.OPTIMIZER` selects Detectron2's SGD, or AdamW with the same parameter groups and clipping;
-`SOLVER.FUSED` selects their fused kernels. `SOLVER.AMP` selects the precision.
+`SOLVER.FUSED` selects their fused kernels. `SOLVER.AMP` selects the precision, and
+`SOLVER.ACCUMULATE` runs the batch of a step in parts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from omegaconf import DictConfig
 from torch import nn
 
+from fpn_plugin.engine.accumulate import PARTS_KEY, Accumulator, check_parts
 from fpn_plugin.engine.faults.divergence import (
     DivergenceRules,
     LossGuard,
@@ -123,10 +125,12 @@ def build_step_trainer(
 
     Raises:
         KeyError: if `SOLVER.AMP.PRECISION` is unknown.
-        ValueError: for fp16 on the CPU, or a bad `SOLVER.MAX_LOSS_RATIO`.
+        ValueError: for fp16 on the CPU, or a bad `SOLVER.MAX_LOSS_RATIO` or `SOLVER.ACCUMULATE`.
     """
     rules, device = divergence_rules(cfg), device_type(cfg)
-    return make_step_trainer(model, data_loader, optimizer, device, amp_dtype(cfg), rules)
+    return make_step_trainer(
+        model, data_loader, optimizer, device, amp_dtype(cfg), rules, cfg.SOLVER.ACCUMULATE
+    )
 
 
 def make_step_trainer(
@@ -136,23 +140,36 @@ def make_step_trainer(
     device: str,
     dtype: torch.dtype | None,
     rules: DivergenceRules,
+    parts: int = 1,
+    parts_key: str = PARTS_KEY,
 ) -> SimpleTrainer:
     """:func:`build_step_trainer` without a config.
 
     Args:
         device: the type of the device, such as "cpu".
         dtype: what autocast computes in; None for full precision.
+        parts: in how many parts a batch is run: `SOLVER.ACCUMULATE`.
+        parts_key: the config key of `parts`, for messages.
+
+    Raises:
+        ValueError: if `parts` is no whole number from 1 on.
     """
-    recorder = StepRecorder(model, device, dtype, rules)
+    check_parts(parts_key, parts)
+    recorder = StepRecorder(model, device, dtype, rules, parts)
+    # bfloat16 has the range of float32: there is nothing to scale
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    called: nn.Module = recorder
+    if parts > 1:
+        scale = scaler.scale if scaler.is_enabled() else lambda loss: loss
+        called = Accumulator(recorder, parts, parts_key, scale)
+    options: dict[str, Any] = {"zero_grad_before_forward": parts > 1}
     if dtype is None:
-        trainer = SimpleTrainer(recorder, data_loader, optimizer)
+        trainer = SimpleTrainer(called, data_loader, optimizer, **options)
     elif device != "cuda":
-        trainer = SimpleTrainer(Autocast(recorder, device, dtype), data_loader, optimizer)
+        called = Autocast(called, device, dtype)
+        trainer = SimpleTrainer(called, data_loader, optimizer, **options)
     else:
-        # bfloat16 has the range of float32: there is nothing to scale
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-        trainer = ScaledTrainer(
-            recorder, data_loader, optimizer, grad_scaler=scaler, precision=dtype
-        )
+        options |= {"grad_scaler": scaler, "precision": dtype}
+        trainer = ScaledTrainer(called, data_loader, optimizer, **options)
     trainer.register_hooks([LossGuard(recorder)])
     return trainer

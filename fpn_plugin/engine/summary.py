@@ -150,7 +150,9 @@ def _images(cfg: CfgNode) -> str:
 
 def _batch(cfg: CfgNode) -> str:
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    parts = cfg.SOLVER.ACCUMULATE
     shared = f", {batch // processes} in each of {processes} processes" if processes > 1 else ""
+    shared += f", in {parts} parts of {batch // processes // parts}" if parts > 1 else ""
     workers = cfg.DATALOADER.NUM_WORKERS
     return f"{batch} images{shared}; {workers} data worker{'s' * (workers != 1)}"
 

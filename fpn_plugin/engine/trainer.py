@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
@@ -47,6 +47,7 @@ from fpn_plugin.engine.hooks import (
 )
 from fpn_plugin.engine.interrupt import InterruptHook, InterruptibleLoader, deferring
 from fpn_plugin.engine.log import write_modules
+from fpn_plugin.engine.parallel import make_parallel, read_exchange
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.rng import SeedHook
 from fpn_plugin.engine.run_folder import refuse_results
@@ -105,15 +106,16 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
 
+        exchange = read_exchange(cfg)
+        if comm.get_world_size() > 1:
+            exchange.check(cfg.SOLVER.ACCUMULATE)
         model = self.build_model(cfg)
         tag_model(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
         skips = cfg.DATALOADER.ON_ERROR == "skip"
         self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
         data_loader = self._counted_loader()
-        # DDP refuses device_ids on the CPU; with None it chooses the device itself
-        device_ids = [torch.cuda.current_device()] if device_type(cfg) == "cuda" else None
-        self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        self._model = make_parallel(model, device_type(cfg), exchange)
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))

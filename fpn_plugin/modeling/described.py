@@ -50,6 +50,7 @@ _FROM_CONFIG = {
     "SOLVER.AMP.PRECISION": "train.amp.precision",
     "SOLVER.MAX_ITER": "train.max_iter",
     "SOLVER.MAX_LOSS_RATIO": "train.max_loss_ratio",
+    "SOLVER.ACCUMULATE": "train.accumulate",
     "SOLVER.BASE_LR": "optimizer.lr",
     "SOLVER.WEIGHT_DECAY": "optimizer.weight_decay",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
+from bad import RETINA
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from tiny import VAL, register, tiny_config
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from fpn_plugin.engine.faults.skipping import SkipCounter
 from fpn_plugin.engine.folder_lock import hold
@@ -198,6 +200,48 @@ def train_together(json_file: str, folder: str) -> None:
             broken.mkdir()
             shutil.copy(whole / "model_0000001.pth", broken)
         comm.synchronize()
+
+
+# What two processes exchange gradients by: the keys of `SOLVER`
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "exact": {
+        "DDP__GRADIENT_AS_BUCKET_VIEW": True,
+        "DDP__STATIC_GRAPH": True,
+        "DDP__BUCKET_MB": 1,
+    },
+    "parts": {"ACCUMULATE": 2, "DDP__GRADIENT_AS_BUCKET_VIEW": True},
+    "fp16": {"DDP__COMPRESS": "fp16"},
+    "bf16": {"DDP__COMPRESS": "bf16"},
+}
+
+
+def exchange_gradients(json_file: str, folder: str) -> None:
+    """One of two processes: trains with each of `EXCHANGES`.
+
+    Leaves the weights before and after, and how many buckets were sent uncompressed.
+    """
+    register(Path(json_file))
+    small = {key: value for key, value in OVERRIDES.items() if key.startswith("MODEL")}
+    for name, keys in EXCHANGES.items():
+        solver = {f"SOLVER__{key}": value for key, value in keys.items()}
+        settings = {**small, **RETINA, **solver, "SOLVER__IMS_PER_BATCH": 4, "SOLVER__MAX_ITER": 2}
+        settings |= {"MODEL__RESNETS__NORM": "FrozenBN", "TEST__EVAL_PERIOD": 0}
+        torch.manual_seed(0)
+        trainer = Trainer(tiny_config(Path(folder, name), **settings))
+        before = {key: x.clone() for key, x in trainer.checkpointer.model.state_dict().items()}
+        sent: list[int] = []
+
+        def send(state, bucket):  # DDP would read annotations, which are texts here
+            sent.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        if name in ("plain", "parts"):
+            trainer.model.register_comm_hook(None, send)
+        trainer.train()
+        if comm.is_main_process():
+            state = before, trainer.checkpointer.model.state_dict(), len(sent)
+            torch.save(state, Path(folder, f"{name}.pth"))
 
 
 def lose_a_rank(folder: str) -> None:

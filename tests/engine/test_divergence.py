@@ -341,12 +341,12 @@ def test_norms_over_all_processes_are_not_run_again_by_one(monkeypatch: pytest.M
     """One that finds it in its batch would leave the other waiting in its forward pass."""
     model = nn.Sequential(nn.SyncBatchNorm(2))
     watched = StepRecorder(model, "cpu", None, DivergenceRules())
-    watched.random = random_state("cpu")
+    watched.runs.append(([], random_state("cpu")))
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(comm, "all_gather", lambda found: ["", found])
     monkeypatch.setattr(model, "forward", lambda batch: pytest.fail("it waits"))
     assert watched.find_origin(backward=True) == ""
-    watched.batch = [{"image": torch.full((1,), torch.nan)}]
+    watched.runs.append(([{"image": torch.full((1,), torch.nan)}], {}))
     assert watched.find_origin() == "the batch, before the model: 'image' of sample 0 (process 1)"
 
 

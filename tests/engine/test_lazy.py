@@ -132,7 +132,9 @@ def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path:
     port = 20_000 + os.getpid() % 20_000
     line += ["--dist-url", f"tcp://127.0.0.1:{port}", *SMALL]
     done = subprocess.run(
-        [*line, "train.max_iter=1", f"train.output_dir={tmp_path / 'run'}"],
+        [*line, "train.max_iter=1", f"train.output_dir={tmp_path / 'run'}"]
+        + ["dataloader.train.total_batch_size=4", "+train.accumulate=2"]
+        + ["+train.ddp.compress=bf16", "+train.ddp.gradient_as_bucket_view=True"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -55,6 +55,21 @@ def config(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ([*TWO, "SOLVER.IMS_PER_BATCH", 3], "SOLVER.IMS_PER_BATCH: 3 images.*multiple of 2"),
         ([*TWO, "SOLVER.IMS_PER_BATCH", 1], "SOLVER.IMS_PER_BATCH: 1 images.*among 2 processes"),
         (
+            [*TWO, "SOLVER.IMS_PER_BATCH", 6, "SOLVER.ACCUMULATE", 2],
+            "6 images cannot be .* 2 processes, in 2 parts each .SOLVER.ACCUMULATE.*multiple of 4",
+        ),
+        (["SOLVER.ACCUMULATE", 0], "SOLVER.ACCUMULATE: 0 is not the number of parts"),
+        (
+            ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.ACCUMULATE", 2],
+            "SOLVER.IMS_PER_BATCH: 2 images .*multiple of 4",
+        ),
+        (["SOLVER.DDP.BUCKET_MB", -1], "SOLVER.DDP.BUCKET_MB: -1 is no size"),
+        (
+            [*TWO, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE", 2]
+            + ["SOLVER.DDP.STATIC_GRAPH", True],
+            "SOLVER.DDP.STATIC_GRAPH: True does not go with a batch in 2 parts",
+        ),
+        (
             ["SOLVER.REFERENCE_WORLD_SIZE", 8],
             "SOLVER.REFERENCE_WORLD_SIZE: 8 .*IMS_PER_BATCH: 2",
         ),
@@ -175,6 +190,12 @@ def test_python_configs(tmp_path: Path, log: Any) -> None:
     folder = f"train.output_dir={tmp_path}"
     args.opts = [folder, "dataloader.train.total_batch_size=3", "train.device=cpu"]
     with pytest.raises(ValueError, match="dataloader.train.total_batch_size: 3 images"):
+        lazy.setup(args)
+    args.opts = [folder, "train.device=cpu", "+train.accumulate=3"]
+    with pytest.raises(ValueError, match="2 images .*3 parts each .train.accumulate.: .* 6"):
+        lazy.setup(args)
+    args.opts = [folder, "train.device=cpu", "+train.ddp.bucket_cap=1"]
+    with pytest.raises(KeyError, match="train.ddp.*'bucket_cap'"):
         lazy.setup(args)
 
 

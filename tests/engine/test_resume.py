@@ -29,7 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "SEED": -1,
     },
     # SGD without workers; its focal loss is TorchScript, and its loss has a running normaliser
-    "retinanet": {
+    "retinanet-in-two-parts": {
+        "SOLVER__ACCUMULATE": 2,
         "MODEL__META_ARCHITECTURE": "RetinaNet",
         "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",
         "MODEL__RESNETS__OUT_FEATURES": ["res3", "res4", "res5"],

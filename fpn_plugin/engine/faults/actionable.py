@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # torch has no class for it: the texts of its SIGCHLD handler, and of its loader on a timeout
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) .*")
+# the text of DDP's errors where a promise of SOLVER.DDP.STATIC_GRAPH is broken
+_CHANGED_GRAPH = "not compatible with static_graph"
 # in a RuntimeError: torch has a class of its own for CUDA's allocator only
 _OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed")
 
@@ -48,6 +50,7 @@ def actionable_errors(
         SaveError: if there was no room for what was to be written.
         WorkerError: if a process that loads data died.
         OutOfMemoryError: if memory ran out.
+        ValueError: if a step used other parameters than the first, against `STATIC_GRAPH`.
     """
     try:
         yield
@@ -61,6 +64,11 @@ def actionable_errors(
             better = _worker_error(dead_worker[0], folder, workers_key)
         elif is_out_of_memory(error):
             better = _memory_error(error, activity, memory_hints())
+        elif _CHANGED_GRAPH in str(error):
+            better = ValueError(
+                "SOLVER.DDP.STATIC_GRAPH (in a Python config train.ddp.static_graph): True, but a"
+                " step of this model used other parameters than the first one: set it to False"
+            )
         if better is None:
             raise
         raise better from error
@@ -100,6 +108,7 @@ def training_hints(cfg: CfgNode, sizes: Sequence[tuple[int, ...]] = ()) -> list[
     hints = [
         f"SOLVER.IMS_PER_BATCH ({solver.IMS_PER_BATCH}), and SOLVER.BASE_LR ({solver.BASE_LR:g}) in"
         " proportion",
+        f"or take a larger SOLVER.ACCUMULATE ({solver.ACCUMULATE}): the same batch in more parts",
         f"INPUT.MIN_SIZE_TRAIN ({inputs.MIN_SIZE_TRAIN}) and MAX_SIZE_TRAIN"
         f" ({inputs.MAX_SIZE_TRAIN}){describe_sizes(sizes)}",
     ]

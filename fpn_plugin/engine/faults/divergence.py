@@ -93,18 +93,26 @@ class StepRecorder(nn.Module):
         model: the model, or DDP around it.
         device: the type of the device, such as "cpu".
         dtype: what autocast computes the step in; None for full precision.
+        parts: how many times it is called in a step: `SOLVER.ACCUMULATE`.
+
+    Attributes:
+        runs: the calls of the last step: a batch, and the generators' states before it.
     """
 
     def __init__(
-        self, model: nn.Module, device: str, dtype: torch.dtype | None, rules: DivergenceRules
+        self,
+        model: nn.Module,
+        device: str,
+        dtype: torch.dtype | None,
+        rules: DivergenceRules,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
         self.device = device
         self.dtype = dtype
         self.rules = rules
-        self.batch: Any = ()
-        self.random: dict[str, Tensor] = {}
+        self.runs: deque[tuple[Any, dict[str, Tensor]]] = deque(maxlen=parts)
         self.losses: dict[str, Tensor] = {}
         self.sizes: list[tuple[int, ...]] = []
 
@@ -129,7 +137,7 @@ class StepRecorder(nn.Module):
         Raises:
             DivergedError: if a check of Detectron2 fails because a number is not finite.
         """
-        self.batch, self.random = batch, random_state(self.device)
+        self.runs.append((batch, random_state(self.device)))
         samples = [x for x in batch if isinstance(x, dict) and "image" in x]
         self.sizes = [tuple(x["image"].shape[-2:]) for x in samples]
         try:
@@ -157,17 +165,22 @@ class StepRecorder(nn.Module):
         return "; ".join(f"{origin} (process {rank})" for rank, origin in origins if origin)
 
     def _find_own_origin(self, backward: bool = False, large: bool = False) -> str:
-        return find_origin(
-            self.unwrapped,
-            self.batch,
-            device=self.device,
-            dtype=self.dtype,
-            random=self.random,
-            backward=backward,
-            large=large,
-            # a process that finds it early, or fails, would leave the others waiting
-            rerun=comm.get_world_size() == 1 or not rerun_needs_other_processes(self.unwrapped),
+        # a process that finds it early, or fails, would leave the others waiting
+        rerun = comm.get_world_size() == 1 or not rerun_needs_other_processes(self.unwrapped)
+        origins = (
+            find_origin(
+                self.unwrapped,
+                batch,
+                device=self.device,
+                dtype=self.dtype,
+                random=random,
+                backward=backward,
+                large=large,
+                rerun=rerun,
+            )
+            for batch, random in self.runs
         )
+        return next(filter(None, origins), "")
 
     def error(self, event: str, origin: str, alone: bool = False) -> DivergedError:
         """The error that ends training.
@@ -187,7 +200,8 @@ class StepRecorder(nn.Module):
 
     def forget(self) -> None:
         """Free the last step's batch and losses."""
-        self.batch, self.losses = (), {}
+        self.runs.clear()
+        self.losses = {}
 
 
 def last_sizes(model: nn.Module) -> list[tuple[int, ...]]:
