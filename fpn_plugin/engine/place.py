@@ -77,7 +77,7 @@ def refuse_launch_flags(place: Place, args: Any) -> None:
     given = []
     for name, default in _FLAGS.items():
         value = getattr(args, name, default[0])
-        is_default = automatic.fullmatch(value) if name == "dist_url" else value in default
+        is_default = automatic.fullmatch(str(value)) if name == "dist_url" else value in default
         if not is_default:
             given.append(f"--{name.replace('_', '-')} {value}")
     if given:
