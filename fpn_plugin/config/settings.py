@@ -213,7 +213,8 @@ class PyramidSettings:
             value = getattr(self, each.name)
             if each.name not in _OPERATORS or value == each.default:
                 continue
-            plain = replace(self, **{each.name: each.default})
+            default: Any = each.default
+            plain = replace(self, **{each.name: default})
             try:
                 is_read = plain._parts(levels, channels) != parts
             except ValueError:  # it cannot be built with the default
