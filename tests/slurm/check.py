@@ -40,7 +40,9 @@ def compare(folders: list[str]) -> str:
     one, other = (torch.load(Path(x, "model_final.pth"), weights_only=False) for x in folders)
     different = [key for key in ("model", "trainer") if not same(one[key], other[key])]
     saved = sorted(file.name for file in Path(folders[1]).glob("model_*.pth"))
-    print(f"checkpoints: {', '.join(saved)}; weights and state: {different or 'equal, bit for bit'}")
+    print(
+        f"checkpoints: {', '.join(saved)}; weights and state: {different or 'equal, bit for bit'}"
+    )
     return "" if not different and len(saved) == 3 else f"they differ: {different}, {saved}"
 
 
