@@ -70,8 +70,8 @@ _state = _State()
 def listening() -> Iterator[None]:
     """Within it a signal ends the run as this module says, instead of killing the process.
 
-    Nothing changes in a thread, or where the program has handlers of its own. Once the run has ended
-    by a signal, others are ignored: the process is about to end.
+    Nothing changes in a thread, or where the program has handlers of its own. Once a signal has
+    ended the run, others are ignored: the process is about to end.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if _state.is_listening or not is_main or any(map(_is_handled, SIGNALS)):
