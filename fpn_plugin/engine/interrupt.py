@@ -70,7 +70,8 @@ _state = _State()
 def listening() -> Iterator[None]:
     """Within it a signal ends the run as this module says, instead of killing the process.
 
-    Nothing changes in a thread, or where the program has handlers of its own.
+    Nothing changes in a thread, or where the program has handlers of its own. Once a signal has
+    ended the run, others are ignored: the process is about to end.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if _state.is_listening or not is_main or any(map(_is_handled, SIGNALS)):
@@ -84,6 +85,7 @@ def listening() -> Iterator[None]:
         for child in mp.active_children():
             if child.daemon:  # workers of loaders: torch would wait 5 seconds for each
                 child.terminate()
+        _ignore_more()  # srun and torchrun stop the processes that end later than the first
         raise
     finally:
         _state.is_listening = False
@@ -161,6 +163,7 @@ class InterruptHook(HookBase):
             " command with --resume goes on",
             *(name, last + 1, end, RESUME_ME),
         )
+        self.trainer.iter += 1  # as at any end: a writer may have written in this iteration
         raise Interrupted
 
 
