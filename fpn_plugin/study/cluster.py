@@ -35,6 +35,7 @@ from fpn_plugin.study.session import (
 FOLDER = ".jobs"  # of a study's output: what submitit writes, and which job each run has
 _JOBS = "jobs.json"
 _MINUTES = 60  # of a job's time, unless --slurm-time says otherwise
+_SHORTEST = 5  # minutes
 _TIMEOUTS = 1000  # how often a job may run out of time: its run goes on each time
 _PATIENCE = 60.0  # seconds, of the 90 that submitit gives a job, for a run to write a checkpoint
 _PAUSE = 60.0  # seconds until a run goes on that was asked to end, if the job lives on
@@ -71,7 +72,7 @@ def minutes(text: str) -> int:
     days-hours:minutes, days-hours:minutes:seconds) in whole minutes.
 
     Raises:
-        ValueError: for anything else, and for less than a minute.
+        ValueError: for anything else, and for a time that is too short.
     """
     match = _TIME.fullmatch(text)
     if not match:
@@ -82,8 +83,11 @@ def minutes(text: str) -> int:
         seconds = (days or 0) * 86400 + a * 3600 + b * 60 + c
     else:
         seconds = a * 60 + b
-    if seconds < 60:
-        raise StudyError(f"--slurm-time: {text!r} is less than a minute")
+    if seconds < _SHORTEST * 60:
+        raise StudyError(
+            f"--slurm-time: {text!r} is less than {_SHORTEST} minutes: a job is asked to end 90"
+            " seconds before its time is over, and has to have started its run by then"
+        )
     return seconds // 60
 
 
