@@ -65,7 +65,7 @@ def send_files(
 
 def _write_all(file: Any, chunks: Iterator[Tensor]) -> None:
     for chunk in chunks:
-        file.write(memoryview(chunk.numpy()))
+        file.write(chunk.numpy().data)
 
 
 def _broadcast(chunks: Iterator[Tensor], source: int, group: dist.ProcessGroup) -> Iterator[Tensor]:

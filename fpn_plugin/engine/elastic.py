@@ -279,7 +279,7 @@ def choose_checkpoint(found: Sequence[Found], run: str, key: str) -> Found | Non
         ValueError: if they are of different runs, or none is whole.
     """
     places = [place for place in found if place.run == run] if run else list(found)
-    holders = [place for place in places if place.saved]
+    holders = [(place, place.saved) for place in places if place.saved]
     if not holders:
         for place in places:
             if place.broken:
@@ -287,14 +287,13 @@ def choose_checkpoint(found: Sequence[Found], run: str, key: str) -> Found | Non
         return None
     if not run:
         _require_agreement(holders, key)
-    return max(holders, key=lambda x: (x.saved.iteration, x.is_live, -x.rank))
+    return max(holders, key=lambda x: (x[1].iteration, x[0].is_live, -x[0].rank))[0]
 
 
-def _require_agreement(holders: Sequence[Found], key: str) -> None:
+def _require_agreement(holders: Sequence[tuple[Found, Saved]], key: str) -> None:
     """Refuse checkpoints of different runs, and different ones of the same iteration."""
-    first = holders[0]
-    for other in holders[1:]:
-        one, two = first.saved, other.saved
+    first, one = holders[0]
+    for other, two in holders[1:]:
         same_time = one.iteration == two.iteration
         same_run = (
             first.run == other.run
@@ -382,7 +381,8 @@ def _claim_new_host(hosts: Hosts, folder: str, key: str) -> None:
 
 def _look(folder: str) -> Found:
     where = f"{os.path.abspath(folder)} of {socket.gethostname()} (rank {comm.get_rank()})"
-    run, agents, processes, saved, broken = "", (), 0, None, ""
+    run, processes, saved, broken = "", 0, None, ""
+    agents: tuple[str, ...] = ()
     try:
         known = json.loads(Path(folder, RUN).read_text())
         run, agents = str(known["run"]), tuple(map(str, known["agents"]))
