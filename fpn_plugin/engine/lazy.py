@@ -3,9 +3,10 @@
 A config has Detectron2's parts: `model`, `optimizer`, `lr_multiplier`, `dataloader` and `train`.
 This plugin adds to `train`: `channels_last`, `amp.precision` (auto, fp16 or bf16), `compile` ("",
 pyramid or backbone), `fold_norms`, `fast_roi_align`, `accumulate` and `max_loss_ratio`, which are
-`SOLVER.ACCUMULATE` and `SOLVER.MAX_LOSS_RATIO`, and `ddp.compress`; a run records its classes in `train.classes`. A resumed run goes on with
-the model, the optimizer and the schedule; unlike :class:`fpn_plugin.engine.trainer.Trainer` it does
-not go on at the same place in the data. Loaders with Detectron2's DatasetMapper get
+`SOLVER.ACCUMULATE` and `SOLVER.MAX_LOSS_RATIO`, and `ddp.compress`; a run records its classes in
+`train.classes`. A resumed run goes on with the model, the optimizer and the schedule; unlike
+:class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
+Loaders with Detectron2's DatasetMapper get
 :class:`fpn_plugin.data.mapper.Mapper`, which has `deep_images` too.
 """
 
