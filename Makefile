@@ -33,7 +33,7 @@ NECKS := --variant 'folded: TEST.FOLD_NORMS True' --variant 'recompute: MODEL.FP
   --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
 SOURCES := fpn_plugin tools tests datasets docs setup.py
 
-.PHONY: help setup demo demo-masks benchmark test test-oldest docs lint format lock clean
+.PHONY: help setup demo demo-masks benchmark test test-slurm test-oldest docs lint format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against e
 test: setup ## run all tests, in TEST_JOBS processes of one thread each
 	@mkdir -p .cache
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal
+
+test-slurm: setup ## the script of docs/launching.md on a real SLURM of this host; root, installs slurm and munge
+	@tests/slurm/run $(PY) || { code=$$?; [ $$code = 77 ] || exit $$code; }
 
 # Left out: what needs minutes (training, exports, whole detectors, pages in a browser)
 test-oldest: ## run the fast tests with the oldest versions that setup.py allows, in .venv-oldest
