@@ -279,11 +279,7 @@ def choose_checkpoint(found: Sequence[Found], run: str, key: str) -> Found | Non
         ValueError: if they are of different runs, or none is whole.
     """
     places = [place for place in found if place.run == run] if run else list(found)
-<<<<<<< HEAD
-    holders = [(place.saved, place) for place in places if place.saved]
-=======
     holders = [(place, place.saved) for place in places if place.saved]
->>>>>>> h-elastic
     if not holders:
         for place in places:
             if place.broken:
@@ -291,15 +287,6 @@ def choose_checkpoint(found: Sequence[Found], run: str, key: str) -> Found | Non
         return None
     if not run:
         _require_agreement(holders, key)
-<<<<<<< HEAD
-    return max(holders, key=lambda x: (x[0].iteration, x[1].is_live, -x[1].rank))[1]
-
-
-def _require_agreement(holders: Sequence[tuple[Saved, Found]], key: str) -> None:
-    """Refuse checkpoints of different runs, and different ones of the same iteration."""
-    one, first = holders[0]
-    for two, other in holders[1:]:
-=======
     return max(holders, key=lambda x: (x[1].iteration, x[0].is_live, -x[0].rank))[0]
 
 
@@ -307,7 +294,6 @@ def _require_agreement(holders: Sequence[tuple[Found, Saved]], key: str) -> None
     """Refuse checkpoints of different runs, and different ones of the same iteration."""
     first, one = holders[0]
     for other, two in holders[1:]:
->>>>>>> h-elastic
         same_time = one.iteration == two.iteration
         same_run = (
             first.run == other.run
@@ -395,13 +381,8 @@ def _claim_new_host(hosts: Hosts, folder: str, key: str) -> None:
 
 def _look(folder: str) -> Found:
     where = f"{os.path.abspath(folder)} of {socket.gethostname()} (rank {comm.get_rank()})"
-<<<<<<< HEAD
-    agents: tuple[str, ...] = ()
-    run, processes, saved, broken = "", 0, None, ""
-=======
     run, processes, saved, broken = "", 0, None, ""
     agents: tuple[str, ...] = ()
->>>>>>> h-elastic
     try:
         known = json.loads(Path(folder, RUN).read_text())
         run, agents = str(known["run"]), tuple(map(str, known["agents"]))
