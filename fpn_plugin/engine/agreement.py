@@ -3,6 +3,7 @@ differ would train something that is neither's, or wait for each other for ever.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import time
@@ -75,14 +76,15 @@ class Report:
         """
         return dataclasses.replace(self, ahead=clock - min(max(clock, before), after))
 
-    def dump(self) -> bytes:
-        """The report as bytes."""
-        return zlib.compress(json.dumps(dataclasses.asdict(self)).encode())
+    def dump(self) -> str:
+        """The report as text for the store, which may get hundreds of them."""
+        content = json.dumps(dataclasses.asdict(self)).encode()
+        return base64.b64encode(zlib.compress(content)).decode()
 
     @classmethod
     def load(cls, content: bytes) -> Report:
         """The report that was dumped."""
-        values = json.loads(zlib.decompress(content))
+        values = json.loads(zlib.decompress(base64.b64decode(content)))
         return cls(**{**values, "place": Place(*values["place"])})
 
     def __str__(self) -> str:

@@ -18,7 +18,9 @@ _STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_
 # srun alone sets it; what sbatch sets for its script, as SLURM_NTASKS, says nothing of processes
 _TASKS = "SLURM_STEP_NUM_TASKS"
 # flags that say what a launcher says, with their defaults
-_FLAGS = {"num_gpus": (1,), "num_machines": (1,), "machine_rank": (0,), "dist_url": ("auto",)}
+_FLAGS = {"num_gpus": "1", "num_machines": "1", "machine_rank": "0", "dist_url": "auto"}
+# the default of Detectron2's own parser for --dist-url, whose port is the user's
+_LOCAL_URL = re.compile(r"tcp://127\.0\.0\.1:\d+")
 # a job's port: below those that the system gives to clients, and another one for each of its steps
 _PORTS, _STEPS = range(10_000, 30_000), 16
 
@@ -73,13 +75,12 @@ def refuse_launch_flags(place: Place, args: Any) -> None:
     Raises:
         ValueError: naming the flags.
     """
-    automatic = re.compile(r"auto|tcp://127\.0\.0\.1:\d+")  # Detectron2's default has a port
-    given = []
-    for name, default in _FLAGS.items():
-        value = getattr(args, name, default[0])
-        is_default = automatic.fullmatch(str(value)) if name == "dist_url" else value in default
-        if not is_default:
-            given.append(f"--{name.replace('_', '-')} {value}")
+    values = {name: str(getattr(args, name, default)) for name, default in _FLAGS.items()}
+    given = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in values.items()
+        if value != _FLAGS[name] and not _LOCAL_URL.fullmatch(value)
+    ]
     if given:
         raise ValueError(
             f"{', '.join(given)}: {place.launcher} has started {place.processes} processes, and"
