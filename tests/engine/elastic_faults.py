@@ -105,7 +105,8 @@ def killed_rank(scene: Scene, config: str = "rcnn", *words: str) -> str:
     agents = scene.start(f"killed-rank-{config}", config, *words)
     first, other = agents
     # not the file: with --overwrite an older run may have left it
-    assert any(BEFORE in first.text + other.text for _ in waits(PATIENCE)), first.text
+    saving = f"Saving checkpoint to output/{BEFORE}"
+    assert any(saving in first.text + other.text for _ in waits(PATIENCE)), first.text
     first.kill_worker()
     assert [agent.end() for agent in agents] == [0, 0], first.text + other.text
     assert "going on as with --resume" in first.text + other.text
