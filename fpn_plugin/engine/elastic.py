@@ -26,13 +26,13 @@ import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from fpn_plugin.checkpoint.checkpointer import TAG, find_checkpoint, write_atomically
+from fpn_plugin.checkpoint.checkpointer import TAG, Checkpointer, find_checkpoint, write_atomically
 from fpn_plugin.checkpoint.plain import read_plain
 from fpn_plugin.checkpoint.record import record_of
 from fpn_plugin.checkpoint.run_folder import CONFIG, METRICS, OUTER_KEYS, flatten
 from fpn_plugin.checkpoint.transfer import checkpoint_digest, send_files
 from fpn_plugin.engine.folder_lock import hold
-from fpn_plugin.engine.hooks import is_checkpoint_due
+from fpn_plugin.engine.hooks import LossNormalizerHook, is_checkpoint_due
 from fpn_plugin.engine.run_folder import claim_output_dir, remove_old_run
 
 logger = logging.getLogger(__name__)
@@ -243,6 +243,14 @@ class CopyHook(HookBase):
         """Called by the trainer after each iteration."""
         if is_checkpoint_due(self.trainer, self._period):
             copy_checkpoint(self._folder)
+
+
+def save_now(checkpointer: Checkpointer, normalizer: LossNormalizerHook, iteration: int) -> None:
+    """Save a checkpoint outside of the period, with all that one of the period has; all processes
+    call it."""
+    normalizer.gather()
+    checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    copy_checkpoint(checkpointer.save_dir)
 
 
 def copy_checkpoint(folder: str) -> None:

@@ -17,12 +17,10 @@ import threading
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-
-from fpn_plugin.checkpoint.checkpointer import Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +134,12 @@ class InterruptHook(HookBase):
     """Ends a run after the iteration in which one of its processes got a signal; the last hook.
 
     Args:
-        checkpointer: saves, unless the iteration's checkpoint is there.
+        save: writes the checkpoint of an iteration, in all processes; not called if it is there.
         period: `SOLVER.CHECKPOINT_PERIOD`.
     """
 
-    def __init__(self, checkpointer: Checkpointer, period: int) -> None:
-        self._checkpointer = checkpointer
+    def __init__(self, save: Callable[[int], None], period: int) -> None:
+        self._save = save
         self._period = period
 
     def after_step(self) -> None:
@@ -155,7 +153,7 @@ class InterruptHook(HookBase):
             return
         last, end = self.trainer.iter, self.trainer.max_iter
         if (last + 1) % self._period and last + 1 < end:
-            self._checkpointer.save(f"model_{last:07d}", iteration=last)
+            self._save(last)
         comm.synchronize()  # a launcher stops the others as soon as one process has ended
         _ignore_more()
         logger.warning(

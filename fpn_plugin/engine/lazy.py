@@ -13,6 +13,7 @@ Loaders with Detectron2's DatasetMapper get
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 from typing import Any, Sequence
@@ -288,9 +289,10 @@ def _hooks(
 ) -> list[Any]:
     """Detectron2's hooks and ours; only the main process has those that write."""
     settings, main = cfg.train, comm.is_main_process()
+    normalizer = LossNormalizerHook(model, settings.checkpointer.period)
     chosen = [
         hooks.IterationTimer(),
-        LossNormalizerHook(model, settings.checkpointer.period),
+        normalizer,
         hooks.LRScheduler(optimizer, scheduler=instantiate(cfg.lr_multiplier)),
     ]
     if main:
@@ -302,7 +304,8 @@ def _hooks(
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
-    chosen.append(InterruptHook(checkpointer, settings.checkpointer.period))
+    save = functools.partial(elastic.save_now, checkpointer, normalizer)
+    chosen.append(InterruptHook(save, settings.checkpointer.period))
     return chosen
 
 

@@ -108,7 +108,7 @@ class Peers:
     def _agree(self, report: Report) -> None:
         rank = self.place.rank
         if rank > 0:
-            self.store.set(f"{_REPORT}/{rank}", report.dump())  # type: ignore[arg-type]
+            self.store.set(f"{_REPORT}/{rank}", report.dump())
             # all read their clocks when rank 0 asks for it, which is of about the same moment
             self._await(_ASKED, 0)
             self.store.set(f"{_CLOCK}/{rank}", repr(time.time()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from fpn_plugin.config.validate import check_pixels, plugin_config
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
-from fpn_plugin.engine.elastic import CopyHook, schedule_processes
+from fpn_plugin.engine.elastic import CopyHook, save_now, schedule_processes
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
     evaluation_hints,
@@ -124,7 +125,8 @@ class Trainer(DefaultTrainer):
         normalizer = LossNormalizerHook(model, cfg.SOLVER.CHECKPOINT_PERIOD)
         state_hooks = (self._seed_hook, normalizer, self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
-        self.register_hooks([InterruptHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)])
+        save = partial(save_now, self.checkpointer, normalizer)
+        self.register_hooks([InterruptHook(save, cfg.SOLVER.CHECKPOINT_PERIOD)])
 
     @property
     def model(self) -> nn.Module:
