@@ -74,6 +74,8 @@ def check_reference(cfg: CfgNode, processes: int, scheduled: int = 0) -> None:
             f"SOLVER.REFERENCE_WORLD_SIZE: {reference} processes cannot divide {key}: {batch}:"
             f" choose a divisor of {batch}, or 0 to scale nothing"
         )
+    elif scheduled == processes:  # a process keeps its share
+        check_batch(key, batch, reference, solver.ACCUMULATE)
     else:
         check_batch(key, batch // reference * scheduled, processes, solver.ACCUMULATE)
 

@@ -23,7 +23,7 @@ def saved(iteration: int, digest: int = 1, made_with: int = 5) -> Saved:
 
 def test_an_agent_keeps_its_name_through_its_restarts() -> None:
     def name(attempt: int, agent: str = "a") -> str:
-        file = f"/tmp/x/run_{agent}/attempt_{attempt}/0/error.json"
+        file = f"/runs/x/run_{agent}/attempt_{attempt}/0/error.json"
         return agent_of({"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_ERROR_FILE": file})
 
     assert name(0) == name(2) != name(0, "b")
