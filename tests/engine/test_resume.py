@@ -8,6 +8,7 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from agents import RETINANET
 from crash_child import Child, run_killed, train_together
 from detectron2.config import CfgNode
 from detectron2.engine import launch
@@ -31,12 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # SGD without workers; its focal loss is TorchScript, and its loss has a running normaliser
     "retinanet-in-two-parts": {
         "SOLVER__ACCUMULATE": 2,
-        "MODEL__META_ARCHITECTURE": "RetinaNet",
-        "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",
-        "MODEL__RESNETS__OUT_FEATURES": ["res3", "res4", "res5"],
-        "MODEL__FPN__IN_FEATURES": ["res3", "res4", "res5"],
-        "MODEL__RETINANET__NUM_CLASSES": 2,
-        "SOLVER__BASE_LR": 1e-3,
+        **RETINANET,
     },
 }
 

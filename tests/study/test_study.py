@@ -24,7 +24,7 @@ from fpn_plugin.cli import study as study_command
 from fpn_plugin.compare import costs
 from fpn_plugin.compare.runs import read_record
 from fpn_plugin.report.progress import RunsProgress
-from fpn_plugin.study.config import Study, read_study
+from fpn_plugin.study.config import Study, StudyError, read_study
 from fpn_plugin.study.execute import (
     compare_runs,
     lock,
@@ -204,6 +204,23 @@ def test_what_is_done_is_skipped_and_compared_again(
     assert list((study.output / "report").glob("*.png"))
     assert compare_runs(study, outcome.done, quiet=True) == study.output / "report" / "compare.html"
     assert not list((study.output / "report").glob("*.png"))
+
+
+def test_report_only_compares_what_is_done_and_starts_nothing(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool, output = study_command, copied / "out"
+    monkeypatch.setattr(tool.execute, "quiet_loggers", lambda: None)
+    monkeypatch.setattr(tool.execute, "run_study", never)
+    for name in ("avg", "report"):
+        shutil.rmtree(output / name)
+    words = [str(copied / "study.yaml"), "SOLVER.MAX_ITER", "3", "--only", "a,avg", "--report-only"]
+    assert tool.run(tool.parse_args(words)) == 0
+    page = output / "report" / "compare.html"
+    assert page.is_file() and f"The report is in {page}" in capsys.readouterr().out
+    shutil.rmtree(output / "a")
+    with pytest.raises(StudyError, match="--report-only: no run in .* is done yet"):
+        tool.run(tool.parse_args(words))
 
 
 def test_another_config_is_refused_before_anything_starts(
