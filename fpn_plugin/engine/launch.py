@@ -5,24 +5,20 @@ from __future__ import annotations
 import argparse
 import multiprocessing as mp
 import os
-import re
 import signal
-import time
 from datetime import timedelta
 from typing import Any, Callable
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.engine.heartbeat import heartbeat
 from fpn_plugin.engine.rendezvous import announced
 from fpn_plugin.plugins import Loaded
 from fpn_plugin.report.mistakes import mistake_in
-
-# what the errors of gloo and NCCL say when another process is gone
-_LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
-_GRACE = 5.0  # seconds for the launcher to notice which process died first
 
 
 class RankError(RuntimeError):
@@ -72,13 +68,14 @@ def launch_ranks(
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus),
-            args=(Loaded(), SharedLocks(), main, *arguments),  # in the order of their unpickling
+            # in the order of their unpickling
+            args=(Loaded(), SharedLocks(), _first_machine(args.dist_url), main, *arguments),
             timeout=timedelta(minutes=args.rank_timeout),
         )
     except (ProcessExitedException, ProcessRaisedException) as error:
         failure = RankError(_describe(error, args))
         failure.mistake = mistake_in(getattr(error, "msg", ""))
-        if getattr(error, "signal_name", None):
+        if isinstance(error, ProcessExitedException):  # by a signal, or its heartbeat said why
             failure.mistake = str(failure)
         raise failure from error
 
@@ -107,8 +104,14 @@ def check_processes(args: Any, device: str) -> None:
         )
 
 
+def _first_machine(dist_url: str) -> str:
+    """The address of the machine of rank 0, as the others reach it."""
+    is_here = dist_url == "auto" or dist_url.startswith("file:")
+    return "127.0.0.1" if is_here else urlsplit(dist_url).hostname or ""
+
+
 def _run_rank(
-    loaded: Loaded, locks: SharedLocks, main: Callable[..., Any], *arguments: Any
+    loaded: Loaded, locks: SharedLocks, address: str, main: Callable[..., Any], *arguments: Any
 ) -> None:
     """Run `main` in one of the processes, or in the only one.
 
@@ -119,13 +122,8 @@ def _run_rank(
         main(*arguments)
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with heartbeat(address):
         main(*arguments)
-    except RuntimeError as error:
-        if _LOST_PEER.search(str(error)):
-            # the launcher names the first process that ends: that should be the one that died
-            time.sleep(_GRACE)
-        raise
 
 
 def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any) -> str:

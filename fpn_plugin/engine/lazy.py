@@ -41,6 +41,7 @@ from fpn_plugin.engine.hooks import (
     FlushMetrics,
     LossNormalizerHook,
     build_writers,
+    share_statistics,
     trim_metrics,
 )
 from fpn_plugin.engine.launch import check_processes
@@ -276,7 +277,11 @@ def _hooks(
         writers = build_writers(settings.output_dir, settings.max_iter)
         chosen.append(FlushMetrics(writers, settings.checkpointer.period))
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
-    evaluate_model = lambda: evaluate(cfg, model)  # noqa: E731
+
+    def evaluate_model() -> dict[str, Any]:
+        share_statistics(model)
+        return evaluate(cfg, model)
+
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
