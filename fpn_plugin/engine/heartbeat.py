@@ -264,8 +264,11 @@ class Heartbeat:
             sys.stdout.flush()
             print(PREFIX.format("train") + message, file=sys.stderr, flush=True)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it when it gives up
-            with contextlib.suppress(OSError):
-                get_error_handler().record_exception(LostPeerError(message))
+            try:
+                raise LostPeerError(message)
+            except LostPeerError as error:
+                with contextlib.suppress(OSError):
+                    get_error_handler().record_exception(error)
         os._exit(code)
 
 
