@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import platform
 import select
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import detectron2
 import torch
@@ -28,6 +29,8 @@ from fpn_plugin.cli import (
     visualize,
 )
 from fpn_plugin.cli.mistakes import mistakes
+from fpn_plugin.engine.peers import meet
+from fpn_plugin.engine.place import find_place, refuse_launcher
 from fpn_plugin.registry import close_name
 from fpn_plugin.version import __version__
 
@@ -86,10 +89,31 @@ def _run(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         _refuse(name)
     command = COMMANDS[name]
-    args = command.parse_args(arguments)
+    with mistakes(name):
+        place = find_place()
+    with _quiet(place is not None and place.rank > 0):
+        if command is not train:
+            with mistakes(name):
+                refuse_launcher(place, name)
+        args = command.parse_args(arguments)
     with mistakes(name, args.traceback):
-        load_plugins(args)
-        return command.run(args) or 0
+        if command is not train:
+            load_plugins(args)
+            return command.run(args) or 0
+        with meet(place, args) as args.peers:
+            load_plugins(args)
+            return command.run(args) or 0
+
+
+@contextlib.contextmanager
+def _quiet(is_quiet: bool) -> Iterator[None]:
+    """Where several processes have the same command line, one of them says what is wrong with it,
+    or prints its help."""
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if is_quiet:
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
 
 
 def load_plugins(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Callable
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -47,7 +48,8 @@ def add_rank_timeout(parser: argparse.ArgumentParser) -> None:
 def launch_ranks(
     main: Callable[..., Any], args: Any, arguments: tuple[Any, ...], device: str
 ) -> None:
-    """Detectron2's `launch`; a single process calls `main` without starting another.
+    """Detectron2's `launch`; a single process, and one that another launcher has started and that
+    has joined the others, calls `main` without starting another.
 
     Args:
         main: runs in each process.
@@ -58,6 +60,9 @@ def launch_ranks(
     Raises:
         RankError: if one of several processes was killed or raised an error.
     """
+    if dist.is_initialized():
+        main(*arguments)
+        return
     if device == "cpu" and args.num_gpus * args.num_machines > 1:
         # Detectron2 takes NCCL where a process sees a GPU, and gloo where it sees none
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -67,7 +72,7 @@ def launch_ranks(
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
-            dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus),
+            dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus, device),
             # in the order of their unpickling
             args=(Loaded(), SharedLocks(), _first_machine(args.dist_url), main, *arguments),
             timeout=timedelta(minutes=args.rank_timeout),

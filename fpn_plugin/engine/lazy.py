@@ -33,6 +33,7 @@ from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
 from fpn_plugin.config.resolve import DATA_FLAGS
 from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
+from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -46,6 +47,7 @@ from fpn_plugin.engine.hooks import (
 )
 from fpn_plugin.engine.launch import check_processes
 from fpn_plugin.engine.log import begin_log, write_modules
+from fpn_plugin.engine.peers import peers_of, rank_of
 from fpn_plugin.engine.preflight import check_batch, refuse_synced, silence
 from fpn_plugin.engine.resume import resume_run, warn_of_finished
 from fpn_plugin.engine.run_folder import (
@@ -53,7 +55,13 @@ from fpn_plugin.engine.run_folder import (
     claim_output_dir,
     remove_old_run,
 )
-from fpn_plugin.engine.setup import check_flags, prepare_process, require_file
+from fpn_plugin.engine.setup import (
+    check_flags,
+    is_first,
+    prepare_process,
+    processes_of,
+    require_file,
+)
 from fpn_plugin.engine.step import build_python_optimizer, make_step_trainer
 from fpn_plugin.engine.summary import log_pyramid
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
@@ -83,7 +91,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
         ValueError: if the config lacks a part, or an evaluation has no weights.
         FileExistsError: if `train.output_dir` holds another run's results, or another run uses it.
     """
-    setup_logger(name="fpn_plugin")
+    setup_logger(name="fpn_plugin", distributed_rank=rank_of(args))
     check_flags(args)
     _refuse_data_flags(args)
     args.config_file = find_config_file(args.config_file)
@@ -92,9 +100,11 @@ def setup(args: argparse.Namespace) -> DictConfig:
         cfg.train.imports = [*dict.fromkeys([*cfg.train.get("imports", ()), *names])]
     if device_of(cfg) != cfg.train.device:
         logger.info("train.device is 'cuda' but no GPU is available: using 'cpu'")
+    if peers := peers_of(args):
+        peers.join(device_of(cfg), settings_of(cfg))
     if args.eval_only:
         _prepare_eval(cfg, args)
-    elif args.machine_rank == 0:
+    elif is_first(args):
         folder, key = cfg.train.output_dir, "train.output_dir"
         hold(folder, key)
         weights = {"train.init_checkpoint": cfg.train.init_checkpoint}
@@ -104,7 +114,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     if is_remote(cfg.train.init_checkpoint):
         fetch(cfg.train.init_checkpoint, "train.init_checkpoint")
     if not args.eval_only:
-        _preflight(cfg, args.num_gpus * args.num_machines)
+        _preflight(cfg, processes_of(args))
     return cfg
 
 
@@ -141,6 +151,7 @@ def _refuse_data_flags(args: argparse.Namespace) -> None:
 
 def begin(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Set up a process of the run before it trains or evaluates: its folder, log and seed."""
+    compare_machines(args, cfg, device_of(cfg))
     cfg.train.output_dir = comm.all_gather(cfg.train.output_dir)[0]
     prepare_process(cfg.train.output_dir, device_of(cfg))
     folder = cfg.train.output_dir
@@ -186,7 +197,7 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     loader = instantiate(cfg.dataloader.train)
     _record_classes(cfg)
     # DDP refuses device_ids on the CPU; with None it chooses the device itself
-    device_ids = [comm.get_local_rank()] if _device_type(cfg) == "cuda" else None
+    device_ids = [torch.cuda.current_device()] if _device_type(cfg) == "cuda" else None
     parallel = create_ddp_model(model, device_ids=device_ids, **cfg.train.get("ddp", {}))
     trainer = make_step_trainer(
         parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)
@@ -332,7 +343,7 @@ def _prepare_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
     recorded = read_record(cfg.train.init_checkpoint).get("config", {}).get("train", {})
     if "classes" in recorded and "classes" not in cfg.train:
         cfg.train.classes = recorded["classes"]
-    if args.machine_rank == 0:
+    if is_first(args):
         cfg.train.output_dir = claim_eval_dir(folder)
     logger.info(
         "Evaluating %s; the results go to %s", cfg.train.init_checkpoint, cfg.train.output_dir

@@ -34,9 +34,11 @@ from fpn_plugin.data.checks import (
 from fpn_plugin.data.classes import Classes, adopt_classes, set_classes
 from fpn_plugin.data.coco_format import register_own
 from fpn_plugin.data.keypoints import Keypoints, adopt_keypoints, require_keypoints, set_keypoints
+from fpn_plugin.engine.agreement import compare_machines, settings_of
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.launch import add_rank_timeout, check_processes
 from fpn_plugin.engine.log import begin_log, set_up_logger
+from fpn_plugin.engine.peers import peers_of, rank_of
 from fpn_plugin.engine.preflight import check_model, check_reference, check_weights, silence
 from fpn_plugin.engine.run_folder import (
     claim_eval_dir,
@@ -73,10 +75,13 @@ def argument_parser() -> argparse.ArgumentParser:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a run, with its output folder claimed; call it before launching processes.
 
-    The folder of a training run is locked but not changed, even with `--overwrite`.
+    The folder of a training run is locked but not changed, even with `--overwrite`. Where another
+    launcher has started the processes, each calls it: they join here, before the first of them
+    claims the folder.
 
     Args:
-        args: of :func:`argument_parser`.
+        args: of :func:`argument_parser`; `peers`, if it is there, of
+            :func:`fpn_plugin.engine.peers.meet`.
 
     Raises:
         FileNotFoundError: if the config file or `MODEL.WEIGHTS` does not exist.
@@ -84,10 +89,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         ValueError: for a bad value, no data, or an evaluation without weights.
         FileExistsError: if OUTPUT_DIR holds another run's results, or another run is at work there.
     """
-    setup_logger(name="fpn_plugin")
+    setup_logger(name="fpn_plugin", distributed_rank=rank_of(args))
     check_flags(args)
-    alone = args.num_gpus * args.num_machines < 2  # the run checks its data in this process
     cfg = load_config(args)
+    if peers := peers_of(args):
+        peers.join(cfg.MODEL.DEVICE, settings_of(cfg))
+    alone = processes_of(args) < 2  # the run checks its data in this process
     if args.resume and not args.overwrite:
         _refuse_moved(cfg.OUTPUT_DIR, args.config_file)
     if args.eval_only:
@@ -97,7 +104,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         register_own(cfg, alone, needed=("VAL",))
         _require_data(cfg, eval_only=True)
         _preflight(cfg, args)
-        if args.machine_rank == 0:
+        if is_first(args):
             cfg.OUTPUT_DIR = claim_eval_dir(cfg.OUTPUT_DIR)
         logger.info("Evaluating %s; the results go to %s", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
     else:
@@ -107,7 +114,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if not (args.resume and (args.overwrite or find_checkpoint(cfg.OUTPUT_DIR))):
             require_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
         _preflight(cfg, args)
-        if args.machine_rank == 0:
+        if is_first(args):
             hold(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # before its content is looked at
             weights = {
                 "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
@@ -123,7 +130,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check what would fail only in the processes of a run."""
     check_processes(args, cfg.MODEL.DEVICE)
-    processes = max(1, args.num_gpus * args.num_machines)
+    processes = processes_of(args)
     if not args.eval_only:
         check_reference(cfg, processes)
     cfg = cfg.clone()
@@ -138,8 +145,18 @@ def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     with silence():
         cfg = _without_first_weights(cfg, args)
     check_weights(cfg, args)
-    if processes > 1:
+    if processes > 1 and comm.is_main_process():
         check_model(cfg, args)
+
+
+def processes_of(args: argparse.Namespace) -> int:
+    """How many processes a run has: those that have joined, or that are to be launched."""
+    return max(1, args.num_gpus * args.num_machines, comm.get_world_size())
+
+
+def is_first(args: argparse.Namespace) -> bool:
+    """Whether this process is the one of the run, before any is launched, that may write."""
+    return args.machine_rank == 0 and comm.is_main_process()
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -173,6 +190,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
+    compare_machines(args, cfg, cfg.MODEL.DEVICE)
     # Machine 0 chose the folder, and may be the only one that sees it: the others follow.
     chosen = (cfg.OUTPUT_DIR, read_pixels(cfg), pixel_notes(cfg))
     cfg.OUTPUT_DIR, pixels, lines = comm.all_gather(chosen)[0]

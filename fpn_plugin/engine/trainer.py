@@ -109,7 +109,7 @@ class Trainer(DefaultTrainer):
         self._skips = SkipCounter(cfg.OUTPUT_DIR) if skips else None
         data_loader = self._counted_loader()
         # DDP refuses device_ids on the CPU; with None it chooses the device itself
-        device_ids = [comm.get_local_rank()] if device_type(cfg) == "cuda" else None
+        device_ids = [torch.cuda.current_device()] if device_type(cfg) == "cuda" else None
         self._model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = build_step_trainer(cfg, self._model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
