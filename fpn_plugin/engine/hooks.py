@@ -1,7 +1,8 @@
 """Hooks and writers of a training run.
 
 They keep metrics.json complete and without repetitions, also where the run is killed and resumed,
-evaluate what was missed, and put what a dense detector counts into the checkpoint.
+evaluate what was missed, the same model on all processes, and put what a dense detector counts into
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable
 
+import torch.distributed as dist
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import (
@@ -24,6 +26,7 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpn_plugin.checkpoint.run_folder import METRICS, RESULT_KEY, metric_lines
 from fpn_plugin.engine.interrupt import EvaluationLeft, interrupted_when_left
@@ -294,3 +297,18 @@ class LossNormalizerHook(HookBase):
             self.model.loss_normalizer = sum(values) / processes
         else:  # of a version that did not gather them
             self.model.loss_normalizer = state["loss_normalizer"]
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give all processes the running statistics of rank 0's batch norms, which the checkpoints
+    hold, before they evaluate together.
+
+    Each process has gathered those of its own images, so that an evaluation over processes would
+    be one of several models.
+    """
+    if comm.get_world_size() < 2:
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for statistic in module.buffers(recurse=False):
+                dist.broadcast(statistic, 0)

@@ -6,14 +6,10 @@ import argparse
 import contextlib
 import multiprocessing as mp
 import os
-import re
 import signal
-import socket
-import sys
-import threading
-import time
 from datetime import timedelta
 from typing import Any, Callable
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -21,15 +17,11 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fpn_plugin.engine.folder_lock import SharedLocks
+from fpn_plugin.engine.heartbeat import heartbeat
 from fpn_plugin.engine.interrupt import Interrupted, forwarding, has_ended_by_signal, listening
 from fpn_plugin.engine.rendezvous import announced
 from fpn_plugin.plugins import Loaded
 from fpn_plugin.report.mistakes import mistake_in
-
-# what the errors of gloo and NCCL say when another process is gone
-_LOST_PEER = re.compile(r"(?i)connection (closed|reset)|closed by peer|remote process exited")
-_LOOK = 1.0  # seconds between two looks at whether the launcher is there
-_GRACE = 5.0  # seconds for the launcher to notice which process died first
 
 
 class RankError(RuntimeError):
@@ -86,7 +78,8 @@ def launch_ranks(
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=announced(args.dist_url, args.machine_rank * args.num_gpus, device),
-                args=(Loaded(), SharedLocks(), main, *arguments),  # as they are to be unpickled
+                # in the order of their unpickling
+                args=(Loaded(), SharedLocks(), _first_machine(args.dist_url), main, *arguments),
                 timeout=timedelta(minutes=args.rank_timeout),
             )
     except (ProcessExitedException, ProcessRaisedException) as error:
@@ -94,7 +87,7 @@ def launch_ranks(
             raise Interrupted from None
         failure = RankError(_describe(error, args))
         failure.mistake = mistake_in(getattr(error, "msg", ""))
-        if getattr(error, "signal_name", None):
+        if isinstance(error, ProcessExitedException):  # by a signal, or its heartbeat said why
             failure.mistake = str(failure)
         raise failure from error
 
@@ -123,23 +116,14 @@ def check_processes(args: Any, device: str) -> None:
         )
 
 
-def end_with_launcher() -> None:
-    """End this process soon after the one that has started it: where an agent of torchrun is killed
-    nothing else would stop its processes, and other hosts would go on with them until their end."""
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(_LOOK)
-        text = f"process {launcher} on {socket.gethostname()}, which has started this one, is gone"
-        print(f"{text}: this one ends, too", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher", daemon=True).start()
+def _first_machine(dist_url: str) -> str:
+    """The address of the machine of rank 0, as the others reach it."""
+    is_here = dist_url == "auto" or dist_url.startswith("file:")
+    return "127.0.0.1" if is_here else urlsplit(dist_url).hostname or ""
 
 
 def _run_rank(
-    loaded: Loaded, locks: SharedLocks, main: Callable[..., Any], *arguments: Any
+    loaded: Loaded, locks: SharedLocks, address: str, main: Callable[..., Any], *arguments: Any
 ) -> None:
     """Run `main` in one of the processes, or in the only one.
 
@@ -153,14 +137,8 @@ def _run_rank(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "fork" in mp.get_all_start_methods():
         mp.set_start_method("fork", force=True)
-    try:
-        with listening():
-            main(*arguments)
-    except RuntimeError as error:
-        if _LOST_PEER.search(str(error)):
-            # the launcher names the first process that ends: that should be the one that died
-            time.sleep(_GRACE)
-        raise
+    with listening(), heartbeat(address):
+        main(*arguments)
 
 
 def _describe(error: ProcessExitedException | ProcessRaisedException, args: Any) -> str:

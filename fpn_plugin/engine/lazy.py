@@ -46,6 +46,7 @@ from fpn_plugin.engine.hooks import (
     FlushMetrics,
     LossNormalizerHook,
     build_writers,
+    share_statistics,
     trim_metrics,
 )
 from fpn_plugin.engine.interrupt import InterruptHook, InterruptibleLoader, deferring
@@ -300,7 +301,11 @@ def _hooks(
         chosen.append(FlushMetrics(writers, settings.checkpointer.period))
         chosen.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
     chosen.append(elastic.CopyHook(settings.output_dir, settings.checkpointer.period))
-    evaluate_model = lambda: evaluate(cfg, model)  # noqa: E731
+
+    def evaluate_model() -> dict[str, Any]:
+        share_statistics(model)
+        return evaluate(cfg, model)
+
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))

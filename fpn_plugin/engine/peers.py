@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fpn_plugin.engine.agreement import Report, find_difference, gpu_index
-from fpn_plugin.engine.launch import end_with_launcher
+from fpn_plugin.engine.heartbeat import heartbeat
 from fpn_plugin.engine.place import Place, refuse_launch_flags
 from fpn_plugin.report.mistakes import mistake_of
 
@@ -50,6 +50,7 @@ class Peers:
 
     def __init__(self, place: Place, store: dist.Store, timeout: timedelta) -> None:
         self.place, self.store, self.timeout = place, store, timeout
+        self._watch = contextlib.ExitStack()
 
     def join(self, device: str, settings: dict[str, Any]) -> None:
         """Compare what the processes are about to do, and form torch's process group and
@@ -78,6 +79,13 @@ class Peers:
         )
         comm.create_local_process_group(self.place.local_processes)
         comm.synchronize()
+        self._watch.enter_context(heartbeat(self.place.address))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let the heartbeat, which begins when the processes have joined, end with the body."""
+        with self._watch:
+            yield
 
     def leave(self) -> None:
         """Wait for the others, and leave the process group, if there is one."""
@@ -171,7 +179,6 @@ def meet(place: Place | None, args: Any) -> Iterator[Peers | None]:
     if place is None:
         yield None
         return
-    end_with_launcher()
     timeout = timedelta(minutes=args.rank_timeout)
     store = _connect(place, timeout)
     if place.rank > 0:  # else Python would print the warnings of each
@@ -179,7 +186,9 @@ def meet(place: Place | None, args: Any) -> Iterator[Peers | None]:
     peers = Peers(place, _of_this_attempt(place, store, timeout), timeout)
     try:
         refuse_launch_flags(place, args)
-        yield peers
+        with peers.watched():
+            yield peers
+            comm.synchronize()
         peers.leave()
     except KeyboardInterrupt:
         if place.rank == 0:

@@ -44,6 +44,7 @@ from fpn_plugin.engine.hooks import (
     MissedEvaluation,
     build_writers,
     replace_eval_hooks,
+    share_statistics,
     trim_metrics,
 )
 from fpn_plugin.engine.interrupt import InterruptHook, InterruptibleLoader, deferring
@@ -274,6 +275,7 @@ class Trainer(DefaultTrainer):
             cfg.defrost()
             cfg.TEST.AUG.ENABLED = False
             cfg.freeze()
+        share_statistics(self.model)
         self._last_eval_results = self.test(cfg, self.model)
         return self._last_eval_results
 

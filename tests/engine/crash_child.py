@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import resource
@@ -22,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from tiny import VAL, register, tiny_config
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.engine.faults.skipping import SkipCounter
 from fpn_plugin.engine.folder_lock import hold
 from fpn_plugin.engine.hooks import MetricsWriter, TolerantWriter
@@ -45,6 +47,18 @@ OVERRIDES: dict[str, Any] = {
     "TEST__EVAL_PERIOD": 4,
     "DATASETS__TEST": (VAL,),
     "DATALOADER__NUM_WORKERS": 2,
+}
+# a tiny Mask R-CNN that detects whatever it sees
+MASKS: dict[str, Any] = {
+    "MODEL__MASK_ON": True,
+    "MODEL__ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL__ROI_MASK_HEAD__NUM_CONV": 1,
+    "MODEL__ROI_MASK_HEAD__CONV_DIM": 8,
+    "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0,
+    "DATASETS__TEST": (VAL,),
+    "SOLVER__BASE_LR": 0.01,
+    "SOLVER__MAX_ITER": 3,
+    "TEST__EVAL_PERIOD": 0,
 }
 PATIENCE = 60.0  # seconds, on a busy machine; what is waited for takes a few
 
@@ -242,6 +256,28 @@ def exchange_gradients(json_file: str, folder: str) -> None:
         if comm.is_main_process():
             state = before, trainer.checkpointer.model.state_dict(), len(sent)
             torch.save(state, Path(folder, f"{name}.pth"))
+
+
+def evaluate_together(json_file: str, folder: str, weights: str) -> None:
+    """One of several processes: trains and evaluates, or evaluates weights."""
+    torch.set_num_threads(1)  # oneDNN's 1×1 convolutions round by the number of threads
+    register(Path(json_file))
+    torch.manual_seed(0)
+    cfg = tiny_config(Path(folder), **MASKS)
+    if weights:
+        model = Trainer.build_model(cfg)
+        StrictCheckpointer(model, "", False, "MODEL.WEIGHTS").load(weights)
+        results = Trainer.test(cfg, model)
+    else:
+        trainer = Trainer(cfg)
+        trainer.train()
+        results = trainer._last_eval_results
+        statistics = {k: v for k, v in trainer.model.state_dict().items() if "running" in k}
+        assert (
+            len({str(x) for x in comm.all_gather(sum(v.sum() for v in statistics.values()))}) == 1
+        )
+    if comm.is_main_process():
+        Path(folder, "results.json").write_text(json.dumps(results))
 
 
 def lose_a_rank(folder: str) -> None:

@@ -12,6 +12,7 @@ import traceback
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from fpn_plugin.checkpoint.checkpointer import Checkpointer, SaveError, write_atomically
-from fpn_plugin.engine import launch
+from fpn_plugin.engine import heartbeat
 from fpn_plugin.engine.faults.actionable import actionable_errors
 from fpn_plugin.engine.hooks import MetricsWriter, TolerantWriter
 from fpn_plugin.engine.launch import RankError, _describe, launch_ranks
@@ -184,16 +185,14 @@ def test_a_rank_that_fails_is_quoted_with_all_its_lines() -> None:
     ],
 )
 def test_the_one_that_died_is_named_not_the_one_that_lost_it(
-    message: str, waits: bool, heeded: None, monkeypatch: pytest.MonkeyPatch
+    message: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher names who ended first, so the others give it time."""
-    slept: list[float] = []
-    monkeypatch.setattr(launch.mp, "parent_process", lambda: object())
-    monkeypatch.setattr(launch.time, "sleep", slept.append)
-
-    def fail() -> None:
-        raise RuntimeError(message)
-
+    beat = Mock()
+    monkeypatch.setattr(heartbeat, "_start", lambda address: beat)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        launch._run_rank(launch.Loaded(), launch.SharedLocks(), fail)
-    assert bool(slept) == waits
+        with heartbeat.heartbeat("a"):
+            raise RuntimeError(message)
+    assert beat.await_end.called == waits
+    beat.close.assert_called_once_with(f"RuntimeError: {message}", 1)
