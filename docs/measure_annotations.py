@@ -136,13 +136,17 @@ def load(path: str) -> dict[str, Any]:
 def _read(dataset: Any, barrier: Any, queue: Any, who: str) -> None:
     for index in range(len(dataset)):
         dataset[index]
-    barrier.wait()  # all of them have read all of it
+    for _ in range(2):  # all of them have read all of it, and those of other ranks
+        barrier.wait()
     queue.put((who, memory()))
     barrier.wait()
 
 
 def _readers(dataset: Any, workers: int, who: str) -> list[tuple[str, dict[str, float]]]:
-    """The memory of a process and of workers that it forks, once they have read all items."""
+    """The memory of a process and of workers that it forks, once they have read all items, and
+    those of the other ranks too."""
+    from detectron2.utils import comm
+
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
@@ -154,7 +158,10 @@ def _readers(dataset: Any, workers: int, who: str) -> list[tuple[str, dict[str, 
     for each in every:
         each.start()
     barrier.wait()
-    rows = [(who, memory()), *(queue.get() for _ in every)]
+    comm.synchronize()
+    barrier.wait()
+    rows = [(who, memory()), *sorted(queue.get() for _ in every)]
+    comm.synchronize()
     barrier.wait()
     for each in every:
         each.join()
