@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the memory of a dataset of Objects365's size, and write docs/data/annotations.json.
 
-python docs/measure_annotations.py --folder /tmp/objects
+python docs/measure_annotations.py --folder output/objects
 
 The images and boxes are synthetic, as many as in the training part of Objects365 v2: 1.7 million
 and 25 million. The JSON is written and the records are serialised in a stream at full size. What

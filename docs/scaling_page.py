@@ -22,7 +22,7 @@ on a GPU or on a cluster.** A formula, its inputs, what it says of each pyramid,
 off where it could be checked: on one and two processes of a CPU.
 
 ```
-python docs/write_scaling.py --print --seconds 0.12 --between 25e9    # the table for a cluster of yours
+python docs/write_scaling.py --print --seconds 0.12 --between 25e9    # for a cluster of yours
 ```
 
 `--seconds` is what a step of Mask R-CNN R50-FPN with two images takes on one of your GPUs
@@ -44,25 +44,27 @@ step = max(data, forward + max(backward, end[last]) + norms + update)
 """
 ASSUMED = """\
 Assumed, not measured: 8 GPUs on a host, 130 GB/s and 5 µs between them; between hosts 12.5 GB/s and
-10 µs (InfiniBand, 100 Gb/s for a host) or 1.25 GB/s and 50 µs (Ethernet, 10 Gb/s). Float32, two images of
-800 x 1344 pixels on each GPU: the total batch grows with the GPUs. A ring; NCCL takes a tree for
-small messages between many hosts, whose latency grows with the logarithm of `n`: what the table
-says of latency (SyncBN above all) is a worst case.
+10 µs (InfiniBand, 100 Gb/s for a host) or 1.25 GB/s and 50 µs (Ethernet, 10 Gb/s). Float32, two
+images of 800 x 1344 pixels on each GPU: the total batch grows with the GPUs. A ring; NCCL takes a
+tree for small messages between many hosts, whose latency grows with the logarithm of `n`: what the
+table says of latency (SyncBN above all) is a worst case.
 **Operations are not time**: depthwise convolutions, deformable sampling and attention run far below
 the rate of `fpn`'s convolutions ([catalogue.md](catalogue.md) has CPU times). Such a pyramid's step
 is longer than here, and its exchange better hidden: its share is an upper bound.
 """
-CHANGE = """\
-## What to change
-
-| what stops it | what to do |
-|---|---|
-| the bytes (the share falls between the first two hosts and then stays) | more images on a GPU; gradient accumulation; gradients sent in half precision; a faster link. Half the bytes are in the heads' first linear layer and the network's last stage: fewer channels of the pyramid count twice |
-| latency (the share falls with each doubling) | larger buckets: fewer messages; NCCL's tree (its default between many hosts); more images on a GPU |
-| SyncBN (the column of layers) | `MODEL.FPN.NORM GN`, which waits for nobody; or `FrozenBN` |
-| loading | more workers; a process needs `images * seconds per image / step` of them |
-| the batch | a schedule holds for a batch: `SOLVER.REFERENCE_WORLD_SIZE` scales batch and rate together, which the literature supports for COCO up to batches of some hundreds with a long warm-up, not for 1024 |
-"""
+WHAT_TO_DO = {
+    "the bytes: the share falls from one host to two, and hardly after that": "more images on a"
+    " GPU; accumulation (`SOLVER.ACCUMULATE`); gradients in half precision (`SOLVER.DDP.COMPRESS`);"
+    " a faster link",
+    "latency: the share falls with each doubling": "NCCL's tree, its own choice for small messages;"
+    " more images on a GPU. Larger buckets (`SOLVER.DDP.BUCKET_MB`) are fewer messages, but less is"
+    " hidden: see the table above",
+    "SyncBN: its column is not empty": "`MODEL.FPN.NORM GN`, which waits for nobody, or `FrozenBN`",
+    "loading": "more workers: a process needs images x seconds for one / seconds of a step",
+    "the batch": "two images on each of 512 GPUs are a batch of 1024. `SOLVER.REFERENCE_WORLD_SIZE`"
+    " scales batch and rate together, by a rule that ends to hold somewhere; no such training was"
+    " tried here",
+}
 
 
 def table(data: Mapping[str, Any], rate: float, networks: Mapping[str, Network]) -> Table:
@@ -100,7 +102,8 @@ def page(data: Mapping[str, Any]) -> str:
         missing_text(data),
         ASSUMED,
         levers_text(data, rate),
-        CHANGE,
+        "## What to change",
+        Table("", ["what stops it", "what to do"], list(WHAT_TO_DO.items()), left=2).text("github"),
         *check_section(data),
         *annotations_section(),
     ]
@@ -116,6 +119,11 @@ def missing_text(data: Mapping[str, Any]) -> str:
                 f"{network} has no row for {', '.join(names)}: it does not give the maps that"
                 " their files read."
             )
+    lines.append(
+        "Where a file reads several maps but ViT-B gives one, of stride 16, its pyramid has fewer"
+        " levels than with the others; the heads are counted as on five maps everywhere. What a ViT"
+        " is used with are `simple`, `feature2pyramid` and `projector`."
+    )
     return "\n".join(lines)
 
 
@@ -128,23 +136,22 @@ def levers_text(data: Mapping[str, Any], rate: float) -> str:
         "buckets of 100 MiB": {"bucket": 100 * MB},
         "four passes a step (accumulation)": {"steps": 4},
     }
+    necks, many = ("fpn", "bifpn", "nas_fpn"), (64, 512)
     rows = []
-    for what, option in options.items():
+    for what, option in [*options.items(), ("without SyncBN", {})]:
         row = [what]
-        for neck in ("fpn", "bifpn", "nas_fpn"):
-            row.append(_share(figures.parts_of(data, "R50", neck, rate), cluster, option))
+        for neck in necks:
+            parts = figures.parts_of(data, "R50", neck, rate)
+            if what == "without SyncBN":
+                parts = [replace(part, sync_norms=0) for part in parts]
+            row += [_share(parts, cluster, option, n) for n in many]
         rows.append(row)
-    row = ["without SyncBN"]
-    for neck in ("fpn", "bifpn", "nas_fpn"):
-        parts = figures.parts_of(data, "R50", neck, rate)
-        row.append(_share([replace(part, sync_norms=0) for part in parts], cluster, {}))
-    rows.append(row)
-    made = Table("", ["R50, Ethernet, 64 GPUs", "`fpn`", "`bifpn`", "`nas_fpn`"], rows)
-    return made.text("github")
+    header = ["R50, Ethernet", *(f"`{neck}`, {n} GPUs" for neck in necks for n in many)]
+    return Table("", header, rows).text("github")
 
 
-def _share(parts: list[Part], cluster: Network, options: Mapping[str, Any]) -> str:
-    alone, many = (step_time(parts, n, cluster, **options).seconds for n in (1, 64))
+def _share(parts: list[Part], cluster: Network, options: Mapping[str, Any], n: int) -> str:
+    alone, many = (step_time(parts, each, cluster, **options).seconds for each in (1, n))
     return f"{100 * alone / many:.0f}%"
 
 
@@ -155,11 +162,46 @@ def check_section(data: Mapping[str, Any]) -> Iterator[str]:
         yield "Not measured yet."
         return
     found = json.loads(figures.MEASURED.read_text())
-    alone, pair = found["1"]["alone"], found["2"]
-    sizes = sorted((int(size), seconds) for size, seconds in pair["all_reduce"].items())
-    latency = sizes[0][1] / 2  # two messages
-    bandwidth = sizes[-1][0] / (sizes[-1][1] - sizes[0][1])
-    gloo = Network(bandwidth, latency, bandwidth, latency, 2)
+    rows, verdicts = [], []
+    for size, steps in found["sizes"].items():
+        alone, pair = steps["1"]["alone"], steps["2"]
+        model, silent = modelled(data, pair)
+        measured = pair["exchange"]["whole"] / pair["alone"]["whole"]
+        rows.append(
+            [size, *map(_span, (alone, pair["alone"], pair["exchange"]))]
+            + [f"{measured:.2f}", f"{model / silent:.2f}"]
+        )
+        low, high = pair["alone"]["range"]
+        noise = (high - low) / pair["alone"]["whole"]
+        shows = abs(model / silent - 1) > noise
+        verdicts.append(
+            f"at {size} pixels the steps of one kind are spread over {100 * noise:.0f}% of their"
+            f" median, and the exchange should add {100 * (model / silent - 1):.0f}%:"
+            f" {'that can be told' if shows else 'too little to be told from the spread'}"
+        )
+    gloo = _gloo(pair)
+    header = ["pixels", "one process", "two, no exchange", "two, exchange", "ratio", "by the model"]
+    yield (
+        "Mask R-CNN R50-FPN, one square image for each process of one thread, gloo on two cores of"
+        f" one CPU: seconds of a step, median (least … most) of {found['rounds']}, {found['date']}."
+        f" {100 * found['free']:.0f}% of the two cores were free when it began, as other work ran"
+        " beside it. So one process is not comparable with two, and the model is given the phases"
+        " of the two processes' own steps without exchange, taken in turns with those with it; the"
+        " ratio is that of the two medians."
+    )
+    yield Table("", header, rows).text("github")
+    yield (
+        f"gloo's exchange: {1e-9 * gloo.bandwidth:.2f} GB/s and {1e6 * gloo.latency:.0f} µs a"
+        f" message. **What this shows:** {'; '.join(verdicts)}. So the formula is neither"
+        " confirmed nor refuted by this: it should be done again on an idle machine. It lets"
+        " communication run beside the backward pass for nothing, but gloo copies and adds on the"
+        " same cores, so it should be too fast on a CPU. Two processes say nothing of how time"
+        " grows with 512, and GPUs were not at hand."
+    )
+
+
+def modelled(data: Mapping[str, Any], pair: Mapping[str, Any]) -> tuple[float, float]:
+    """Seconds of a step of two processes by the model, with exchange and without."""
     forward, backward, update = (pair["alone"][key] for key in ("forward", "backward", "update"))
     counted = data["R50"]
     costs = (counted, counted["necks"]["fpn"], counted["heads"])
@@ -168,34 +210,19 @@ def check_section(data: Mapping[str, Any]) -> Iterator[str]:
         Part(c["parameters"], forward * c["flops"] / total, backward * c["flops"] / total)
         for c in costs
     ]
-    modelled = step_time(parts, 2, gloo, update=update).seconds
-    measured = pair["exchange"]["whole"]
-    rows = []
-    for what, seconds, spread in (
-        ("one process", alone["whole"], alone["range"]),
-        ("two, without exchange", pair["alone"]["whole"], pair["alone"]["range"]),
-        ("two, with exchange", measured, pair["exchange"]["range"]),
-        ("two, with exchange, by the model", modelled, None),
-    ):
-        rows.append(
-            [what, f"{seconds:.2f} s", f"{spread[0]:.2f} … {spread[1]:.2f}" if spread else ""]
-        )
-    yield (
-        f"Mask R-CNN R50-FPN, one image of {found['size']} x {found['size']} pixels for each"
-        f" process of one thread, gloo on two cores of one CPU, medians of {found['rounds']} steps,"
-        f" {found['date']}. Of the two cores {100 * found['free']:.0f}% were free when it began:"
-        " other work ran beside it, and times of different runs are not comparable. So the model"
-        " is given the steps without exchange of the same two processes, taken in turns with those"
-        " with it, and says what the exchange adds."
-    )
-    yield Table("", ["", "step", "least … most"], rows).text("github")
-    yield (
-        f"gloo's exchange: {1e-9 * bandwidth:.2f} GB/s and {1e6 * latency:.0f} µs a message. The"
-        f" model is off by {100 * (modelled / measured - 1):+.0f}%. It lets communication run"
-        " beside the backward pass for nothing; on a CPU gloo copies and adds on the same cores,"
-        " so that a model which is too fast here is expected. On a GPU other units do that."
-        " With two processes it says little of 512."
-    )
+    return tuple(step_time(parts, n, _gloo(pair), update=update).seconds for n in (2, 1))
+
+
+def _gloo(pair: Mapping[str, Any]) -> Network:
+    sizes = sorted((int(size), seconds) for size, seconds in pair["all_reduce"].items())
+    latency = sizes[0][1] / 2  # two messages
+    bandwidth = sizes[-1][0] / (sizes[-1][1] - sizes[0][1])
+    return Network(bandwidth, latency, bandwidth, latency, 2)
+
+
+def _span(times: Mapping[str, Any]) -> str:
+    low, high = times["range"]
+    return f"{times['whole']:.2f} ({low:.2f} … {high:.2f})"
 
 
 def annotations_section() -> Iterator[str]:
@@ -237,7 +264,8 @@ def annotations_section() -> Iterator[str]:
         "", ["GB, full size", "resident", "its share", "its alone"], list(_processes(own))
     ).text("github")
     yield (
-        "With Detectron2's list, a process and the workers that it forks share it. Each rank would"
+        "(More is resident than that list: what it took to make it was not all given back.) With"
+        " Detectron2's list, a process and the workers that it forks share it. Each rank would"
         f" have one of its own: 8 ranks on a host {8 * own['serialised']:.0f} GB, and"
         f" {8 * whole:.0f} GB while all read. So the plugin reads once on a host"
         " (`fpn_plugin/data/shared_records.py`): its first process writes the records to a file of"
@@ -249,10 +277,8 @@ def annotations_section() -> Iterator[str]:
     total = sum(each["share"] for each in shared["processes"].values())
     yield (
         f"All together {total:.2f} GB, of which PyTorch and the code are a part. The host still"
-        f" needs the memory to read the JSON once: {whole:.0f} GB. Where that is too much, register"
-        " a dataset function of several smaller JSONs (`DATASETS.TRAIN` takes several names, but"
-        " holds all of their records until they are serialised), or a stream (an `IterableDataset`),"
-        " which is not resumable at an iteration."
+        f" needs the memory to read the JSON once: {whole:.0f} GB, in its first process. Where that"
+        " is too much, register a stream (an `IterableDataset`), which a resumed run starts over."
     )
 
 

@@ -3,7 +3,7 @@
 
 python docs/write_scaling.py              the page and the figure
 python docs/write_scaling.py --count      before that, count parameters and operations again
-python docs/write_scaling.py --measure    before that, time this machine's CPU, with 1 and 2 processes
+python docs/write_scaling.py --measure    before that, time 1 and 2 processes on this CPU
 
 For a cluster of your own:
 python docs/write_scaling.py --print --seconds 0.12 --between 25e9 --latency 5e-6
@@ -34,6 +34,7 @@ CONFIGS = {
     "ViT-B": "backbones/mask_rcnn_ViT_B_Simple_1x.yaml",
 }
 SIZE, IMAGES = (800, 1344), 2
+SMALLER = (384, 640)  # on which the necks of other networks than R50 are counted
 ZOO_SECONDS = 0.261  # of Detectron2's zoo: Mask R-CNN R50-FPN 1x, two images on each of 8 V100
 PROCESSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 NETWORKS = {
@@ -68,11 +69,16 @@ def count() -> None:
         cost = totals(model.backbone, "bottom_up", SIZE)
         below = model.backbone.bottom_up
         shapes = below.output_shape()
-        entries = catalogue(cfg, shapes, SIZE, getattr(below, "size_divisibility", 0))
+        entries = catalogue(cfg, shapes, SMALLER, getattr(below, "size_divisibility", 0))
         # write_catalogue.py has counted those of R50
         known = json.loads(CATALOGUE.read_text())["entries"] if network == "R50" else {}
         costs = {name: Cost(x["parameters"], x["flops"]) for name, x in known.items()}
-        costs |= count_costs([entry for entry in entries if entry.name not in costs])
+        missing = [entry for entry in entries if entry.name not in costs]
+        share = SIZE[0] * SIZE[1] / (SMALLER[0] * SMALLER[1])  # operations grow with the area
+        costs |= {
+            name: Cost(cost.parameters, cost.flops * share)
+            for name, cost in count_costs(missing).items()
+        }
         necks: dict[str, Any] = {}
         for entry in entries:
             if entry.pyramid is None:
@@ -129,21 +135,21 @@ def curve(parts: list[Part], network: Network, **options: Any) -> dict[int, Step
     return {n: step_time(parts, n, network, **options) for n in PROCESSES}
 
 
-def measure(rounds: int, size: int) -> None:
+def measure(rounds: int, sizes: list[int]) -> None:
     """This machine: gloo between two processes, and steps of Mask R-CNN R50-FPN."""
     from detectron2.engine import launch
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    free = idle_share(5.0)
     path = DOCS / "data" / "scaling_step.json"
-    found: dict[str, Any] = {"size": size, "rounds": rounds, "free": round(free, 2)}
-    for processes in (1, 2):
-        launch(_measure_rank, processes, dist_url="auto", args=(rounds, size, str(path)))
-        found[str(processes)] = json.loads(path.read_text())
+    found: dict[str, Any] = {"rounds": rounds, "free": round(idle_share(5.0), 2), "sizes": {}}
+    for size in sizes:
+        steps = found["sizes"][str(size)] = {}
+        for processes in (1, 2):
+            launch(_measure_rank, processes, dist_url="auto", args=(rounds, size, str(path)))
+            steps[str(processes)] = json.loads(path.read_text())
     path.unlink()
     found["date"] = time.strftime("%Y-%m-%d")
     MEASURED.write_text(json.dumps(found, indent=1) + "\n")
-    print(found)
 
 
 def idle_share(seconds: float) -> float:
@@ -242,7 +248,7 @@ def main() -> int:
     parser.add_argument("--count", action="store_true", help="count again (minutes)")
     parser.add_argument("--measure", action="store_true", help="time again (minutes)")
     parser.add_argument("--rounds", type=int, default=6, metavar="N", help="of times (6)")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of images (256)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 192], metavar="PIXELS")
     parser.add_argument("--print", action="store_true", help="only a table, of the cluster below")
     parser.add_argument("--seconds", type=float, default=ZOO_SECONDS, help="a step with R50, `fpn`")
     parser.add_argument("--within", type=float, default=130e9, help="bytes/s within a host")
@@ -253,7 +259,7 @@ def main() -> int:
     if args.count:
         count()
     if args.measure:
-        measure(args.rounds, args.size)
+        measure(args.rounds, args.sizes)
     data = json.loads(DATA.read_text())
     if args.print:
         own = Network(args.within, 5e-6, args.between, args.latency, args.per_host)

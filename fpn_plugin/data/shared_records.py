@@ -109,11 +109,9 @@ def _offer(
     except Exception as error:  # the other processes wait for the answer
         if path is not None:
             os.remove(path)
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return RuntimeError(f"{type(error).__name__}: {error}")
-        return error
+        # other classes may not survive the way to another process
+        plain = type(error) in (ValueError, KeyError, FileNotFoundError)
+        return error if plain else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _complete(name: str, values: dict[str, Any]) -> None:
