@@ -15,7 +15,6 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetFromList,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -25,6 +24,7 @@ from PIL import Image
 from fpn_plugin.data.coco_records import with_masks
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
 from fpn_plugin.data.mapper import Mapper
+from fpn_plugin.data.shared_records import one_copy_per_host
 from fpn_plugin.engine.faults.skipping import KEY, SKIPPED, ImageError, check_on_error, image_fault
 from fpn_plugin.engine.preflight import check_batch
 from fpn_plugin.engine.rng import SAMPLE_STREAM, derive_seed, seeded
@@ -166,7 +166,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     """
     batch_size = _batch_per_process(cfg)
     skip = check_on_error(cfg.DATALOADER.ON_ERROR) == "skip"
-    dataset = load_training_dicts(cfg)
+    dataset = one_copy_per_host(lambda: load_training_dicts(cfg), cfg.DATASETS.TRAIN)
     mapper = mapper or Mapper(cfg, is_train=True)
     if isinstance(dataset, torchdata.IterableDataset):
         if skip:
@@ -179,8 +179,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [_aspect_group(record) for record in dataset] if grouped else None
-    if isinstance(dataset, list):
-        dataset = DatasetFromList(dataset, copy=False)
     sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), batch_size, groups)
     return build_detection_train_loader(
         SeededDataset(dataset, mapper, cfg.SEED, skip),
