@@ -124,6 +124,7 @@ def step_time(
     bucket: int = BUCKET,
     bytes_each: int = 4,
     steps: int = 1,
+    overlaps: bool = True,
 ) -> Step:
     """The time of an optimizer's step.
 
@@ -134,13 +135,14 @@ def step_time(
         bucket: bytes of float32 gradients that are sent at once.
         bytes_each: of a gradient that is sent.
         steps: forward and backward passes before the gradients are exchanged.
+        overlaps: whether the exchange goes on beside the backward pass, which costs that nothing.
     """
     forward = sum(part.forward for part in parts)
     backward = sum(part.backward for part in parts)
     end = 0.0
     if processes > 1:
         for size, ready in buckets(parts, bucket, bytes_each):
-            end = max(ready, end) + network.all_reduce(processes, size)
+            end = max(ready if overlaps else backward, end) + network.all_reduce(processes, size)
     compute = steps * (forward + backward) + update
     waits = 2 * steps * sum(part.sync_norms for part in parts)  # forward and backward
     norms = waits * network.all_reduce(processes, 2 * 256 * 4)  # sums of 256 channels

@@ -29,6 +29,9 @@ def test_what_the_backward_pass_hides_costs_nothing_but_the_last_bucket() -> Non
     alone, pair = (step_time(parts, n, LINK) for n in (1, 2))
     assert alone.seconds == 6.0
     assert pair.exposed == pytest.approx(LINK.all_reduce(2, MB))
+    assert step_time(parts, 2, LINK, overlaps=False).exposed == pytest.approx(
+        2 * LINK.all_reduce(2, MB)
+    )
     normed = step_time([Part(1, 1.0, 2.0, sync_norms=3)], 2, LINK)
     assert normed.norms == pytest.approx(6 * LINK.all_reduce(2, 2048))
     assert step_time(parts, 2, LINK, data=10.0).seconds == pytest.approx(10.0)
