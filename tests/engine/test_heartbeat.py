@@ -183,7 +183,8 @@ def test_a_mistake_does_not_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_the_store_of_an_agent_is_known(flag: list[str]) -> None:
     words = ["torch.distributed.run", "--nnodes", "1:2", *flag, "train.py", "--rdzv-endpoint", "x"]
-    with subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=-1) as agent:
+    with subprocess.Popen([sys.executable, "-c", "input(0)", *words], stdin=-1, stdout=-1) as agent:
+        assert agent.stdout and agent.stdout.read(1) == b"0"  # /proc knows its words by now
         assert heartbeat._endpoint(agent.pid) == "node0:29500"
         agent.communicate(b"\n")
     assert heartbeat._endpoint(os.getpid()) == ""
