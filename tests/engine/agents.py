@@ -17,6 +17,8 @@ from crash_child import is_alive, waits
 from tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
+# another Detectron2 may be in the way of that which is installed
+PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 PATIENCE = 240.0  # seconds, on a busy machine
 RETINANET = {
     "MODEL__META_ARCHITECTURE": "RetinaNet",
@@ -70,7 +72,7 @@ class Agent:
         command = [sys.executable, "-m", "torch.distributed.run", *words]
         if limit:
             command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command]
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environ = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True

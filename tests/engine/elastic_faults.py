@@ -24,8 +24,8 @@ from tiny import write_dataset
 
 from fpn_plugin.checkpoint.run_folder import metric_lines
 
-MAX_ITER, PERIOD = 40, 4
-BEFORE = "model_0000015.pth"  # the checkpoint after which something happens
+MAX_ITER, PERIOD = 150, 10
+BEFORE = "model_0000019.pth"  # the checkpoint after which something happens
 
 
 class Scene:
@@ -158,7 +158,7 @@ def full_disk(scene: Scene) -> str:
     agents = scene.start("full-disk", "rcnn", nodes="2", limits=(64, 64))
     codes = [agent.end() for agent in agents]
     text = agents[0].text + agents[1].text
-    assert all(codes) and "File too large: model_0000003.pth was not written" in text, text
+    assert all(codes) and "File too large: model_0000009.pth was not written" in text, text
     store = Store()
     agents = [
         scene.agent(f"full-disk/host-{i}", store, "rcnn", "--resume", nodes="2") for i in range(2)

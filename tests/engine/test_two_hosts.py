@@ -11,7 +11,7 @@ from typing import Iterator
 
 import pytest
 import torch
-from agents import ROOT, training, write_config
+from agents import PYTHONPATH, training, write_config
 from test_resume import assert_same
 from tiny import write_dataset
 from two_hosts import Host, Hosts, missing, two_hosts, wait_until
@@ -20,7 +20,7 @@ REASON = missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 AGENT = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
 AGENT += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "alpha:29512", "--rdzv-id", "7"]
-ENVIRON = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRON = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 # else an agent that is new finds no address of rank 0 where that stays
 ENVIRON["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
