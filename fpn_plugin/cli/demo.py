@@ -1,11 +1,12 @@
 """Train a detector on a small dataset in minutes, and draw what it finds.
 
 fpn demo trees --output output/demo            boxes of tree crowns in aerial photos
-fpn demo scenes --output output/demo-masks     masks of shapes in drawn scenes
+fpn demo cells --output output/demo-masks      masks of nuclei and micronuclei in micrographs
+fpn demo scenes --output output/demo-scenes    masks of shapes in drawn scenes
 fpn demo trees --data-only                     its data and weights alone, to train by hand
 
 The data goes to $DETECTRON2_DATASETS, or to ./datasets where that is not set. Then `fpn train` runs
-on quickstart/faster_rcnn_trees_FPN.yaml or quickstart/mask_rcnn_scenes_FPN.yaml, as one would do by
+on quickstart/faster_rcnn_trees_FPN.yaml or quickstart/mask_rcnn_NAME_FPN.yaml, as one would do by
 hand; the whole log is in OUTPUT/log.txt. A demo that was interrupted goes on where it stopped, a
 finished one is run anew, and a folder with the results of any other run is refused.
 """
@@ -30,6 +31,7 @@ from fpn_plugin.visualize.results import draw_results
 
 CONFIGS = {
     "trees": "quickstart/faster_rcnn_trees_FPN.yaml",
+    "cells": "quickstart/mask_rcnn_cells_FPN.yaml",
     "scenes": "quickstart/mask_rcnn_scenes_FPN.yaml",
 }
 
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"Training {CONFIGS[args.demo]}", *flags, flush=True)
     train(args.demo, config, flags, args.output, args.opts)
     results = args.output / "inference" / "coco_instances_results.json"
-    pictures = draw_results(results, f"{args.demo}_val", args.output / "pictures")
+    dataset = load_config(argparse.Namespace(config_file=str(config), opts=args.opts)).DATASETS.TEST[0]
+    pictures = draw_results(results, dataset, args.output / "pictures")
     metrics = (args.output / METRICS).read_text().splitlines()
     print(ap_table(json.loads(metrics[-1])))
     print("Pictures:", *pictures, sep="\n  ")

@@ -28,10 +28,14 @@ from .keypoints import (
 
 __all__ = ["needed_splits", "register_all", "register_coco_format", "register_own"]
 
-# The classes of the prepared datasets, as datasets/prepare_<name>.py writes them.
+# The splits and classes of the prepared datasets, as datasets/prepare_<name>.py writes them.
 _PREPARED = {
-    "trees": ["tree"],
-    "scenes": ["ellipse", "rectangle", "triangle", "star", "cross", "arrow"],
+    "trees": (("train", "val"), ["tree"]),
+    "cells": (("train", "val", "test"), ["nucleus", "micronucleus"]),
+    "scenes": (
+        ("train", "val"),
+        ["ellipse", "rectangle", "triangle", "star", "cross", "arrow"],
+    ),
 }
 _CLASS_SECTIONS = ("ROI_HEADS", "RETINANET", "FCOS")
 # The parts of DATASETS.OWN, each with the key that it fills and the dataset's name
@@ -46,8 +50,8 @@ def register_all() -> None:
 
     No file is read: a dataset that was not prepared is an error when it is used.
     """
-    for dataset, classes in _PREPARED.items():
-        for split in ("train", "val"):
+    for dataset, (splits, classes) in _PREPARED.items():
+        for split in splits:
             name = f"{dataset}_{split}"
             if name not in DatasetCatalog.list():
                 folder = dataset_root() / dataset
