@@ -34,8 +34,8 @@ LEFT_OUT = ("training-data/2022-05-26_RPE1/1",)
 NUM_INSTANCES = {"nucleus": 3218, "micronucleus": 2606}  # of all 49 micrographs
 # Fewer pixels, not touching the rest, are slips of the brush.
 _MIN_PIXELS = 4
-# Parts of one colour that are further apart are different nuclei: in training-data/2022-04-14_RPE1/5
-# nineteen colours are used twice, 200 pixels apart and more; parts of one nucleus are within 77.
+# Parts of one colour that are further apart are different nuclei: training-data/2022-04-14_RPE1/5
+# uses nineteen colours twice, 227 pixels apart and more; parts of one nucleus are within 77.
 _MAX_GAP = 100
 # What is darkest and brightest in a micrograph, in percent of its pixels
 _BLACK, _WHITE = 1.0, 99.8

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic_separated
 
-from fpn_plugin.paths import dataset_root, from_folder
+from fpn_plugin.paths import dataset_root, from_folder, makers_dir
 
 from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
@@ -37,6 +38,7 @@ _PREPARED = {
         ["ellipse", "rectangle", "triangle", "star", "cross", "arrow"],
     ),
 }
+_SAMPLE = "coco_sample"
 _CLASS_SECTIONS = ("ROI_HEADS", "RETINANET", "FCOS")
 # The parts of DATASETS.OWN, each with the key that it fills and the dataset's name
 _SPLITS = {"TRAIN": ("TRAIN", "own_train"), "VAL": ("TEST", "own_val")}
@@ -62,6 +64,32 @@ def register_all() -> None:
                     thing_classes=classes,
                     prepare_command=f"fpn demo {dataset} --data-only",
                 )
+    if _SAMPLE not in DatasetCatalog.list():
+        _register_coco_sample()
+
+
+def _register_coco_sample() -> None:
+    """Register COCO's photos of datasets/prepare_coco_sample.py, with and without stuff, as
+    Detectron2 registers those of COCO."""
+    folder = dataset_root() / _SAMPLE
+    files = ("annotations/instances.json", "images")
+    instances, images = (str(folder / name) for name in files)
+    command = f"python {makers_dir() / 'prepare_coco_sample.py'}"
+    things = _classes_of("coco_2017_val")
+    register_coco_format(_SAMPLE, instances, images, prepare_command=command, **things)
+    files = ("panoptic", "annotations/panoptic.json", "panoptic_stuff")
+    segments, panoptic, stuff = (str(folder / name) for name in files)
+    everything = _classes_of("coco_2017_val_panoptic_separated")
+    everything["prepare_command"] = command
+    register_coco_panoptic_separated(
+        f"{_SAMPLE}_panoptic", everything, images, segments, panoptic, stuff, instances
+    )
+
+
+def _classes_of(name: str) -> dict[str, Any]:
+    """The classes in the metadata of one of Detectron2's datasets."""
+    entries = MetadataCatalog.get(name).as_dict().items()
+    return {key: value for key, value in entries if key.startswith(("thing_", "stuff_"))}
 
 
 def register_coco_format(
