@@ -161,7 +161,7 @@ def _masks_of_colours(
     """Yield each colour's smallest window, and which of its pixels have the colour."""
     points, values = np.argwhere(drawn), keys[drawn]
     order = np.argsort(values, kind="stable")
-    borders = np.flatnonzero(np.diff(values[order])) + 1
+    borders: np.ndarray = np.flatnonzero(np.diff(values[order])) + 1
     for group in np.split(points[order], borders) if len(points) else ():
         (top, left), (bottom, right) = group.min(axis=0), group.max(axis=0) + 1
         mask = np.zeros((bottom - top, right - left), bool)
@@ -213,7 +213,7 @@ def even_edges(size: int, longest: int) -> list[int]:
 
 
 def tile_windows(
-    shape: tuple[int, int], split: str, options: CellOptions
+    shape: Sequence[int], split: str, options: CellOptions
 ) -> list[tuple[int, int, int, int]]:
     """Return ``x0, y0, x1, y1`` of a micrograph's tiles, row by row."""
     spans = []
@@ -299,25 +299,23 @@ def _write_split(
     annotations: list[dict[str, Any]] = []
     for micrograph in micrographs:
         pixels = to_eight_bits(micrograph.pixels)
-        height, width = pixels.shape
-        size = (width * options.enlarge, height * options.enlarge)
+        size = tuple(side * options.enlarge for side in pixels.shape[::-1])
         # as a whole, so that neighbouring tiles fit
         enlarged = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)
         areas = {key: np.bincount(labels.ravel()) for key, labels in micrograph.labels.items()}
-        for x0, y0, x1, y1 in tile_windows((height, width), split, options):
-            record = {"id": len(images) + 1, "file_name": _file_name(micrograph.name, x0, y0)}
+        for x0, y0, x1, y1 in tile_windows(pixels.shape, split, options):
+            file_name = _file_name(micrograph.name, x0, y0)
             tile = enlarged[_window(x0, y0, x1, y1, options.enlarge)]
-            Image.fromarray(tile).save(
-                folder / split / record["file_name"], quality=options.quality
-            )
-            record |= {"width": tile.shape[1], "height": tile.shape[0]}
+            Image.fromarray(tile).save(folder / split / file_name, quality=options.quality)
+            image_id, (height, width) = len(images) + 1, tile.shape
+            record = {"id": image_id, "file_name": file_name, "width": width, "height": height}
             images.append({**record, "photo": micrograph.name, "offset": [x0, y0]})
             for category, key in enumerate(CLASSES, 1):
                 labels = micrograph.labels[key][_window(x0, y0, x1, y1)]
                 for annotation in tile_annotations(labels, areas[key], options):
                     if annotation["iscrowd"] and split == "train":
                         continue
-                    ids = {"id": len(annotations) + 1, "image_id": record["id"]}
+                    ids = {"id": len(annotations) + 1, "image_id": image_id}
                     annotations.append({**ids, "category_id": category, **annotation})
     content = {
         "info": {"description": f"Nuclei and micronuclei in micrographs, from {REQUIREMENT}"},
