@@ -71,18 +71,17 @@ def register_all() -> None:
 def _register_coco_sample() -> None:
     """Register COCO's photos of datasets/prepare_coco_sample.py, with and without stuff, as
     Detectron2 registers those of COCO."""
-    folder = dataset_root() / _SAMPLE
-    files = ("annotations/instances.json", "images")
-    instances, images = (str(folder / name) for name in files)
-    command = f"python {makers_dir() / 'prepare_coco_sample.py'}"
-    things = _classes_of("coco_2017_val")
-    register_coco_format(_SAMPLE, instances, images, prepare_command=command, **things)
-    files = ("panoptic", "annotations/panoptic.json", "panoptic_stuff")
-    segments, panoptic, stuff = (str(folder / name) for name in files)
-    everything = _classes_of("coco_2017_val_panoptic_separated")
-    everything["prepare_command"] = command
+    names = ["images", "annotations/instances.json"]
+    names += ["panoptic", "annotations/panoptic.json", "panoptic_stuff"]
+    paths = [str(dataset_root() / _SAMPLE / name) for name in names]
+    images, instances, segments, panoptic, stuff = paths
+    command: dict[str, Any] = {
+        "prepare_command": f"python {makers_dir() / 'prepare_coco_sample.py'}"
+    }
+    register_coco_format(_SAMPLE, instances, images, **command, **_classes_of("coco_2017_val"))
+    metadata = {**command, **_classes_of("coco_2017_val_panoptic_separated")}
     register_coco_panoptic_separated(
-        f"{_SAMPLE}_panoptic", everything, images, segments, panoptic, stuff, instances
+        f"{_SAMPLE}_panoptic", metadata, images, segments, panoptic, stuff, instances
     )
 
 
