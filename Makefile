@@ -45,8 +45,8 @@ setup: ## make the environment (.venv, about 6 GB); the other targets do this by
 demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw what it finds (10 minutes)
 	@$(PY) tools/demo.py trees --output $(DEMO)
 
-demo-masks: setup ## the same for instance masks, on drawn scenes (10 minutes)
-	@$(PY) tools/demo.py scenes --output $(MASKS)
+demo-masks: setup ## the same for instance masks, on micrographs of nuclei and micronuclei (10 minutes)
+	@$(PY) tools/demo.py cells --output $(MASKS)
 
 benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against effdet's, each lever alone, on an idle machine (30 minutes)
 	@failed=; run() { name=$$1; shift; $(PY) "$$@" --report $(BENCHMARK)/$$name --overwrite || failed="$$failed $$name"; }; \

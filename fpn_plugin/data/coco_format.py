@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic_separated
 
-from fpn_plugin.paths import dataset_root, from_folder
+from fpn_plugin.paths import dataset_root, from_folder, makers_dir
 
 from .annotation_checks import check_categories
 from .classes import Classes, has_classes, set_classes
@@ -28,11 +29,16 @@ from .keypoints import (
 
 __all__ = ["needed_splits", "register_all", "register_coco_format", "register_own"]
 
-# The classes of the prepared datasets, as datasets/prepare_<name>.py writes them.
+# The splits and classes of the prepared datasets, as datasets/prepare_<name>.py writes them.
 _PREPARED = {
-    "trees": ["tree"],
-    "scenes": ["ellipse", "rectangle", "triangle", "star", "cross", "arrow"],
+    "trees": (("train", "val"), ["tree"]),
+    "cells": (("train", "val", "test"), ["nucleus", "micronucleus"]),
+    "scenes": (
+        ("train", "val"),
+        ["ellipse", "rectangle", "triangle", "star", "cross", "arrow"],
+    ),
 }
+_SAMPLE = "coco_sample"
 _CLASS_SECTIONS = ("ROI_HEADS", "RETINANET", "FCOS")
 # The parts of DATASETS.OWN, each with the key that it fills and the dataset's name
 _SPLITS = {"TRAIN": ("TRAIN", "own_train"), "VAL": ("TEST", "own_val")}
@@ -46,8 +52,8 @@ def register_all() -> None:
 
     No file is read: a dataset that was not prepared is an error when it is used.
     """
-    for dataset, classes in _PREPARED.items():
-        for split in ("train", "val"):
+    for dataset, (splits, classes) in _PREPARED.items():
+        for split in splits:
             name = f"{dataset}_{split}"
             if name not in DatasetCatalog.list():
                 folder = dataset_root() / dataset
@@ -58,6 +64,31 @@ def register_all() -> None:
                     thing_classes=classes,
                     prepare_command=f"fpn demo {dataset} --data-only",
                 )
+    if _SAMPLE not in DatasetCatalog.list():
+        _register_coco_sample()
+
+
+def _register_coco_sample() -> None:
+    """Register COCO's photos of datasets/prepare_coco_sample.py, with and without stuff, as
+    Detectron2 registers those of COCO."""
+    names = ["images", "annotations/instances.json"]
+    names += ["panoptic", "annotations/panoptic.json", "panoptic_stuff"]
+    paths = [str(dataset_root() / _SAMPLE / name) for name in names]
+    images, instances, segments, panoptic, stuff = paths
+    command: dict[str, Any] = {
+        "prepare_command": f"python {makers_dir() / 'prepare_coco_sample.py'}"
+    }
+    register_coco_format(_SAMPLE, instances, images, **command, **_classes_of("coco_2017_val"))
+    metadata = {**command, **_classes_of("coco_2017_val_panoptic_separated")}
+    register_coco_panoptic_separated(
+        f"{_SAMPLE}_panoptic", metadata, images, segments, panoptic, stuff, instances
+    )
+
+
+def _classes_of(name: str) -> dict[str, Any]:
+    """The classes in the metadata of one of Detectron2's datasets."""
+    entries = MetadataCatalog.get(name).as_dict().items()
+    return {key: value for key, value in entries if key.startswith(("thing_", "stuff_"))}
 
 
 def register_coco_format(

@@ -6,10 +6,11 @@ import contextlib
 import copy
 import io
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -36,10 +37,12 @@ class Score:
     Attributes:
         metrics: in percent: those of METRICS, "AP-<category>" and "AP@<bin>".
         matches: of each category.
+        by_class: those of METRICS for each category, by its name.
     """
 
     metrics: Mapping[str, float]
     matches: Sequence[Matches]
+    by_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Support(NamedTuple):
@@ -112,16 +115,21 @@ def _evaluate(
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0]  # (IoU, recall, category, area)
-    values = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
-    values += [precision[..., i] for i in (1, 2, 3)]
-    metrics = {name: mean_precision(value) for name, value in zip(METRICS, values, strict=True)}
-    categories = truth.loadCats(evaluation.params.catIds)
-    if len(categories) > 1:
-        for i, category in enumerate(categories):
-            metrics[f"AP-{category['name']}"] = mean_precision(precision[:, :, i, 0])
+    metrics = _coco_metrics(precision)
+    names = [category["name"] for category in truth.loadCats(evaluation.params.catIds)]
+    by_class = {name: _coco_metrics(precision[:, :, i]) for i, name in enumerate(names)}
+    if len(names) > 1:
+        metrics |= {f"AP-{name}": values["AP"] for name, values in by_class.items()}
     for i, name in enumerate(bin_names(edges), len(_AREAS)):
         metrics[f"AP@{name}"] = mean_precision(precision[..., i])
-    return Score(metrics, matches_of(evaluation))
+    return Score(metrics, matches_of(evaluation), by_class)
+
+
+def _coco_metrics(precision: np.ndarray) -> dict[str, float]:
+    """METRICS of a part of pycocotools' precision, `(IoU, recall, …, area)`."""
+    values = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
+    values += [precision[..., i] for i in (1, 2, 3)]
+    return {name: mean_precision(value) for name, value in zip(METRICS, values, strict=True)}
 
 
 def support_of(truth: COCO, edges: Sequence[float] = ()) -> dict[str, Support]:

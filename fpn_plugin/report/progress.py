@@ -348,20 +348,14 @@ def as_time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def ap_table(metrics: Mapping[str, float]) -> str:
-    """The AP of the last evaluation as a table, a row for boxes and one for masks if there are any.
+def ap_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """AP of an evaluation as a table.
 
     Args:
-        metrics: the last line of a run's metrics.json.
-
-    Raises:
-        ValueError: if it holds no AP.
+        scores: by "bbox" and "segm", then by the rows' names, the metrics in percent.
     """
     rows = []
     for task, name in (("bbox", "boxes"), ("segm", "masks")):
-        if f"{task}/AP" in metrics:
-            values = [metrics.get(f"{task}/{metric}", float("nan")) for metric in _METRICS]
-            rows.append([name, *(f"{value:.1f}" for value in values)])
-    if not rows:
-        raise ValueError(f"no AP among the metrics {', '.join(sorted(metrics)[:10])}")
+        for part, metrics in scores.get(task, {}).items():
+            rows.append([f"{name} {part}".strip(), *(f"{metrics[key]:.1f}" for key in _METRICS)])
     return tabulate(rows, headers=["", *_METRICS.values()], disable_numparse=True)

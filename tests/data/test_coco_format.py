@@ -26,6 +26,7 @@ from fpn_plugin.data import (
 from fpn_plugin.paths import makers_dir
 
 PREPARED = ("trees_train", "trees_val", "scenes_train", "scenes_val")
+PREPARED += ("cells_train", "cells_val", "cells_test")
 pytestmark = pytest.mark.usefixtures("registry")
 
 

@@ -29,6 +29,18 @@ def test_every_tensor_is_the_packages(file: Path, wheel_cache: Path) -> None:
         assert torch.equal(tensor, original), name
 
 
+@pytest.mark.parametrize("model", [name for name in weights.SOURCES if name != weights.MODEL])
+def test_other_networks_get_theirs(model: str, tmp_path: Path, wheel_cache: Path) -> None:
+    file = prepare_weights(tmp_path, wheel_cache, model)
+    assert file == tmp_path / "weights" / f"{model}.pth"
+    state, names = torch.load(file, weights_only=True), weights.state_dict_of(model)
+    source = weights.load_source(wheel_cache, model)
+    assert list(state) == list(names)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), source.values(), strict=True))
+    if weights.SOURCES[model].library == "torchvision":
+        assert state.keys() == source.keys()
+
+
 def test_network_knows_a_photo_from_another(file: Path, wheel_cache: Path) -> None:
     model = timm.create_model(weights.MODEL).eval()
     model.load_state_dict(torch.load(file, weights_only=True))
@@ -57,3 +69,5 @@ def test_mismatch_is_named() -> None:
         rename_in_order(one, two)
     with pytest.raises(ValueError, match="1 tensors, the network 0"):
         rename_in_order(one, {})
+    with pytest.raises(KeyError, match="'resnet50' is unknown, choose from tf_.*, mobilenet_v2"):
+        prepare_weights(Path("nowhere"), model="resnet50")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import subprocess
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import wheels
-from wheels import fetch_wheel, read_members
+from wheels import fetch_wheel, member_names, read_members
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def test_damaged_cache_is_replaced(wheel: Path, monkeypatch: pytest.MonkeyPatch)
     good, content = sha256(wheel), wheel.read_bytes()
     wheel.write_bytes(content[:-1])
 
-    def download(requirement: str, expected: str, scratch: Path) -> Path:
-        assert (requirement, expected) == ("some-thing==1.0", good)
+    def download(requirement: str, expected: str, scratch: Path, suffix: str) -> Path:
+        assert (requirement, expected, suffix) == ("some-thing==1.0", good, "-*.whl")
         (scratch / wheel.name).write_bytes(content)
         return scratch / wheel.name
 
@@ -97,6 +98,18 @@ def test_nothing_is_cached_in_the_home_folder(
 def test_only_pins(requirement: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not of the form 'name==version'"):
         fetch_wheel(requirement, "0" * 64, tmp_path)
+
+
+def test_members_of_a_source_distribution(tmp_path: Path) -> None:
+    path = tmp_path / "some_thing-1.0.tar.gz"
+    (tmp_path / "a.txt").write_text("A")
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(tmp_path / "a.txt", "some_thing-1.0/pkg/a.txt")
+    assert fetch_wheel("some-thing==1.0", sha256(path), tmp_path, source=True) == path
+    assert member_names(path) == ["some_thing-1.0/pkg/a.txt"]
+    assert read_members(path, member_names(path)) == {"some_thing-1.0/pkg/a.txt": b"A"}
+    with pytest.raises(KeyError, match="no member 'some_thing-1.0/pkg/b'.*pkg/a.txt"):
+        read_members(path, ["some_thing-1.0/pkg/b"])
 
 
 def test_members(wheel: Path) -> None:

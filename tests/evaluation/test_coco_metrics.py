@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.evaluation.build import build_evaluator
 from fpn_plugin.evaluation.coco_metrics import oks_sigmas
+from fpn_plugin.evaluation.scores import load_truth, score_results
 
 NAME = "coco_metrics"
 SIDE = 400
@@ -196,3 +197,25 @@ def test_keypoints_that_do_not_fit(tmp_path: Path) -> None:
 def test_a_set_without_objects_has_no_ap(tmp_path: Path) -> None:
     results = evaluate({**truth(3), "annotations": []}, tmp_path)
     assert np.isnan(results["bbox"]["AP"])
+
+
+def test_scores_by_class_and_size(tmp_path: Path) -> None:
+    """A half of the nuts is found, small and large; the bolts all are, but one box is too large."""
+    content = truth(8, images=1)
+    for annotation in content["annotations"][:2]:
+        annotation["bbox"][2:], annotation["area"] = [100, 100], 10000
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    results = [{**annotation, "score": 0.9} for annotation in content["annotations"]]
+    nuts = [result for result in results if result["category_id"] == 3]
+    bolts = [result for result in results if result["category_id"] == 7]
+    bolts[0] = {**bolts[0], "bbox": [*bolts[0]["bbox"][:3], 160]}  # IoU 0.625
+    coco = load_truth("", str(path))
+    score = score_results(nuts[:2] + bolts, coco, 100)["bbox"]  # type: ignore[arg-type]
+    assert score.by_class.keys() == {"nut", "bolt"}
+    nut, bolt = score.by_class["nut"], score.by_class["bolt"]
+    half, third = 51 / 101 * 100, 34 / 101 * 100  # of the 101 recalls
+    found = [nut[key] for key in ("AP", "APs", "APl")] + [bolt[key] for key in ("AP50", "APl")]
+    assert found == pytest.approx([half, third, 100, 100, 30]) and np.isnan(nut["APm"])
+    assert score.metrics["AP-nut"] == nut["AP"]
+    assert score.metrics["AP"] == pytest.approx((nut["AP"] + bolt["AP"]) / 2)

@@ -164,12 +164,12 @@ def test_a_training_is_shown_with_its_warnings(
 
 
 def test_ap_table() -> None:
-    metrics = {"bbox/AP": 14.24, "bbox/AP50": 45.4, "bbox/APl": float("nan"), "segm/AP": 7.0}
-    text = ap_table(metrics)
-    assert text.splitlines()[2].split()[:3] == ["boxes", "14.2", "45.4"]
-    assert "masks" in text and "nan" in text
-    with pytest.raises(ValueError, match="no AP among the metrics loss"):
-        ap_table({"loss": 1.0})
+    keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    boxes = dict(zip(keys, (14.24, 45.4, 1, 2, 3, float("nan"))))
+    masks = {"": boxes, "a nucleus": {**boxes, "AP": 7.0}}
+    lines = ap_table({"bbox": {"": boxes}, "segm": masks}).splitlines()[2:]
+    assert [line.split()[:2] for line in lines[:2]] == [["boxes", "14.2"], ["masks", "14.2"]]
+    assert lines[2].split() == ["masks", "a", "nucleus", "7.0", "45.4", "1.0", "2.0", "3.0", "nan"]
 
 
 def stages(stream: io.StringIO, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -14,6 +14,7 @@ from fpn_plugin.study.plan import plan_runs
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = {"c4", "c5", "channel_mapper", "fpn", "fpn-avg", "fpn-concat", "fpn-fast_normalized"}
 NAMES |= {"fpn-carafe", "pafpn", "bifpn", "nas_fpn"}
+MORE = {"fpn-freq", "fpn-dysample", "csp_pan", "hybrid", "dyhead", "fpn-p3"}
 
 
 def write(folder: Path, **values: Any) -> Path:
@@ -109,18 +110,19 @@ def test_a_merge_may_be_overridden(tmp_path: Path) -> None:
     assert [config.overrides for config in read_study(path).configs] == [("K", "1"), ("K", "2")]
 
 
-@pytest.mark.parametrize("name", ["trees", "scenes"])
+@pytest.mark.parametrize("name", ["trees", "cells", "scenes"])
 def test_the_studies_have_equal_schedules_and_data(name: str) -> None:
     runs = plan_runs(read_study(CONFIGS / "studies" / f"{name}.yaml"))
-    assert {run.config.name for run in runs} == NAMES
-    assert [run.seed for run in runs[::11]] == [0, 1, 2]
+    names = NAMES if name == "scenes" else NAMES | MORE
+    assert {run.config.name for run in runs} == names
+    assert [run.seed for run in runs[:: len(names)]] == [0, 1, 2]
     first = runs[0].cfg
     for run in runs:
         for key in ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "TEST"):
             assert run.cfg[key] == first[key]
         assert run.cfg.MODEL.BOTTOM_UP == first.MODEL.BOTTOM_UP
         assert run.cfg.MODEL.FPN.OUT_CHANNELS == first.MODEL.FPN.OUT_CHANNELS
-        assert run.cfg.MODEL.MASK_ON == (name == "scenes")
+        assert run.cfg.MODEL.MASK_ON == (name != "trees")
         assert run.cfg.SOLVER.FUSED and run.cfg.MODEL.FAST_ROI_ALIGN and run.cfg.TEST.FOLD_NORMS
         assert run.cfg.SEED == run.seed
 

@@ -83,7 +83,7 @@ def test_configs_are_found_from_a_folder_that_has_nothing(installed: Path, tmp_p
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout.splitlines()[-1])
     assert values["version"] == __version__ and values["commands"] == list(COMMANDS)
-    own = [["trees_train"], ["scenes_train"]]
+    own = [["trees_train"], ["cells_train"], ["scenes_train"]]
     assert values["data"] == [["coco_2017_train"], ["coco_2017_train"], *own]
     assert values["lazy"] and values["runs"]
     assert all(path.startswith(str(installed)) for path in values["runs"] + values["folders"])
