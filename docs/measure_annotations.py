@@ -145,9 +145,9 @@ def _read(dataset: Any, barrier: Any, queue: Any, who: str) -> None:
 def _readers(dataset: Any, workers: int, who: str) -> list[tuple[str, dict[str, float]]]:
     """The memory of a process and of workers that it forks, once they have read all items, and
     those of the other ranks too."""
-    from detectron2.utils import comm
-
     import multiprocessing
+
+    from detectron2.utils import comm
 
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(workers + 1), context.Queue()

@@ -19,15 +19,18 @@ import os
 import re
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.run import get_args_parser
 
 from fpn_plugin.report.mistakes import PREFIX, mistake_of
 
@@ -48,6 +51,8 @@ _POLL = 1.0  # seconds between two looks at the launcher
 _CONNECT = 10.0  # seconds to reach rank 0
 _TOKEN = 16  # bytes
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # only torchrun sets it
+_REACH = 3.0  # seconds to reach the store of torchrun's agents
+_PATIENCE = 10.0  # seconds for an agent to end by itself, and once more after SIGTERM
 # what the errors of gloo, NCCL and the store say when another process is gone
 _NETWORK = re.compile(
     r"(?i)connection (closed|reset|was)|closed by peer|remote process|broken pipe|socket"
@@ -269,7 +274,47 @@ class Heartbeat:
             except LostPeerError as error:
                 with contextlib.suppress(OSError):
                     get_error_handler().record_exception(error)
+        if self._silent and _TORCHRUN in os.environ and not self._is_orphan():
+            _stop_stuck_agent(self._launcher)
         os._exit(code)
+
+
+def _stop_stuck_agent(agent: int) -> None:
+    """Where torchrun's agent cannot reach the store at which it meets the others, let a child stop
+    it after this process.
+
+    Without the store nothing can be agreed on, so the agent should give up. But it reads there
+    without a limit of time, and would outlive its run until the kernel gives the connection up,
+    after a quarter of an hour.
+    """
+    address, _, port = _endpoint(agent).rpartition(":")
+    if not (address and port.isdecimal()):
+        return
+    with contextlib.suppress(OSError):
+        socket.create_connection((address.strip("[]"), int(port)), timeout=_REACH).close()
+        return
+    if os.fork():
+        return
+    os.setsid()
+    with contextlib.suppress(ProcessLookupError):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            end = time.monotonic() + _PATIENCE
+            while time.monotonic() < end:
+                os.kill(agent, 0)
+                time.sleep(_POLL)
+            os.kill(agent, number)
+    os._exit(0)
+
+
+def _endpoint(agent: int) -> str:
+    """torchrun's `--rdzv-endpoint`, where it can be told; else ""."""
+    with contextlib.suppress(OSError):
+        line = Path(f"/proc/{agent}/cmdline").read_text(errors="replace").split("\0")
+        for number, word in enumerate(line):
+            if word == "torch.distributed.run" or os.path.basename(word) == "torchrun":
+                own, _ = get_args_parser().parse_known_args(line[number + 1 :])
+                return str(own.rdzv_endpoint)
+    return ""
 
 
 @contextlib.contextmanager

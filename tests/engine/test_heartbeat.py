@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from typing import Callable, Iterator
 
@@ -173,6 +175,19 @@ def test_a_mistake_does_not_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
             raise ValueError("host b cannot reach port 1 of nowhere")
     assert 2 not in run.ends
     joined(run, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "flag", [["--rdzv-endpoint", "node0:29500"], ["--rdzv_endpoint=node0:29500"]]
+)
+def test_the_store_of_an_agent_is_known(flag: list[str]) -> None:
+    words = ["torch.distributed.run", "--nnodes", "1:2", *flag, "train.py", "--rdzv-endpoint", "x"]
+    with subprocess.Popen([sys.executable, "-c", "input(0)", *words], stdin=-1, stdout=-1) as agent:
+        assert agent.stdout and agent.stdout.read(1) == b"0"  # /proc knows its words by now
+        assert heartbeat._endpoint(agent.pid) == "node0:29500"
+        agent.communicate(b"\n")
+    assert heartbeat._endpoint(os.getpid()) == ""
 
 
 def test_one_process_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

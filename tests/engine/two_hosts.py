@@ -150,7 +150,7 @@ class Hosts:
             how.
         """
         device = self._devices[self.both.index(host)]
-        for how in ("netem delay 80ms 20ms loss 2%", "tbf rate 4mbit burst 16kbit latency 400ms"):
+        for how in ("netem delay 80ms 20ms loss 2%", "tbf rate 20mbit burst 16kb latency 400ms"):
             if self._run(host, f"tc qdisc add dev {device} root {how}", check=False) == 0:
                 return how
         raise RuntimeError("this kernel has neither netem nor tbf")

@@ -50,4 +50,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]))
     else:
-        sys.exit(compare(sys.argv[2:]))
+        sys.exit(compare(sys.argv[2:]) or 0)
