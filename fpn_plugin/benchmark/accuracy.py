@@ -18,6 +18,7 @@ from fpn_plugin.benchmark.models import BenchmarkModel, prepare
 from fpn_plugin.data.classes import adopt_classes, check_test_classes
 from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.evaluation.bootstrap import (
+    Sample,
     average_precision,
     difference,
     draw_images,
@@ -204,16 +205,15 @@ def _pairs(
     aps: dict[tuple[str, str], np.ndarray] = {}
     for done, (name, task) in enumerate(used, 1):
         matches = scores[name][task].matches
-        aps[name, task] = np.array([average_precision(matches, weights) for weights in draws])
+        aps[name, task] = np.array([[average_precision(matches, weights) for weights in draws]])
         bar.step(done)
     rows = []
     for name, reference, task in wanted:
         pair = scores[name][task], scores[reference][task]
-        result = difference(
-            (pair[0].metrics["AP"], pair[1].metrics["AP"]),
-            aps[name, task],
-            aps[reference, task],
-            images_with_hits([score.matches for score in pair]),
+        ours, theirs = (
+            Sample(np.array([score.metrics["AP"]]), aps[each, task])
+            for each, score in zip((name, reference), pair)
         )
+        result = difference(ours, theirs, images_with_hits([score.matches for score in pair]))
         rows.append({"contestant": name, "reference": reference, "task": task, **asdict(result)})
     return rows

@@ -3,7 +3,8 @@
 fpn compare RUN_DIR … --report DIR [--baseline NAME|RUN_DIR] [--size-bins 8,16,32,64,128,256]
 fpn compare RUN_DIR … --report DIR --benchmark output/bench/report.json    with latencies
 
-Runs of one config with several seeds are grouped. Intervals are a paired bootstrap over images.
+Runs of one config with several seeds are grouped. Intervals are over images, by a paired bootstrap,
+and over seeds where both configs have several.
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ from fpn_plugin.evaluation.scores import load_truth, support_of
 from fpn_plugin.evaluation.size_bins import bin_names, check_edges, count_objects
 from fpn_plugin.report.progress import Bar
 
-SCHEMA = 3
+SCHEMA = 4
 """1: "told" for "significant", and losses among the curves. 2: no "verdict" in the pairs, whose
-intervals were given for any number of images; no "support" of the metrics."""
+intervals were given for any number of images; no "support" of the metrics. 3: no "over" in the
+pairs, whose intervals were over images alone."""
 
 
 def compare(

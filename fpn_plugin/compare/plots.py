@@ -31,7 +31,7 @@ def draw_all(report: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
     pictures: dict[str, tuple[str, Figure | None]] = {}
     for task in report["tasks"]:
         name = TASK_NAMES[task].capitalize()
-        title = f"{name} AP against {report['baseline']}, with 95% intervals over images"
+        title = f"{name} AP against {report['baseline']}, with 95% intervals"
         pictures[f"difference_{task}"] = title, _differences(report, task)
         pictures[f"sizes_{task}"] = f"{name} AP by size of the object", _sizes(report, task)
         pictures[f"ap_{task}"] = f"{name} AP while training", _curves(report, task)

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 from fpn_plugin.compare.runs import Group, Run
 from fpn_plugin.evaluation.bootstrap import (
+    Sample,
     average_precision,
     difference,
     draw_images,
@@ -79,7 +80,6 @@ def compare_pairs(
         by task and two groups, the fields of :class:`Difference` of the first to the second.
     """
     draws = draw_images(report["images"], report["resamples"])
-    metrics = {group["name"]: group["metrics"] for group in report["groups"]}
     pairs: dict[str, Any] = {}
     for task in report["tasks"]:
         scored = {
@@ -89,18 +89,16 @@ def compare_pairs(
         }
         if len(scored) < 2:
             continue
-        aps = _mean_ap_of_draws(scored, draws, task, bar)
-        values = {name: metrics[name][f"{task}/AP"]["mean"] for name in scored}
+        samples = _samples(groups, scored, draws, task, bar)
         matches = {name: [score.matches for score in scored[name]] for name in scored}
 
         def compare_two(first: str, second: str) -> dict[str, Any]:
             images = images_with_hits([*matches[first], *matches[second]])
-            both = values[first], values[second]
-            return asdict(difference(both, aps[first], aps[second], images))
+            return asdict(difference(samples[first], samples[second], images))
 
         pairs[task] = {
-            first: {second: compare_two(first, second) for second in aps if second != first}
-            for first in aps
+            first: {second: compare_two(first, second) for second in samples if second != first}
+            for first in samples
         }
     return pairs
 
@@ -120,19 +118,25 @@ def _score(path: Path, truth: COCO, edges: Sequence[float], limit: int) -> dict[
     return score_results(results, truth, limit, edges)
 
 
-def _mean_ap_of_draws(
-    groups: Mapping[str, Sequence[Score]], draws: np.ndarray, task: str, bar: Bar
-) -> dict[str, np.ndarray]:
-    """`(N,)` the mean AP of each group's runs on each draw."""
+def _samples(
+    groups: Sequence[Group],
+    scored: Mapping[str, Sequence[Score]],
+    draws: np.ndarray,
+    task: str,
+    bar: Bar,
+) -> dict[str, Sample]:
+    """By group, the APs of its runs, on all images and on each draw."""
+    seeds = {group.name: [run.seed for run in group.runs] for group in groups}
     done = 0
-    bar.begin(f"bootstrap, {task}", len(draws) * sum(map(len, groups.values())))
-    means = {}
-    for name, scores in groups.items():
+    bar.begin(f"bootstrap, {task}", len(draws) * sum(map(len, scored.values())))
+    samples = {}
+    for name, scores in scored.items():
         aps = np.empty((len(scores), len(draws)))
         for i, score in enumerate(scores):
             for j, weights in enumerate(draws):
                 aps[i, j] = average_precision(score.matches, weights)
                 done += 1
                 bar.step(done)
-        means[name] = aps.mean(axis=0)
-    return means
+        whole = np.array([score.metrics["AP"] for score in scores])
+        samples[name] = Sample(whole, aps, seeds[name])
+    return samples

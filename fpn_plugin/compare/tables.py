@@ -10,7 +10,14 @@ import math
 from dataclasses import replace
 from typing import Any, Callable, Mapping, Sequence
 
-from fpn_plugin.evaluation.bootstrap import MIN_IMAGES, TIE, TOO_FEW, shown
+from fpn_plugin.evaluation.bootstrap import (
+    IMAGES_AND_SEEDS,
+    MIN_IMAGES,
+    TIE,
+    TOO_FEW,
+    has_several_seeds,
+    shown,
+)
 from fpn_plugin.evaluation.scores import METRICS
 from fpn_plugin.report.tables import Table
 
@@ -99,7 +106,7 @@ def _against(report: Mapping[str, Any], task: str, best: str, other: str) -> str
         return f"{lead}, without a verdict: {_too_few(pair, report)}"
     value, low, high = pair["value"], pair["low"], pair["high"]
     if pair["significant"]:
-        return f"{lead} (95% interval over images {low:.1f} … {high:.1f})"
+        return f"{lead} (95% interval over {pair['over']} {low:.1f} … {high:.1f})"
     return f"the difference to {other} is inconclusive, {value:+.1f} ({low:+.1f} … {high:+.1f})"
 
 
@@ -117,7 +124,7 @@ def _spread_of_seeds(report: Mapping[str, Any]) -> str:
         return ""
     texts, close = [], []
     for task in report["tasks"]:
-        metrics = [g["metrics"] for g in groups if _has_several_seeds(g["seeds"])]
+        metrics = [g["metrics"] for g in groups if has_several_seeds(g["seeds"])]
         spreads = [each.get(f"{task}/AP", {}).get("spread", math.nan) for each in metrics]
         known = [spread for spread in spreads if not math.isnan(spread)]
         if not known:
@@ -133,14 +140,9 @@ def _spread_of_seeds(report: Mapping[str, Any]) -> str:
     text = f"Seeds of one config spread by up to {' and '.join(texts)}"
     if close:
         text += f", which is more than the two best configs differ by in {' and '.join(close)} AP"
-    if single := [g["name"] for g in groups if not _has_several_seeds(g["seeds"])]:
+    if single := [g["name"] for g in groups if not has_several_seeds(g["seeds"])]:
         text += f". One seed alone: {', '.join(single)}"
     return f"{text}."
-
-
-def _has_several_seeds(seeds: Sequence[int]) -> bool:
-    """A seed that was not set, -1, was drawn anew for each run."""
-    return len({seed for seed in seeds if seed >= 0}) + sum(seed < 0 for seed in seeds) > 1
 
 
 def _title(task: str, rest: str = "") -> str:
@@ -243,10 +245,10 @@ def _significance(report: Mapping[str, Any], task: str) -> Table:
     ]
     note = (
         f"Paired bootstrap: {report['resamples']} draws of {report['images']} images with"
-        " replacement, the same for all runs; AP is the mean of a config's runs. The interval and"
-        " the verdict are about other images of this kind: what other seeds would give is not in"
-        f" them. There is none with fewer than {MIN_IMAGES} images in which one of the two finds an"
-        " object, and a tie where both APs are shown as the same number."
+        " replacement, the same for all runs; AP is the mean of a config's runs. Interval and"
+        f" verdict are about other images of this kind{_of_seeds(pairs)}. There is none with fewer"
+        f" than {MIN_IMAGES} images in which one of the two finds an object, and a tie where both"
+        " APs are shown as the same number."
     )
     if len(rows) > 2:
         note += (
@@ -255,6 +257,19 @@ def _significance(report: Mapping[str, Any], task: str) -> Table:
         )
     header = ["config", "difference", "95% interval", "better in", "verdict"]
     return Table(_title(task, f" against {baseline}"), header, rows, note)
+
+
+def _of_seeds(pairs: Mapping[str, Mapping[str, Any]]) -> str:
+    """What intervals say of other seeds."""
+    seeded = [pair["over"] == IMAGES_AND_SEEDS for pair in pairs.values()]
+    if all(seeded):
+        return " and other seeds"
+    rest = "what other seeds would give is not in them"
+    return (
+        f" and, of configs with several seeds, about other seeds; else {rest}"
+        if any(seeded)
+        else f": {rest}"
+    )
 
 
 def _share(pair: Mapping[str, Any], digits: int) -> str:
@@ -273,10 +288,9 @@ def verdict_text(report: Mapping[str, Any], task: str, name: str, other: str) ->
     if not pair["significant"]:
         return verdict
     both = [group for group in report["groups"] if group["name"] in (name, other)]
-    if not all(_has_several_seeds(group["seeds"]) for group in both):
-        return f"{verdict} (one seed)"
-    spread = max(group["metrics"][f"{task}/AP"]["spread"] for group in both)
-    return f"{verdict}, by less than seeds spread" if abs(pair["value"]) < spread else verdict
+    if not all(has_several_seeds(group["seeds"]) for group in both):
+        return f"{verdict} (one seed: a hint)"
+    return verdict
 
 
 def _pairs(report: Mapping[str, Any], task: str) -> Table | None:
