@@ -6,11 +6,22 @@ from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 
 from .deep_images import check_rule, readable
 
 __all__ = ["Mapper"]
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """The augmentations of `INPUT.LSJ`, Detectron2's."""
+    jitter = cfg.INPUT.LSJ
+    side = jitter.IMAGE_SIZE
+    return [
+        T.ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, side, side),
+        T.FixedSizeCrop(crop_size=(side, side)),
+    ]
 
 
 class Mapper(DatasetMapper):
@@ -42,6 +53,11 @@ class Mapper(DatasetMapper):
             cfg.defrost()
             cfg.MODEL.KEYPOINT_ON = False
         options = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.LSJ.ENABLED:
+            options["augmentations"][:1] = large_scale_jitter(cfg)  # in the place of the resizing
+            options["recompute_boxes"] = cfg.MODEL.MASK_ON
+        if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
+            options["instance_mask_format"] = "bitmask"
         return {**options, "deep_images": cfg.INPUT.DEEP_IMAGES}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
