@@ -3,6 +3,7 @@ copy-paste, and the schedule of the rate."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any, Mapping, NamedTuple
 
@@ -60,7 +61,7 @@ def ema_settings(entries: Mapping[str, Any], key: str, spelt: Any = str) -> EMAS
 
 
 def check_learning(cfg: CfgNode) -> None:
-    """Check the keys of `MODEL.EMA`, `INPUT.LSJ`, `INPUT.COPY_PASTE` and of a cosine schedule.
+    """Check the keys of `MODEL.EMA`, `INPUT.LSJ` and `INPUT.COPY_PASTE`.
 
     Raises:
         ValueError: naming the key, its value and what is valid, or the keys that exclude each
@@ -75,22 +76,32 @@ def check_learning(cfg: CfgNode) -> None:
         _check_jitter(cfg)
     if cfg.INPUT.COPY_PASTE.ENABLED:
         _check_copy_paste(cfg)
-    rate, end = cfg.SOLVER.BASE_LR, cfg.SOLVER.BASE_LR_END
-    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR" and not 0 <= end <= rate:
-        raise ValueError(
-            f"SOLVER.BASE_LR_END: {end} is not the last rate of a {SCHEDULER}: WarmupCosineLR, from"
-            f" 0 to SOLVER.BASE_LR: {rate}"
-        )
 
 
-def check_scheduler_name(cfg: CfgNode) -> None:
-    """Check `SOLVER.LR_SCHEDULER_NAME` for a trainer with Detectron2's schedules.
+def check_schedule(cfg: CfgNode) -> None:
+    """Check the schedule of the rate, for a trainer with those of Detectron2.
 
     Raises:
-        KeyError: with the choices.
+        KeyError: for an unknown `SOLVER.LR_SCHEDULER_NAME`.
+        ValueError: naming the key that does not fit it.
     """
-    if cfg.SOLVER.LR_SCHEDULER_NAME not in _SCHEDULERS:
-        raise unknown_name(SCHEDULER, cfg.SOLVER.LR_SCHEDULER_NAME, _SCHEDULERS)
+    solver = cfg.SOLVER
+    name, rate, end = solver.LR_SCHEDULER_NAME, solver.BASE_LR, solver.BASE_LR_END
+    if name not in _SCHEDULERS:
+        raise unknown_name(SCHEDULER, name, _SCHEDULERS)
+    if name == "WarmupCosineLR" and not 0 <= end <= rate:
+        raise ValueError(
+            f"SOLVER.BASE_LR_END: {end} is not the last rate of a {SCHEDULER}: {name}, from 0 to"
+            f" SOLVER.BASE_LR: {rate}"
+        )
+    steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]  # Detectron2 warns of others
+    if name == "WarmupMultiStepLR" and (
+        steps != sorted(set(steps)) or solver.MAX_ITER in steps or min(steps, default=1) < 1
+    ):
+        raise ValueError(
+            f"SOLVER.STEPS: {tuple(solver.STEPS)} are not iterations at which the rate falls, in"
+            f" growing order between 0 and SOLVER.MAX_ITER: {solver.MAX_ITER}"
+        )
 
 
 def _check_jitter(cfg: CfgNode) -> None:
@@ -103,6 +114,12 @@ def _check_jitter(cfg: CfgNode) -> None:
         raise ValueError(f"{LSJ}.IMAGE_SIZE: {size!r} is not a side in pixels, a whole number")
     if not _is_number(least) or least <= 0:
         raise ValueError(f"{LSJ}.MIN_SCALE: {least!r} is not a factor above 0")
+    polygons = cfg.INPUT.MASK_FORMAT == "polygon" and not cfg.INPUT.COPY_PASTE.ENABLED
+    if cfg.MODEL.MASK_ON and polygons and importlib.util.find_spec("shapely") is None:
+        raise ValueError(
+            f"{LSJ}.ENABLED: True cuts polygons by the package shapely, which is not installed: pip"
+            " install shapely, or set INPUT.MASK_FORMAT to bitmask"
+        )
     if not _is_number(most) or most < least:
         raise ValueError(
             f"{LSJ}.MAX_SCALE: {most!r} is not a factor from {LSJ}.MIN_SCALE {least} on"

@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, annotations_to_instances
 
 from .deep_images import check_rule, readable
 
@@ -75,7 +75,13 @@ class Mapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
     ) -> None:
-        """Detectron2's; an object without keypoints beside others has points without a label."""
+        """Detectron2's; an object without keypoints beside others has points without a label, and
+        an image without objects may be cropped."""
+        objects = [x for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
+        if self.recompute_boxes and not objects:  # Detectron2 would look for their masks
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = annotations_to_instances([], image_shape)
+            return
         if self.use_keypoint and self.keypoint_hflip_indices is not None:
             points = [0.0] * (3 * len(self.keypoint_hflip_indices))
             for annotation in dataset_dict["annotations"]:

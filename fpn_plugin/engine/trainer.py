@@ -23,7 +23,7 @@ from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
-from fpn_plugin.config.learning import check_scheduler_name
+from fpn_plugin.config.learning import check_schedule
 from fpn_plugin.config.resolve import as_recorded
 from fpn_plugin.config.validate import check_pixels, plugin_config
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
@@ -302,7 +302,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
         """The schedule of `SOLVER.LR_SCHEDULER_NAME`, one of Detectron2's."""
-        check_scheduler_name(cfg)
+        check_schedule(cfg)
         return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod

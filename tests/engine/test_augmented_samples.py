@@ -12,12 +12,13 @@ import pytest
 import scene_data
 import torch
 from detectron2.config import LazyCall, instantiate
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.structures import BitMasks
 from helpers import own_datasets
 from scene_data import TRAIN
 
 from fpn_plugin.config import load_config
+from fpn_plugin.config.learning import check_schedule
 from fpn_plugin.data.copy_paste import CopyPasteMapper
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import SampleKey, build_train_loader, start_at
@@ -98,6 +99,31 @@ def test_python_configs(scenes: None) -> None:
     assert (after["image"] != before["image"]).any()
 
 
+def test_an_image_without_objects_is_cropped_too(scenes: None) -> None:
+    for empty in (True, False):
+        mapper = Mapper(config(INPUT__COPY_PASTE__ENABLED=empty), is_train=True)
+        record = {**DatasetCatalog.get(TRAIN)[0], "annotations": [{"iscrowd": 1}] * empty}
+        assert len(mapper(record)["instances"]) == 0
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"LR_SCHEDULER_NAME": "Cosine"}, "SOLVER.LR_SCHEDULER_NAME: .*'Cosine'.*WarmupCosineLR"),
+        (
+            {"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 1.0},
+            "SOLVER.BASE_LR_END: 1.0 .* SOLVER.BASE_LR: 0.0004",
+        ),
+        ({"MAX_ITER": 460}, r"SOLVER.STEPS: \(380, 460\) .* SOLVER.MAX_ITER: 460"),
+        ({"STEPS": (30, 20)}, r"SOLVER.STEPS: \(30, 20\) "),
+    ],
+)
+def test_schedules_that_cannot_be(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=message):
+        check_schedule(config(**{f"SOLVER__{key}": value for key, value in keys.items()}))
+    check_schedule(config(SOLVER__MAX_ITER=400))  # Detectron2 warns of a later step
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
@@ -113,10 +139,6 @@ def test_python_configs(scenes: None) -> None:
         (
             {"MODEL__EMA__ENABLED": True, "TEST__PRECISE_BN__ENABLED": True},
             "TEST.PRECISE_BN.ENABLED: True .* MODEL.EMA.ENABLED: True",
-        ),
-        (
-            {"SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR", "SOLVER__BASE_LR_END": 1.0},
-            "SOLVER.BASE_LR_END: 1.0 .* SOLVER.BASE_LR: 0.0004",
         ),
         ({"INPUT__COPY_PASTE__CHANCE": 1.0}, "INPUT.COPY_PASTE.CHANCE"),
     ],
