@@ -15,6 +15,7 @@ from typing import Any, Iterator, NamedTuple
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.config import settings
+from fpn_plugin.config.learning import EMASettings
 
 # The values of MODEL.BACKBONE.NAME that this plugin adds
 PYRAMID_BUILDER = "build_pyramid_backbone"
@@ -154,10 +155,10 @@ _KEYS = [
         "averages the weights over the iterations (D2Go's `MODEL_EMA`); the averages are what is"
         " evaluated, drawn and saved as the model of a checkpoint",
     ),
-    Key("MODEL.EMA.DECAY", 0.999, "the share of the old average in the next one"),
+    Key("MODEL.EMA.DECAY", EMASettings().decay, "the share of the old average in the next one"),
     Key(
         "MODEL.EMA.DECAY_WARM_UP_FACTOR",
-        10,
+        EMASettings().decay_warm_up_factor,
         "the n-th average takes at most (1 + n) / (this + n) of the one before, so that short runs"
         " forget the weights that they began with; `-1`: `DECAY` from the start, D2Go's default",
     ),

@@ -17,10 +17,10 @@ _SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaL
 
 
 class EMASettings(NamedTuple):
-    """The keys of `MODEL.EMA`, in lower case."""
+    """The keys of `MODEL.EMA`, in lower case, with their defaults."""
 
-    decay: float
-    decay_warm_up_factor: int
+    decay: float = 0.999
+    decay_warm_up_factor: int = 10
 
 
 def read_ema(cfg: CfgNode) -> EMASettings | None:
@@ -41,7 +41,7 @@ def ema_settings(entries: Mapping[str, Any], key: str, spelt: Any = str) -> EMAS
         key: of the section, for messages.
         spelt: how its entries are written there.
     """
-    known = {"enabled": False, "decay": 0.999, "decay_warm_up_factor": 10}
+    known = {"enabled": False, **EMASettings()._asdict()}
     for name in entries:
         if name not in known:
             raise unknown_name(key, spelt(name), [spelt(each) for each in known])
