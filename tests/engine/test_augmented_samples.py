@@ -8,13 +8,16 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scene_data
 import torch
 from detectron2.config import LazyCall, instantiate
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.structures import BitMasks
+from detectron2.structures.masks import polygons_to_bitmask
 from helpers import own_datasets
+from pycocotools.mask import encode
 from scene_data import TRAIN
 
 from fpn_plugin.config import load_config
@@ -98,6 +101,34 @@ def test_python_configs(scenes: None) -> None:
     record = paste.dataset[0]
     before, after = paste.mapper(record)["image"], [paste(record)["image"] for _ in range(20)]
     assert any((image != before).any() for image in after), "the partner may be the image itself"
+
+
+def test_padding_is_part_of_no_mask_and_ignored_in_semantic_labels(scenes: None) -> None:
+    keys = {
+        "INPUT__LSJ__MIN_SCALE": 0.5,
+        "INPUT__LSJ__MAX_SCALE": 0.5,
+        "INPUT__RANDOM_FLIP": "none",
+    }
+    mapper = Mapper(config(**keys), is_train=True)
+    polygons = DatasetCatalog.get(TRAIN)[0]
+    size = polygons["height"], polygons["width"]
+    objects = [
+        {
+            **x,
+            "segmentation": encode(
+                np.asfortranarray(polygons_to_bitmask(x["segmentation"], *size))
+            ),
+        }
+        for x in polygons["annotations"]
+    ]
+    labels = polygons["file_name"].replace("train0", "labels_train0")
+    sample = mapper({**polygons, "annotations": objects, "sem_seg_file_name": labels})
+    height, width = 27, 32  # of 80 and 96
+    masks, boxes = sample["instances"].gt_masks.tensor, sample["instances"].gt_boxes.tensor
+    assert len(masks) > 1 and (sample["image"][:, height:] == 128).all()
+    assert not masks[:, height:].any() and not masks[:, :, width:].any() and masks.any()
+    assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+    assert (sample["sem_seg"][height:] == 255).all()
 
 
 def test_an_image_without_objects_is_cropped_too(scenes: None) -> None:
