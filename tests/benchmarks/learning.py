@@ -1,12 +1,13 @@
 """What each option of learning brings: averaged weights, a cosine schedule, large-scale jitter,
 copy-paste and test-time augmentation, over seeds.
 
-    python tests/benchmarks/learning.py CONFIG --output FOLDER [--seeds 0,1,2] [--only NAMES] [KEY VALUE …]
+    python tests/benchmarks/learning.py CONFIG [KEY VALUE …] --output FOLDER [--seeds 0,1,2] [--only NAMES]
 
 Each way to train is trained once per seed, with `MODEL.EMA`: as a run is trained the same with and
 without (tests/engine/test_ema.py), it gives the results of both. Each is evaluated as trained and
-averaged, with and without `TEST.AUG`. What is there already is not done again, so that the command
-goes on where it was interrupted; it ends with the table of all that is there.
+averaged, with and without `TEST.AUG`, on `DATASETS.TEST`: name one that may be chosen on. What is
+there is not done again, so that the command goes on where it was interrupted; it ends with the
+table of all that is there.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
+from detectron2.data import DatasetCatalog
 
 from fpn_plugin.checkpoint.checkpointer import StrictCheckpointer
 from fpn_plugin.config.resolve import load_config
@@ -58,7 +60,8 @@ def evaluate(config: str, folder: Path, opts: list[str]) -> dict[str, dict[str, 
     args = argparse.Namespace(config_file=config, opts=[*opts, "OUTPUT_DIR", str(folder / "eval")])
     cfg = load_config(args)
     cfg.TEST.AUG.ENABLED = True
-    cfg.TEST.AUG.MIN_SIZES = tuple(round(scale * cfg.INPUT.MIN_SIZE_TEST) for scale in SCALES)
+    side = cfg.INPUT.MIN_SIZE_TEST or shorter_side(cfg.DATASETS.TEST)  # 0: as the images are
+    cfg.TEST.AUG.MIN_SIZES = tuple(round(scale * side) for scale in SCALES)
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
     results = {}
     for name in ("averaged", "as trained"):
@@ -72,6 +75,12 @@ def evaluate(config: str, folder: Path, opts: list[str]) -> dict[str, dict[str, 
         StrictCheckpointer(model).load(str(path))
         results[name] = Trainer.test(cfg, model)
     return results
+
+
+def shorter_side(names: Sequence[str]) -> float:
+    """The median of the shorter sides of datasets' images, in pixels."""
+    records = [record for name in names for record in DatasetCatalog.get(name)]
+    return statistics.median(min(record["height"], record["width"]) for record in records)
 
 
 def collect(root: Path) -> dict[tuple[str, str, str], dict[int, dict[str, float]]]:
@@ -118,7 +127,8 @@ def main() -> None:
     parser.add_argument("--only", default="steps,cosine,lsj", help=", ".join(TRAININGS))
     parser.add_argument("opts", nargs="*")
     args = parser.parse_intermixed_args()
-    side = load_config(argparse.Namespace(config_file=args.config, opts=args.opts))
+    inputs = load_config(argparse.Namespace(config_file=args.config, opts=args.opts)).INPUT
+    side = round(inputs.MIN_SIZE_TEST or statistics.median(inputs.MIN_SIZE_TRAIN))
     for seed in map(int, args.seeds.split(",")):
         for name in args.only.split(","):
             folder = args.output / name / f"seed{seed}"
@@ -126,7 +136,7 @@ def main() -> None:
                 continue
             keys = {**TRAININGS[name], "SEED": seed}
             if keys.get("INPUT.LSJ.ENABLED"):
-                keys["INPUT.LSJ.IMAGE_SIZE"] = side.INPUT.MIN_SIZE_TEST
+                keys["INPUT.LSJ.IMAGE_SIZE"] = side
             train(args.config, folder, keys, args.opts)
             results = evaluate(args.config, folder, args.opts)
             (folder / "results.json").write_text(json.dumps(results))
