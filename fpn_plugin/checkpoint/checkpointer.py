@@ -5,6 +5,7 @@ Everything that a run must not lose is written by :func:`write_atomically`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -212,6 +213,7 @@ class Checkpointer(DetectionCheckpointer):
 
     Attributes:
         record: of the run, put into each checkpoint: see `fpn_plugin.checkpoint.record`.
+        saving: makes a context in which the model has the weights that are to be saved.
 
     Args:
         key: the config key that names the files to start from, for messages.
@@ -232,6 +234,7 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._key, self._title = key, ""
         self.record: dict[str, Any] = {}
+        self.saving: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         if self.save_dir and self.save_to_disk:
             _remove_leftovers(self.save_dir)
 
@@ -248,14 +251,15 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **kwargs}
-        if self.record:
-            data[RECORD] = self.record
         path = Path(self.save_dir, f"{name}.pth")
-        require_finite(self.model, f"{path} is not written")
-        logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(data, file), _tensor_bytes(data))
+        with self.saving():
+            states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+            data = {"model": self.model.state_dict(), **states, **kwargs}
+            if self.record:
+                data[RECORD] = self.record
+            require_finite(self.model, f"{path} is not written")
+            logger.info("Saving checkpoint to %s", path)
+            write_atomically(path, lambda file: torch.save(data, file), _tensor_bytes(data))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Iterator, NamedTuple
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin.config import settings
+from fpn_plugin.config.learning import EMASettings
 
 # The values of MODEL.BACKBONE.NAME that this plugin adds
 PYRAMID_BUILDER = "build_pyramid_backbone"
@@ -149,6 +150,19 @@ _KEYS = [
     Key("MODEL.FCOS.TOPK_CANDIDATES_TEST", 1000, "candidates of each level before NMS"),
     Key("MODEL.FCOS.NMS_THRESH_TEST", 0.6, "the largest overlap of two detections"),
     Key(
+        "MODEL.EMA.ENABLED",
+        False,
+        "averages the weights over the iterations (D2Go's `MODEL_EMA`); the averages are what is"
+        " evaluated, drawn and saved as the model of a checkpoint",
+    ),
+    Key("MODEL.EMA.DECAY", EMASettings().decay, "the share of the old average in the next one"),
+    Key(
+        "MODEL.EMA.DECAY_WARM_UP_FACTOR",
+        EMASettings().decay_warm_up_factor,
+        "the n-th average takes at most (1 + n) / (this + n) of the one before, so that short runs"
+        " forget the weights that they began with; `-1`: `DECAY` from the start, D2Go's default",
+    ),
+    Key(
         "MODEL.CHANNELS_LAST",
         False,
         "keeps weights in channels-last memory format: faster convolutions on most devices, the"
@@ -244,6 +258,35 @@ _KEYS = [
         " `percentile` (from the 0.1st percentile of each image to its 99.9th, all channels alike)"
         " or `full` (the full range of the file's type, of floats 0 to 1); images of 8 bits stay as"
         " they are",
+    ),
+    Key(
+        "INPUT.LSJ.ENABLED",
+        False,
+        "large-scale jitter in the place of `INPUT.MIN_SIZE_TRAIN`: an image is resized to fit into"
+        " a random multiple of a square, and cropped or padded to that square; Detectron2's"
+        " `ResizeScale` and `FixedSizeCrop`, as in its new baselines",
+    ),
+    Key("INPUT.LSJ.IMAGE_SIZE", 1024, "the square's side in pixels"),
+    Key("INPUT.LSJ.MIN_SCALE", 0.1, "the least multiple"),
+    Key("INPUT.LSJ.MAX_SCALE", 2.0, "the largest multiple"),
+    Key(
+        "INPUT.COPY_PASTE.ENABLED",
+        False,
+        "pastes objects of another training image, cut out along their masks, on each image"
+        " ([simple copy-paste](https://arxiv.org/abs/2012.07177)); the masks and boxes of what they"
+        " hide shrink. Best with `INPUT.LSJ`. For models with masks",
+    ),
+    Key("INPUT.COPY_PASTE.PROB", 1.0, "the share of images that get objects"),
+    Key(
+        "INPUT.COPY_PASTE.MAX_OBJECTS",
+        100,
+        "at most so many, from one on, each number up to all of the other image as likely",
+    ),
+    Key(
+        "INPUT.COPY_PASTE.MIN_VISIBLE",
+        0.1,
+        "an object of which a smaller share stays visible is none any more; `0`: only one that is"
+        " hidden whole",
     ),
     Key("DATALOADER.PERSISTENT_WORKERS", False, "keeps worker processes between epochs"),
     Key("DATALOADER.PIN_MEMORY", False, "batches in pinned memory, from which a GPU copies faster"),

@@ -20,6 +20,7 @@ from fpn_plugin.config.files import (
     settle_own_paths,
 )
 from fpn_plugin.config.heads import resolve_heads
+from fpn_plugin.config.learning import check_learning
 from fpn_plugin.config.pixels import resolve_pixels
 from fpn_plugin.config.unread import refuse_unread_keys
 from fpn_plugin.config.validate import (
@@ -62,6 +63,7 @@ def resolve_config(
     node = plugin_config(cfg)
     resolve_imports(node)
     refuse_unread_keys(node)
+    check_learning(node)
     if node.MODEL.BACKBONE.NAME in OWN_BUILDERS:
         check_network_name(node.MODEL.BOTTOM_UP.NAME)
     if node.MODEL.BACKBONE.NAME == PYRAMID_BUILDER:

@@ -34,7 +34,10 @@ _ROTATED = {
     "ROI_BOX_HEAD": ("POOLER_TYPE", "ROIAlignRotated"),
 }
 # Those in which every key is this plugin's, or Detectron2's
-_OWN_SECTIONS = ("MODEL.FPN", "MODEL.BOTTOM_UP", "MODEL.FCOS", "SOLVER.DDP", "DATASETS.OWN")
+_OWN_SECTIONS = (
+    *("MODEL.FPN", "MODEL.BOTTOM_UP", "MODEL.FCOS", "MODEL.EMA", "INPUT.LSJ", "INPUT.COPY_PASTE"),
+    *("SOLVER.DDP", "DATASETS.OWN"),
+)
 # of Detectron2's own formats, and those of Pillow's that have 8 bits and that it converts to
 _CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "L": 1, "LA": 2}
 _CHANNELS |= {"HSV": 3, "YCbCr": 3, "CMYK": 4, "RGBA": 4}

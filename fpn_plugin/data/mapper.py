@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import SizeMismatchError, annotations_to_instances
+from fvcore.transforms.transform import PadTransform
 
 from .deep_images import check_rule, readable
 
 __all__ = ["Mapper"]
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """The augmentations of `INPUT.LSJ`, Detectron2's."""
+    jitter = cfg.INPUT.LSJ
+    side = jitter.IMAGE_SIZE
+    return [
+        T.ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, side, side),
+        T.FixedSizeCrop(crop_size=(side, side)),
+    ]
 
 
 class Mapper(DatasetMapper):
@@ -42,6 +55,11 @@ class Mapper(DatasetMapper):
             cfg.defrost()
             cfg.MODEL.KEYPOINT_ON = False
         options = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.LSJ.ENABLED:
+            options["augmentations"][:1] = large_scale_jitter(cfg)  # in the place of the resizing
+            options["recompute_boxes"] = cfg.MODEL.MASK_ON
+        if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
+            options["instance_mask_format"] = "bitmask"
         return {**options, "deep_images": cfg.INPUT.DEEP_IMAGES}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -59,9 +77,28 @@ class Mapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
     ) -> None:
-        """Detectron2's; an object without keypoints beside others has points without a label."""
+        """Detectron2's; an object without keypoints beside others has points without a label, an
+        image without objects may be cropped, and what pads an image is part of no mask."""
+        objects = [x for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
+        if self.recompute_boxes and not objects:  # Detectron2 would look for their masks
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = annotations_to_instances([], image_shape)
+            return
         if self.use_keypoint and self.keypoint_hflip_indices is not None:
             points = [0.0] * (3 * len(self.keypoint_hflip_indices))
             for annotation in dataset_dict["annotations"]:
                 annotation.setdefault("keypoints", points)
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        super()._transform_annotations(dataset_dict, _for_masks(transforms), image_shape)
+
+
+def _for_masks(transforms: Any) -> T.TransformList:
+    """Transforms that pad masks with nothing.
+
+    Detectron2 applies those of semantic labels, which pad with 255 (ignored), to masks of pixels
+    too, where that is the object.
+    """
+    changed = [copy.copy(each) for each in T.TransformList([transforms]).transforms]
+    for each in changed:
+        if isinstance(each, PadTransform):
+            each.seg_pad_value = 0
+    return T.TransformList(changed)

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from fpn_plugin.data.coco_records import with_masks
+from fpn_plugin.data.copy_paste import CopyPaste
 from fpn_plugin.data.image_checks import READ_ERRORS, upright_size
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.data.shared_records import one_copy_per_host
@@ -96,6 +97,7 @@ class SeededDataset(torchdata.Dataset):
         seed: the run's seed.
         skip: whether an image that cannot be read counts as refused. The sample that replaces it
             has pairs of file and error under "skipped".
+        paste: puts objects of another image on each, if it is given.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class SeededDataset(torchdata.Dataset):
         mapper: Callable[[dict], Any],
         seed: int,
         skip: bool = False,
+        paste: CopyPaste | None = None,
     ) -> None:
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
         self.skip = skip
+        self.paste = paste
         self.rank = comm.get_rank()
 
     def __len__(self) -> int:
@@ -121,7 +125,7 @@ class SeededDataset(torchdata.Dataset):
             seed = derive_seed(self.seed, SAMPLE_STREAM, self.rank, key.position, attempt)
             index = key.image if attempt == 0 else seed % len(self)
             with seeded(seed):
-                sample = self._map(index, skipped)
+                sample = self._pasted(self._map(index, skipped), skipped)
             if sample is not None:
                 return {**sample, SKIPPED: skipped} if skipped else sample
         first = f" ({': '.join(skipped[0])})" if skipped else ""
@@ -129,6 +133,14 @@ class SeededDataset(torchdata.Dataset):
             f"the mapper refused {_MAPPER_TRIES} images in a row, the first at index {key.image}"
             f"{first}"
         )
+
+    def _pasted(self, sample: Any, skipped: list[tuple[str, str]]) -> Any:
+        """A sample with objects of another image; as it was if that is refused or skipped."""
+        if self.paste is None or sample is None:
+            return sample
+        partner = self.paste.draw_partner(len(self))
+        other = None if partner is None else self._map(partner, skipped)
+        return sample if other is None else self.paste(sample, other)
 
     def _map(self, index: int, skipped: list[tuple[str, str]]) -> Any:
         """The sample of an image, or None if the image is refused or skipped."""
@@ -168,7 +180,13 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     skip = check_on_error(cfg.DATALOADER.ON_ERROR) == "skip"
     dataset = one_copy_per_host(lambda: load_training_dicts(cfg), cfg.DATASETS.TRAIN)
     mapper = mapper or Mapper(cfg, is_train=True)
+    paste = _copy_paste(cfg)
     if isinstance(dataset, torchdata.IterableDataset):
+        if paste is not None:
+            raise ValueError(
+                f"INPUT.COPY_PASTE.ENABLED: True takes objects of any training image, but"
+                f" DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a stream: set it to False"
+            )
         if skip:
             raise ValueError(f"{KEY} 'skip': DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a stream")
         logger.warning(
@@ -181,7 +199,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     groups = [_aspect_group(record) for record in dataset] if grouped else None
     sampler = ResumableSampler(_detectron2_sampler(cfg, dataset), batch_size, groups)
     return build_detection_train_loader(
-        SeededDataset(dataset, mapper, cfg.SEED, skip),
+        SeededDataset(dataset, mapper, cfg.SEED, skip, paste),
         mapper=None,
         sampler=sampler,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
@@ -190,6 +208,11 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         seed=cfg.SEED,  # otherwise the loader draws from the training step's generator
         **loader_options(cfg),
     )
+
+
+def _copy_paste(cfg: CfgNode) -> CopyPaste | None:
+    keys = cfg.INPUT.COPY_PASTE
+    return CopyPaste(keys.PROB, keys.MAX_OBJECTS, keys.MIN_VISIBLE) if keys.ENABLED else None
 
 
 def loader_options(cfg: CfgNode) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A config has Detectron2's parts: `model`, `optimizer`, `lr_multiplier`, `dataloader` and `train`.
 This plugin adds to `train`: `channels_last`, `amp.precision` (auto, fp16 or bf16), `compile` ("",
 pyramid or backbone), `fold_norms`, `fast_roi_align`, `accumulate` and `max_loss_ratio`, which are
-`SOLVER.ACCUMULATE` and `SOLVER.MAX_LOSS_RATIO`, and `ddp.compress`; a run records its classes in
+`SOLVER.ACCUMULATE` and `SOLVER.MAX_LOSS_RATIO`, `ddp.compress`, and `model_ema` and `test_aug`,
+which have the keys of `MODEL.EMA` and `TEST.AUG`; a run records its classes in
 `train.classes`. A resumed run goes on with the model, the optimizer and the schedule; unlike
 :class:`fpn_plugin.engine.trainer.Trainer` it does not go on at the same place in the data.
 Loaders with Detectron2's DatasetMapper get
@@ -19,7 +20,7 @@ import os
 from typing import Any, Sequence
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -33,11 +34,13 @@ from fpn_plugin.checkpoint.files import fetch, is_remote
 from fpn_plugin.checkpoint.record import make_record, plain_config, read_record
 from fpn_plugin.checkpoint.run_folder import CONFIG, metric_lines
 from fpn_plugin.config.files import find_config_file
+from fpn_plugin.config.learning import EMASettings, ema_settings
 from fpn_plugin.config.resolve import DATA_FLAGS
 from fpn_plugin.data.classes import compare_classes, dataset_classes, recorded_classes
 from fpn_plugin.engine import elastic
 from fpn_plugin.engine.accumulate import check_parts
 from fpn_plugin.engine.agreement import compare_machines, settings_of
+from fpn_plugin.engine.ema import EMAHook
 from fpn_plugin.engine.faults.actionable import actionable_errors, describe_sizes
 from fpn_plugin.engine.faults.divergence import DivergenceRules, last_sizes
 from fpn_plugin.engine.folder_lock import hold
@@ -70,6 +73,7 @@ from fpn_plugin.engine.setup import (
 from fpn_plugin.engine.step import build_python_optimizer, make_step_trainer
 from fpn_plugin.engine.summary import log_pyramid
 from fpn_plugin.engine.warm.start import holds_two_pyramids, load_adapted
+from fpn_plugin.evaluation.augmentation import SUFFIX, python_settings
 from fpn_plugin.modeling import python_config
 from fpn_plugin.modeling.precision import choose_dtype
 from fpn_plugin.modeling.python_config import (
@@ -78,11 +82,17 @@ from fpn_plugin.modeling.python_config import (
     device_of,
     read_python_config,
 )
-from fpn_plugin.modeling.speed import Speed, prepare_for_inference, prepare_for_training
+from fpn_plugin.modeling.speed import (
+    Speed,
+    augmented,
+    prepare_for_inference,
+    prepare_for_training,
+)
 
 logger = logging.getLogger(__name__)
 
 _PARTS_KEY = "train.accumulate"
+_EMA_KEY = "train.model_ema"
 
 pretrained_timm = python_config.pretrained_timm  # where configs and runs of before name it
 
@@ -132,7 +142,8 @@ def _preflight(cfg: DictConfig, processes: int) -> None:
     """Check what would fail only in the processes of a run."""
     key, parts = "dataloader.train.total_batch_size", _parts(cfg)
     batch = OmegaConf.select(cfg, key)
-    exchange = read_python_exchange(_ddp_entries(cfg))
+    exchange = read_python_exchange(_entries(cfg, "ddp"))
+    _ema(cfg)
     if isinstance(batch, int):
         check_batch(key, batch, processes, parts, _PARTS_KEY)
     if processes < 2:
@@ -209,7 +220,8 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     optimizer = build_python_optimizer(cfg, model)
     loader = instantiate(cfg.dataloader.train)
     _record_classes(cfg)
-    parallel = make_parallel(model, _device_type(cfg), read_python_exchange(_ddp_entries(cfg)))
+    _test_augmentation(cfg, model)
+    parallel = make_parallel(model, _device_type(cfg), read_python_exchange(_entries(cfg, "ddp")))
     trainer = make_step_trainer(
         *(parallel, loader, optimizer, _device_type(cfg), _dtype(cfg), _divergence_rules(cfg)),
         *(_parts(cfg), _PARTS_KEY),
@@ -217,7 +229,9 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     folder, key = cfg.train.output_dir, "train.init_checkpoint"
     checkpointer = Checkpointer(model, folder, key=key, trainer=trainer)
     checkpointer.record = make_record(plain_config(cfg), model, optimizer)
-    trainer.register_hooks(_hooks(cfg, model, optimizer, checkpointer))
+    ema = EMAHook(model, _ema(cfg), _EMA_KEY)
+    checkpointer.saving = ema.in_model
+    trainer.register_hooks(_hooks(cfg, trainer, ema, model, optimizer, checkpointer))
     start, end = 0, cfg.train.max_iter
     if resumes:
         resume_run(checkpointer, optimizer)
@@ -243,25 +257,42 @@ def train(cfg: DictConfig, resume: bool = False, overwrite: bool = False) -> dic
     return _last_results(trainer, folder)
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, model: nn.Module, augments: bool = True) -> dict[str, Any]:
     """The results of `dataloader.evaluator` on `dataloader.test`, or {} if there is no evaluator.
 
     Its files go to `train.output_dir`/inference unless it says otherwise.
+
+    Args:
+        augments: whether, with `train.test_aug.enabled`, the results with test-time augmentation
+            follow, as "bbox_TTA".
     """
     if "evaluator" not in cfg.dataloader:
         return {}
-    settings = cfg.dataloader.evaluator
+    settings, augmentation = cfg.dataloader.evaluator, _test_augmentation(cfg, model)
     if "output_dir" not in settings:
         settings.output_dir = os.path.join(cfg.train.output_dir, "inference")
-    loader = instantiate(cfg.dataloader.test)
+    loader = InterruptibleLoader(instantiate(cfg.dataloader.test))
     _check_test_classes(cfg)
     prepared = prepare_for_inference(model, _speed(cfg))
     folder, key = cfg.train.output_dir, "dataloader.test.num_workers"
     with actionable_errors("evaluating", folder, lambda: _evaluation_hints(cfg), key):
-        results = inference_on_dataset(prepared, InterruptibleLoader(loader), instantiate(settings))
+        results = inference_on_dataset(prepared, loader, instantiate(settings))
+        if augments and augmentation is not None:
+            logger.info("Evaluating with test-time augmentation (train.test_aug)")
+            settings = OmegaConf.merge(settings, {"output_dir": settings.output_dir + SUFFIX})
+            tested = augmented(augmentation, prepared)
+            more = inference_on_dataset(tested, loader, instantiate(settings))
+            results |= {name + SUFFIX: values for name, values in more.items()}
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def _test_augmentation(cfg: DictConfig, model: nn.Module) -> CfgNode | None:
+    """What `train.test_aug` says, in the keys of `TEST.AUG`; None if it is not enabled."""
+    entries = _entries(cfg, "test_aug")
+    is_enabled = entries.pop("enabled", False)
+    return python_settings(model, entries, "train.test_aug") if is_enabled else None
 
 
 def _record_classes(cfg: DictConfig) -> None:
@@ -286,7 +317,12 @@ def _check_test_classes(cfg: DictConfig) -> None:
 
 
 def _hooks(
-    cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer
+    cfg: DictConfig,
+    trainer: SimpleTrainer,
+    ema: EMAHook,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpointer: Checkpointer,
 ) -> list[Any]:
     """Detectron2's hooks and ours; only the main process has those that write."""
     settings, main = cfg.train, comm.is_main_process()
@@ -294,6 +330,7 @@ def _hooks(
     chosen = [
         hooks.IterationTimer(),
         normalizer,
+        ema,
         hooks.LRScheduler(optimizer, scheduler=instantiate(cfg.lr_multiplier)),
     ]
     if main:
@@ -303,8 +340,9 @@ def _hooks(
     chosen.append(elastic.CopyHook(settings.output_dir, settings.checkpointer.period))
 
     def evaluate_model() -> dict[str, Any]:
-        share_statistics(model)
-        return evaluate(cfg, model)
+        with ema.in_model():
+            share_statistics(model)
+            return evaluate(cfg, model, augments=trainer.iter >= settings.max_iter)
 
     chosen.append(EvalHook(settings.eval_period, evaluate_model, settings.output_dir))
     if main:
@@ -338,9 +376,14 @@ def _parts(cfg: DictConfig) -> int:
     return check_parts(_PARTS_KEY, cfg.train.get("accumulate", 1))
 
 
-def _ddp_entries(cfg: DictConfig) -> dict[str, Any]:
-    entries: Any = OmegaConf.to_container(cfg.train.get("ddp") or OmegaConf.create())
+def _entries(cfg: DictConfig, section: str) -> dict[str, Any]:
+    """Those of a section of `train`, which may be missing."""
+    entries: Any = OmegaConf.to_container(cfg.train.get(section) or OmegaConf.create())
     return entries
+
+
+def _ema(cfg: DictConfig) -> EMASettings | None:
+    return ema_settings(_entries(cfg, "model_ema"), _EMA_KEY)
 
 
 def _speed(cfg: DictConfig) -> Speed:

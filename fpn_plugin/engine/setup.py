@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from fpn_plugin.checkpoint.checkpointer import find_checkpoint, write_atomically
 from fpn_plugin.checkpoint.fit import PARTIAL_HELP
 from fpn_plugin.checkpoint.run_folder import CONFIG, recorded_config
+from fpn_plugin.config.learning import check_learning, check_schedule
 from fpn_plugin.config.pixels import log_pixels, pixel_notes, read_pixels, write_pixels
 from fpn_plugin.config.resolve import (
     DATA_FLAGS,
@@ -137,6 +138,7 @@ def _preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_processes(args, cfg.MODEL.DEVICE)
     processes = processes_of(args)
     if not args.eval_only:
+        check_schedule(cfg)
         check_reference(cfg, processes, elastic.schedule_processes(processes))
         exchange = read_exchange(cfg)
         if processes > 1:
@@ -237,6 +239,7 @@ def prepare_config(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     resolve_imports(cfg)
     refuse_unread_keys(cfg)
+    check_learning(cfg)
     choose_device(cfg)
     check_data(cfg)
     _require_data(cfg, eval_only=False)

@@ -142,10 +142,16 @@ def _images(cfg: CfgNode) -> str:
     train, test = inputs.MIN_SIZE_TRAIN, inputs.MIN_SIZE_TEST
     train = [train] if isinstance(train, int) else list(train)
     how = " to " if inputs.MIN_SIZE_TRAIN_SAMPLING == "range" else ", "
-    return (
-        f"{inputs.FORMAT}, shorter side {how.join(map(str, train))} (at most"
-        f" {inputs.MAX_SIZE_TRAIN}); for tests {test} (at most {inputs.MAX_SIZE_TEST})"
-    )
+    sizes = f"shorter side {how.join(map(str, train))} (at most {inputs.MAX_SIZE_TRAIN})"
+    tested = f"for tests {test} (at most {inputs.MAX_SIZE_TEST})"
+    if inputs.LSJ.ENABLED:
+        jitter = inputs.LSJ
+        sizes = (
+            f"{jitter.MIN_SCALE:g} to {jitter.MAX_SCALE:g} times a square of {jitter.IMAGE_SIZE}"
+        )
+        tested = f"for tests shorter side {test} (at most {inputs.MAX_SIZE_TEST})"
+    pasted = ", with pasted objects" if inputs.COPY_PASTE.ENABLED else ""
+    return f"{inputs.FORMAT}, {sizes}{pasted}; {tested}"
 
 
 def _batch(cfg: CfgNode) -> str:
@@ -168,6 +174,8 @@ def _schedule(cfg: CfgNode, counts: Mapping[str, Sequence[int]]) -> str:
         parts += [f"× {solver.GAMMA:g} at {', '.join(map(str, steps))}"] if steps else []
     else:
         parts.append(solver.LR_SCHEDULER_NAME)
+    if cfg.MODEL.EMA.ENABLED:
+        parts.append(f"weights averaged (MODEL.EMA.DECAY {cfg.MODEL.EMA.DECAY:g})")
     return f"{solver.MAX_ITER} iterations{epochs}, {', '.join(parts)}, SEED {cfg.SEED}"
 
 

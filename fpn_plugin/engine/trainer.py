@@ -23,12 +23,14 @@ from fpn_plugin.checkpoint.checkpointer import Checkpointer
 from fpn_plugin.checkpoint.record import make_record, plain_config
 from fpn_plugin.checkpoint.run_folder import run_results
 from fpn_plugin.config.heads import check_heads_when_built
+from fpn_plugin.config.learning import check_schedule
 from fpn_plugin.config.resolve import as_recorded
 from fpn_plugin.config.validate import check_pixels, plugin_config
 from fpn_plugin.data.classes import check_test_classes, tag_model, with_classes_of
 from fpn_plugin.data.mapper import Mapper
 from fpn_plugin.engine.data import build_train_loader, start_at
 from fpn_plugin.engine.elastic import CopyHook, save_now, schedule_processes
+from fpn_plugin.engine.ema import build_ema_hook
 from fpn_plugin.engine.faults.actionable import (
     actionable_errors,
     evaluation_hints,
@@ -57,15 +59,11 @@ from fpn_plugin.engine.setup import data_counts, has_begun, prepare_config, writ
 from fpn_plugin.engine.step import build_optimizer, build_step_trainer
 from fpn_plugin.engine.summary import log_summary
 from fpn_plugin.engine.warm.start import start_warm
-from fpn_plugin.evaluation.augmentation import (
-    SUFFIX,
-    augment_at_test_time,
-    check_test_augmentation,
-)
+from fpn_plugin.evaluation.augmentation import SUFFIX, check_test_augmentation
 from fpn_plugin.evaluation.build import build_evaluator
 from fpn_plugin.modeling.build import build_model
-from fpn_plugin.modeling.precision import Autocast, device_type
-from fpn_plugin.modeling.speed import prepare_for_inference, prepare_for_training
+from fpn_plugin.modeling.precision import device_type
+from fpn_plugin.modeling.speed import augmented, prepare_for_inference, prepare_for_training
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +85,7 @@ class Trainer(DefaultTrainer):
 
     Attributes:
         cfg: the config with the run's seed in it, and the classes of its training data.
+        ema: of `MODEL.EMA`; within `ema.in_model()` the model has the averaged weights.
 
     Raises:
         ValueError: if the data is bad, or does not fit the model.
@@ -124,7 +123,9 @@ class Trainer(DefaultTrainer):
         self.checkpointer.record = make_record(plain_config(as_recorded(cfg)), model, optimizer)
         self._seed_hook = SeedHook(cfg.SEED)
         normalizer = LossNormalizerHook(model, cfg.SOLVER.CHECKPOINT_PERIOD)
-        state_hooks = (self._seed_hook, normalizer, self._skips)
+        self.ema = build_ema_hook(cfg, model)
+        self.checkpointer.saving = self.ema.in_model
+        state_hooks = (self._seed_hook, normalizer, self.ema, self._skips)
         self.register_hooks([*state_hooks, *self.build_hooks()])
         save = partial(save_now, self.checkpointer, normalizer)
         self.register_hooks([InterruptHook(save, cfg.SOLVER.CHECKPOINT_PERIOD)])
@@ -264,7 +265,8 @@ class Trainer(DefaultTrainer):
             from fpn_plugin.engine.visualize_hook import build_visualize_hook
 
             # before the hook of the writers; the checkpointer has the model without DDP
-            hooks.insert(-1, build_visualize_hook(self.cfg, self.checkpointer.model))
+            hook = build_visualize_hook(self.cfg, self.checkpointer.model, self.ema.in_model)
+            hooks.insert(-1, hook)
         return hooks
 
     def _evaluate(self) -> dict[str, Any]:
@@ -275,8 +277,9 @@ class Trainer(DefaultTrainer):
             cfg.defrost()
             cfg.TEST.AUG.ENABLED = False
             cfg.freeze()
-        share_statistics(self.model)
-        self._last_eval_results = self.test(cfg, self.model)
+        with self.ema.in_model():
+            share_statistics(self.model)
+            self._last_eval_results = self.test(cfg, self.model)
         return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
@@ -295,6 +298,12 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of `SOLVER.OPTIMIZER`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """The schedule of `SOLVER.LR_SCHEDULER_NAME`, one of Detectron2's."""
+        check_schedule(cfg)
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -354,15 +363,8 @@ class Trainer(DefaultTrainer):
             names, folder = cfg.DATASETS.TEST, os.path.join(cfg.OUTPUT_DIR, "inference" + SUFFIX)
             folders = [os.path.join(folder, name) if len(names) > 1 else folder for name in names]
             evaluators = [cls.build_evaluator(cfg, *pair) for pair in zip(names, folders)]
-            augmented = super().test(cfg, _augmented(cfg, model), evaluators)
-            return {**results, **{key + SUFFIX: value for key, value in augmented.items()}}
-
-
-def _augmented(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """A prepared model with test-time augmentation, in the same precision."""
-    if isinstance(model, Autocast):
-        return Autocast(augment_at_test_time(cfg, model.model), model.device, model.dtype)
-    return augment_at_test_time(cfg, model)
+            more = super().test(cfg, augmented(cfg, model), evaluators)
+            return {**results, **{key + SUFFIX: value for key, value in more.items()}}
 
 
 def _with_seed(cfg: CfgNode, seed: int = -1) -> CfgNode:

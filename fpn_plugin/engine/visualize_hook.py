@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -50,6 +51,7 @@ class VisualizeHook(HookBase):
         period: in iterations.
         names: the names of the classes.
         skeleton: pairs of indices of key points to join.
+        drawing: makes a context in which the model has the weights that the pictures are of.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class VisualizeHook(HookBase):
         period: int,
         names: Sequence[str] = (),
         skeleton: Sequence[tuple[int, int]] = (),
+        drawing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
         self.model: Any = model
+        self.drawing = drawing
         self.mapper = mapper
         self.records = records
         self.period = period
@@ -112,7 +116,8 @@ class VisualizeHook(HookBase):
 
     def _draw(self, record: Record) -> Any:
         """The figure as `(3, H, W)`, 0 to 255."""
-        image = inspect_image(self.model, self.mapper, record)
+        with self.drawing():
+            image = inspect_image(self.model, self.mapper, record)
         objects = select_objects(image, self.names, SCORE, self.skeleton)
         figure = draw_image(image, objects, map_rows(self.pyramid, image.maps), SCORE)
         return as_pixels(figure, _DPI).transpose(2, 0, 1)
@@ -129,11 +134,16 @@ class _AfterBackward(HookBase):
         self.hook.put_gradients(1.0 if scaler is None else scaler.get_scale())
 
 
-def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
+def build_visualize_hook(
+    cfg: CfgNode,
+    model: nn.Module,
+    drawing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> VisualizeHook:
     """The hook of `TEST.VIS_PERIOD`, with the first images of `DATASETS.TEST` that have objects.
 
     Args:
         model: the model itself, not a wrapper.
+        drawing: see :class:`VisualizeHook`.
     """
     names = list(cfg.DATASETS.TEST[:1])
     records = [record for name in names for record in dataset_records(name, IMAGES)]
@@ -141,7 +151,7 @@ def build_visualize_hook(cfg: CfgNode, model: nn.Module) -> VisualizeHook:
         logger.warning("TEST.VIS_PERIOD: no pictures, as DATASETS.TEST is empty")
     mapper = Mapper(cfg, is_train=False)
     drawn = class_names(names, cfg), skeleton(names, cfg)
-    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, *drawn)
+    return VisualizeHook(model, mapper, records, cfg.TEST.VIS_PERIOD, *drawn, drawing)
 
 
 def gradient_norms(pyramid: GraphExecutor) -> dict[str, Tensor]:

@@ -237,8 +237,10 @@ def _replace_mappers(cfg: DictConfig) -> None:
     """Let loaders have our mapper in the place of Detectron2's, of which it is a subclass."""
     for split in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
-        if isinstance(mapper, DictConfig) and mapper.get(TARGET) in _DETECTRON2_MAPPER:
-            mapper[TARGET] = f"{Mapper.__module__}.{Mapper.__qualname__}"
+        while isinstance(mapper, DictConfig):
+            if mapper.get(TARGET) in _DETECTRON2_MAPPER:
+                mapper[TARGET] = f"{Mapper.__module__}.{Mapper.__qualname__}"
+            mapper = mapper.get("mapper")  # that of a CopyPasteMapper
 
 
 def device_of(cfg: DictConfig) -> str:

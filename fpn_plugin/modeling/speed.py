@@ -20,6 +20,7 @@ from fpn_plugin.bottom_up.base import AdaptedBackbone
 from fpn_plugin.compat import COMPILE as COMPILE_TORCH
 from fpn_plugin.compat import require_torch
 from fpn_plugin.config.validate import plugin_config
+from fpn_plugin.evaluation.augmentation import augment_at_test_time
 from fpn_plugin.modeling.fold import cast_weights, fold_norms, fold_traced
 from fpn_plugin.modeling.pooling import gather_poolers
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
@@ -142,6 +143,13 @@ def prepare_for_inference(model: nn.Module, cfg: CfgNode | Speed) -> nn.Module:
         cast_weights(model, speed.dtype)
     prepare_for_training(model, speed)
     return model if speed.dtype is None else Autocast(model, speed.device, speed.dtype)
+
+
+def augmented(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """A model of :func:`prepare_for_inference` with test-time augmentation, in its precision."""
+    if isinstance(model, Autocast):
+        return Autocast(augment_at_test_time(cfg, model.model), model.device, model.dtype)
+    return augment_at_test_time(cfg, model)
 
 
 def compile_part(model: nn.Module, part: str, where: str = "MODEL.COMPILE") -> None:

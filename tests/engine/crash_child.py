@@ -204,12 +204,14 @@ def train_together(json_file: str, folder: str) -> None:
     whole, broken = Path(folder, "whole"), Path(folder, "broken")
     for output, start in ((whole, 0), (broken, 2)):
         torch.manual_seed(0)
-        trainer = Trainer(tiny_config(output, SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2))
+        keys = {"SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 2, "MODEL__EMA__ENABLED": True}
+        trainer = Trainer(tiny_config(output, **keys))
         trainer.resume_or_load(resume=start > 0)
         assert trainer.start_iter == start
         trainer.train()
         weights = trainer.checkpointer.model.state_dict()
-        torch.save(weights, output / f"rank{comm.get_rank()}.pth")
+        averages = {f"average.{name}": x for name, x in trainer.ema._averages.items()}
+        torch.save({**weights, **averages}, output / f"rank{comm.get_rank()}.pth")
         if start == 0 and comm.is_main_process():
             broken.mkdir()
             shutil.copy(whole / "model_0000001.pth", broken)

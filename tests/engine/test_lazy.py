@@ -72,17 +72,25 @@ def test_train_resume_and_evaluate(
 ) -> None:
     monkeypatch.setattr(lazy, "setup_logger", lambda *args, **kwargs: None)
     output = tmp_path / "run"
-    results = run(monkeypatch, output, "train.amp.enabled=True")
+    options = ["+train.model_ema.enabled=True", "+train.test_aug.enabled=True"]
+    options += ["+train.test_aug.min_sizes=[64]", "train.eval_period=1"]
+    results = run(monkeypatch, output, "train.amp.enabled=True", *options)
     assert "bbox/AP" in results
+    augmented = [x["iteration"] for x in metric_lines(str(output)) if "bbox_TTA/AP" in x]
+    assert augmented == [2] and "bbox_TTA/AP" in results
+    assert (output / "inference_TTA" / "coco_instances_results.json").is_file()
     assert (output / "inference" / "coco_instances_results.json").is_file()
     assert iterations(output) == [0, 1]  # written before each checkpoint, so that none is lost
     first = torch.load(output / "model_0000000.pth", weights_only=False)
     assert first["iteration"] == 0 and "optimizer" in first["trainer"]
+    trained, average = first["trainer"]["hooks"]["EMAHook"]["trained"], first["model"]
+    assert sum(not torch.equal(x, average[name]) for name, x in trained.items()) > 50
 
     with pytest.raises(FileExistsError, match="train.output_dir .* --resume .* --overwrite"):
         run(monkeypatch, output)
     run(monkeypatch, output, "--resume", "train.max_iter=3")
     assert iterations(output) == [0, 1, 2]
+    assert "train.model_ema was enabled and is not" in log.text
     assert sorted(file.name for file in output.glob("model_*")) == [
         "model_0000000.pth",
         "model_0000001.pth",
@@ -154,6 +162,8 @@ def test_two_processes_on_the_cpu_from_the_command_line(dataset: Path, tmp_path:
         (["--allow-partial"], "--allow-partial is for --eval-only"),
         (["train.amp.enabled=True", "+train.amp.precision=fp16"], "train.amp.precision 'fp16' nee"),
         (["train.amp.enabled=True", "+train.amp.precision=half"], "train.amp.precision.*'half'"),
+        (["+train.model_ema.decay=1"], "train.model_ema.decay: 1 "),
+        (["+train.test_aug={enabled: True, sizes: [4]}"], "train.test_aug: unknown name 'sizes'"),
         (["+train.max_loss_ratio=0.5"], "train.max_loss_ratio: 0.5 is neither 0"),
     ],
 )

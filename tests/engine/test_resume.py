@@ -18,6 +18,8 @@ from fpn_plugin.engine.trainer import Trainer
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw-ungrouped-two-workers": {
         "SOLVER__OPTIMIZER": "AdamW",
+        "SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR",
+        "MODEL__EMA__ENABLED": True,
         "SOLVER__BASE_LR": 1e-3,
         "DATALOADER__ASPECT_RATIO_GROUPING": False,
         "DATALOADER__NUM_WORKERS": 2,

@@ -72,6 +72,12 @@ def test_what_detectron2_cannot_augment_is_refused_before_training(
     check_test_augmentation(cfg)
 
 
+@pytest.mark.parametrize("pyramid", ["bifpn", "nas_fpn", "graph"])
+def test_any_pyramid(pyramid: str, scenes: None, tmp_path: Path) -> None:
+    cfg = config("mask_rcnn", pyramid, tmp_path, *AUGMENTED)
+    assert "segm_TTA" in Trainer.test(cfg, Trainer.build_model(cfg))
+
+
 def test_one_channel(scenes: None, tmp_path: Path) -> None:
     keys = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [120.0], "MODEL.PIXEL_STD", [58.0]]
     cfg = augmented("faster_rcnn", tmp_path, *keys)

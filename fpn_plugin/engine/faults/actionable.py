@@ -105,12 +105,15 @@ def training_hints(cfg: CfgNode, sizes: Sequence[tuple[int, ...]] = ()) -> list[
         sizes: heights and widths in pixels of the last batch's images.
     """
     solver, fpn, inputs = cfg.SOLVER, cfg.MODEL.FPN, cfg.INPUT
+    side = f"INPUT.MIN_SIZE_TRAIN ({inputs.MIN_SIZE_TRAIN}) and MAX_SIZE_TRAIN"
+    side += f" ({inputs.MAX_SIZE_TRAIN})"
+    if inputs.LSJ.ENABLED:
+        side = f"INPUT.LSJ.IMAGE_SIZE ({inputs.LSJ.IMAGE_SIZE})"
     hints = [
         f"SOLVER.IMS_PER_BATCH ({solver.IMS_PER_BATCH}), and SOLVER.BASE_LR ({solver.BASE_LR:g}) in"
         " proportion",
         f"or take a larger SOLVER.ACCUMULATE ({solver.ACCUMULATE}): the same batch in more parts",
-        f"INPUT.MIN_SIZE_TRAIN ({inputs.MIN_SIZE_TRAIN}) and MAX_SIZE_TRAIN"
-        f" ({inputs.MAX_SIZE_TRAIN}){describe_sizes(sizes)}",
+        f"{side}{describe_sizes(sizes)}",
     ]
     if not solver.AMP.ENABLED:
         hints.append("or take SOLVER.AMP.ENABLED True: half of most maps")
