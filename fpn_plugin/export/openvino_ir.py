@@ -26,7 +26,8 @@ HINT_PATH = ["fpn_plugin", "inference_precision"]  # of the runtime information
 _HINT = "INFERENCE_PRECISION_HINT"
 # OpenVINO's name of the type that everything is computed in which is not quantised
 _HINTS = {"float32": "f32", "bf16": "bf16", "int8": "f32"}
-_PRODUCTS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"}
+_CONVOLUTIONS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData"}
+_PRODUCTS = {*_CONVOLUTIONS, "MatMul"}
 _KEPT = {*_PRODUCTS, "Constant", "Parameter", "Result"}
 _BACKBONE = "/backbone/"  # in the names of a detector's operations that are the backbone's
 _NOT_ZERO = 1e-30  # as a bias it changes nothing but exact zeros
@@ -82,7 +83,7 @@ def write(onnx_file: Path, path: Path, precision: str, quantisation: Quantisatio
     import openvino
 
     try:
-        model = openvino.Core().read_model(str(onnx_file))
+        model = openvino.convert_model(str(onnx_file))
         how = "by OpenVINO"
         if quantisation is not None:
             # read again without what ONNX leaves beside the graph: NNCF stumbles over it
@@ -104,25 +105,26 @@ def write(onnx_file: Path, path: Path, precision: str, quantisation: Quantisatio
 
 
 def give_biases(model: Any) -> None:
-    """Give convolutions a bias that have none and whose map is an output and is read on.
+    """Give every convolution a bias whose map is read more than once before anything is added.
 
-    OpenVINO 2026.4 multiplies what is read on by the quantised weights' scale twice, without a
-    bias between: P6 of an FPN came out as zeros.
+    OpenVINO 2026.4 multiplies by the scale of the quantised weights once more for one of the
+    readers: P6 of an FPN was zeros, and group norms mixed up their channels.
     """
     from openvino import opset13
 
-    for result in model.get_results():
-        source = result.input_value(0)
+    for node in model.get_ordered_ops():
+        source = node.output(0)
         readers = list(source.get_target_inputs())
-        node = source.get_node()
-        if node.get_type_name() not in _PRODUCTS or len(readers) < 2:
+        if node.get_type_name() not in _CONVOLUTIONS or len(readers) < 2:
             continue
-        shape = [1, node.get_output_partial_shape(0)[1].get_length(), 1, 1]
-        shifted = opset13.add(source, opset13.constant(np.full(shape, _NOT_ZERO, np.float32)))
+        shape = [1] * source.get_partial_shape().rank.get_length()
+        shape[1] = source.get_partial_shape()[1].get_length()
+        bias = opset13.constant(np.full(shape, _NOT_ZERO, np.float32))
+        shifted = opset13.add(source, bias)
         for reader in readers:
             reader.replace_source_output(shifted.output(0))
         shifted.output(0).set_names(source.get_names())
-        shifted.set_friendly_name(node.get_friendly_name() + "/biased")
+        shifted.set_friendly_name(f"{node.get_friendly_name()}/bias")
 
 
 def _quantise(model: Any, settings: Quantisation) -> Any:
