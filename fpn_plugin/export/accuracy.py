@@ -93,7 +93,7 @@ class Judge:
     def __init__(self, detector: Detector, model: ExportModel, data: TestData, bar: Bar) -> None:
         self._detector, self._model, self.data, self._bar = detector, model, data, bar
         self._limit = detection_limit(detector.cfg.TEST.DETECTIONS_PER_IMAGE)
-        self.reference = self._average_precision(self._predict_eagerly(detector.model), "the model")
+        self.reference = self._average_precision(predict_eagerly(detector.model), "the model")
 
     def compare(self, run: Runner) -> Evaluation:
         """Evaluate a file."""
@@ -120,23 +120,35 @@ class Judge:
             raise ValueError(f"{EVALUATE} {data.name}: its images have no objects")
         return {task: 0.0 if math.isnan(ap) else ap for task, ap in aps.items()}
 
-    @staticmethod
-    def _predict_eagerly(model: Any) -> Predict:
-        return lambda model_input: model([model_input])[0]
-
     def _predict_by(self, run: Runner) -> Predict:
-        if self._model.what == "backbone":
-            model = copy.copy(self._detector.model)
-            model._modules = dict(model._modules)  # of the copy alone
-            model.backbone = FileBackbone(run, self._detector.model.backbone)
-            return self._predict_eagerly(model)
+        return predict_by(run, self._model, self._detector.model)
 
-        def predict(model_input: Mapping[str, Any]) -> Mapping[str, Any]:
-            image = torch.as_tensor(model_input["image"]).float()
-            instances = Instances((image.shape[-2], image.shape[-1]))
-            for name, value in zip(self._model.outputs, run(image)):
-                instances.set(name, Boxes(value) if name == "pred_boxes" else value)
-            size = (model_input["height"], model_input["width"])
-            return {"instances": detector_postprocess(instances, *size)}
 
-        return predict
+def predict_by(run: Runner, model: ExportModel, detector: Any) -> Predict:
+    """What runs an exported file on a model's input, up to detections in the image's own size.
+
+    Args:
+        run: runs the file.
+        model: what was exported.
+        detector: that an exported backbone is a part of; it stays as it is.
+    """
+    if model.what == "backbone":
+        detector = copy.copy(detector)
+        detector._modules = dict(detector._modules)  # of the copy alone
+        detector.backbone = FileBackbone(run, detector.backbone)
+        return predict_eagerly(detector)
+
+    def predict(model_input: Mapping[str, Any]) -> Mapping[str, Any]:
+        image = torch.as_tensor(model_input["image"]).float()
+        instances = Instances((image.shape[-2], image.shape[-1]))
+        for name, value in zip(model.outputs, run(image)):
+            instances.set(name, Boxes(value) if name == "pred_boxes" else value)
+        size = (model_input["height"], model_input["width"])
+        return {"instances": detector_postprocess(instances, *size)}
+
+    return predict
+
+
+def predict_eagerly(detector: Any) -> Predict:
+    """What runs a detector on one input."""
+    return lambda model_input: detector([model_input])[0]
