@@ -22,6 +22,8 @@ EXTRAS = {
     "slurm": ["submitit>=1.5.4,<2"],  # fpn study --launcher slurm
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],  # fpn export to ONNX
 }
+# fpn export to OpenVINO, which reads ONNX; nncf quantises
+EXTRAS["deploy"] = [*EXTRAS["export"], "openvino>=2026.0", "nncf>=3.0"]
 # Either of them, and none in the place of the other: `import fpn_plugin` says so where both lack
 EXTRAS["opencv"] = ["opencv-python>=4.8"]
 EXTRAS["headless"] = ["opencv-python-headless>=4.8"]

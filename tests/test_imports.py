@@ -39,9 +39,11 @@ OPTIONAL = {
     "matplotlib",
     "timm",
     "faster_coco_eval",
+    "nncf",
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "submitit",
 }
 

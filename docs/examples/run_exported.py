@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Run a file that `fpn export` made. Needs numpy and either torch or onnxruntime, and Pillow (10.1
-or newer) for photos; neither Detectron2 nor this plugin.
+"""Run a file that `fpn export` made. Needs numpy and one of torch, onnxruntime and openvino, and
+Pillow (10.1 or newer) for photos; neither Detectron2 nor this plugin.
 
 python run_exported.py model.onnx photo.jpg                  # a detector: names, scores, a picture
 python run_exported.py model.onnx photo.jpg --score 0.3 --output seen.png --overwrite
+python run_exported.py model.xml photo.jpg                   # OpenVINO's, with model.bin beside it
 python run_exported.py model.pt2 --save maps.npz             # on a random image
 
 model.onnx.json, beside the file, says what the pixels must be and what comes out. Of a detector the
@@ -46,6 +47,31 @@ def load_onnx(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: session.run(None, {name: image})
+
+
+def load_openvino(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
+    import openvino
+
+    core = openvino.Core()
+    model, where = core.read_model(path), ["fpn_plugin", "inference_precision"]
+    # what is not in 8-bit integers: f32, or bf16 on a CPU that has it
+    precision = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else "f32"
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        print("this CPU has no bfloat16: computed in float32", file=sys.stderr)
+        precision = "f32"
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        results = compiled([image])
+        return [results[output] for output in compiled.outputs]
+
+    return run
+
+
+def load(path: Path, info: dict) -> Callable[[np.ndarray], list[np.ndarray]]:
+    if path.suffix == ".xml":
+        return load_openvino(path)
+    return load_onnx(path) if path.suffix == ".onnx" else load_torch(path, info)
 
 
 def read_photo(path: Path, info: dict) -> Any:
@@ -240,7 +266,7 @@ def report(outputs: Outputs, names: list[str], score: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("model", type=Path, help="the exported file: .ts, .pt2 or .onnx")
+    add("model", type=Path, help="the exported file: .ts, .pt2, .onnx or .xml")
     add("image", type=Path, nargs="?", help="default: a random one")
     add("--score", type=float, default=0.5, help="of a detector: the lowest that is shown (0.5)")
     text = "of a detector: the picture with names and scores (default: IMAGE_detections.png here)"
@@ -253,8 +279,7 @@ def main() -> None:
     draws = info["what"] == "detector" and args.image is not None
     if draws and output.exists() and not args.overwrite:
         raise SystemExit(f"--output: {output} exists; give --overwrite or another name")
-    run = load_onnx(args.model) if args.model.suffix == ".onnx" else load_torch(args.model, info)
-    outputs, image, picture = detect(run, args.image, info)
+    outputs, image, picture = detect(load(args.model, info), args.image, info)
     if info["what"] == "detector":
         report(outputs, names_of(outputs, info), args.score)
     else:

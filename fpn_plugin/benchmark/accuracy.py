@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Mapping, Sequence
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from pycocotools.coco import COCO
 
 from fpn_plugin.benchmark.models import BenchmarkModel, prepare
-from fpn_plugin.data.classes import adopt_classes, check_test_classes
-from fpn_plugin.data.coco_format import needed_splits, register_own
 from fpn_plugin.evaluation.bootstrap import (
     Sample,
     average_precision,
@@ -25,76 +16,15 @@ from fpn_plugin.evaluation.bootstrap import (
     images_with_hits,
 )
 from fpn_plugin.evaluation.coco_metrics import detection_limit
-from fpn_plugin.evaluation.scores import METRICS, Score, load_truth, score_results, support_of
+from fpn_plugin.evaluation.scores import METRICS, Score, score_results, support_of
 from fpn_plugin.modeling.python_config import test_mapper
 from fpn_plugin.report.progress import Bar
-from fpn_plugin.visualize.images import all_records
+from fpn_plugin.visualize.test_data import TestData, find_objects, part_of, read_test_data
 
-DATASET, NUM = "--dataset", "--num"
+__all__ = ["measure_ap", "read_test_data"]
 RESAMPLES = 1000
 NOT_TRAINED = "the checkpoint is not the whole of its weights"
 NO_DETECTIONS = "it gives no boxes of objects"
-
-
-@dataclass(frozen=True)
-class TestData:
-    """Images of a dataset, and the truth.
-
-    Attributes:
-        records: the images, evenly spread over the dataset's.
-        total: how many images the dataset has.
-        classes: the dataset's category id of each class of a model.
-    """
-
-    __test__ = False  # for pytest, which takes it for a test by its name
-
-    name: str
-    records: Sequence[dict[str, Any]]
-    total: int
-    truth: COCO
-    classes: Sequence[Any]
-
-
-def read_test_data(name: str, num: int, configs: Sequence[CfgNode], weights: str) -> TestData:
-    """Read some images of a dataset.
-
-    Args:
-        num: at most so many.
-        configs: of the models; their `DATASETS.OWN` are registered for "own_val".
-        weights: the checkpoint, whose classes must be the dataset's if it knows them.
-
-    Raises:
-        KeyError: if there is no such dataset.
-        ValueError: if its classes are not the model's, or it has no truth by COCO's rules.
-        FileNotFoundError: if its files are not there.
-    """
-    if not weights:
-        raise ValueError(f"{DATASET} {name}: AP of random weights says nothing; give --weights")
-    if num < 1:
-        raise ValueError(f"{NUM} {num} is not a number of images of 1 or more")
-    own = [cfg for cfg in configs if cfg.DATASETS.OWN.VAL_JSON] if name == "own_val" else []
-    if name == "own_val" and not own:
-        raise ValueError(f"{DATASET} {name}: no config has a DATASETS.OWN.VAL_JSON")
-    if len({cfg.DATASETS.OWN.VAL_JSON for cfg in own}) > 1:
-        files = ", ".join(dict.fromkeys(cfg.DATASETS.OWN.VAL_JSON for cfg in own))
-        raise ValueError(
-            f"{DATASET} {name}: the configs have different test sets, which cannot be compared:"
-            f" {files} (DATASETS.OWN.VAL_JSON)"
-        )
-    known = (own or list(configs))[-1].clone()
-    known.defrost()
-    adopt_classes(known, weights)
-    register_own(known, needed=needed_splits(name))
-    records = all_records(name)
-    check_test_classes(known, name)
-    truth = load_truth(name)
-    if isinstance(truth, str):
-        raise ValueError(f"{DATASET} {name}: no AP without the truth: {truth}")
-    count = min(num, len(records))
-    chosen = [records[(2 * i + 1) * len(records) // (2 * count)] for i in range(count)]
-    ids = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id") or {}
-    classes = [key for key, _ in sorted(ids.items(), key=lambda entry: entry[1])]
-    return TestData(name, chosen, len(records), truth, classes or sorted(truth.getCatIds()))
 
 
 def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -> dict[str, Any]:
@@ -113,7 +43,7 @@ def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -
     images = [record["image_id"] for record in data.records]
     limits = [model.config.cfg.TEST.DETECTIONS_PER_IMAGE for model in models.values()]
     limit = max(detection_limit(each) for each in limits)
-    truth = _part_of(data.truth, images)
+    truth = part_of(data.truth, images)
     scores: dict[str, dict[str, Score]] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -145,45 +75,17 @@ def measure_ap(models: Mapping[str, BenchmarkModel], data: TestData, bar: Bar) -
     }
 
 
-def _part_of(truth: COCO, images: Sequence[Any]) -> COCO:
-    """The truth of some images."""
-    kept = set(images)
-    part = COCO()
-    part.dataset = {
-        **truth.dataset,
-        "images": [image for image in truth.dataset["images"] if image["id"] in kept],
-        "annotations": [a for a in truth.dataset["annotations"] if a["image_id"] in kept],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        part.createIndex()
-    return part
-
-
-@torch.no_grad()
 def _detect(model: BenchmarkModel, data: TestData, bar: Bar) -> list[dict[str, Any]] | None:
     """A model's detections in COCO's format; None if it gives none at all."""
     cfg = model.config.cfg
-    ready, mapper = prepare(model.model, cfg, training=False), test_mapper(cfg)
-    results: list[dict[str, Any]] = []
-    bar.begin(f"AP on {data.name}: {model.name}", len(data.records))
-    for done, record in enumerate(data.records, 1):
+    ready = prepare(model.model, cfg, training=False)
+
+    def predict(model_input: Mapping[str, Any]) -> Mapping[str, Any]:
         with ready.autocast():
-            (output,) = ready.model([mapper(dict(record))])
-        if "instances" not in output:
-            return None
-        instances = output["instances"].to("cpu")
-        instances.pred_boxes.tensor = instances.pred_boxes.tensor.float()
-        instances.scores = instances.scores.float()
-        for result in instances_to_coco_json(instances, record["image_id"]):
-            if result["category_id"] >= len(data.classes):
-                raise ValueError(
-                    f"{DATASET} {data.name} has {len(data.classes)} classes, but {model.name}"
-                    f" predicts class {result['category_id']}: it was trained on other data"
-                )
-            result.pop("keypoints", None)
-            results.append({**result, "category_id": data.classes[result["category_id"]]})
-        bar.step(done)
-    return results
+            output: Mapping[str, Any] = ready.model([model_input])[0]
+            return output
+
+    return find_objects(predict, test_mapper(cfg), data, model.name, bar)
 
 
 def _pairs(

@@ -52,20 +52,24 @@ def program_error(name: str, error: BaseException, dynamic: bool) -> ValueError:
     )
 
 
-def onnx_error(error: BaseException, operations: Sequence[Operation]) -> ValueError:
+def onnx_error(
+    error: BaseException, operations: Sequence[Operation], name: str = "onnx"
+) -> ValueError:
     """For a model that torch.onnx failed on; names the nodes whose operators have no counterpart.
 
     Args:
         operations: those of the whole model.
+        name: of the format.
     """
     texts = _chain(error)
-    unknown = {name for pattern in _UNSUPPORTED for name in re.findall(pattern, "\n".join(texts))}
+    text = "\n".join(texts)
+    unknown = {found for pattern in _UNSUPPORTED for found in re.findall(pattern, text)}
     if not unknown:
-        return ValueError(f"--format onnx: torch.onnx fails: {texts[-1].strip()[:500]}")
-    named = [f"node {node!r}: {name}" for node, name in operations if name in unknown]
+        return ValueError(f"--format {name}: torch.onnx fails: {texts[-1].strip()[:500]}")
+    named = [f"node {node!r}: {found}" for node, found in operations if found in unknown]
     what = "; ".join(dict.fromkeys(named)) or ", ".join(sorted(unknown))
     return ValueError(
-        f"--format onnx: {what}: torch.onnx knows no counterpart; take another operator for that"
+        f"--format {name}: {what}: torch.onnx knows no counterpart; take another operator for that"
         " node, or --format torchscript"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_plugin.compat import EXPORT, TRACED_ONNX, require_torch
+from fpn_plugin.export import openvino_ir
 from fpn_plugin.export.errors import (
     detector_error,
     onnx_error,
@@ -24,14 +26,16 @@ from fpn_plugin.export.errors import (
     window_error,
 )
 from fpn_plugin.export.model import BATCH, ExportModel
+from fpn_plugin.export.openvino_ir import Quantisation, Runner
 
 OPSET = 20  # for GridSample; DeformConv needs 19
 TRACED_OPSET = 17  # RoiAlign as in Detectron2 needs 16
+# what torch.onnx writes: from a program of torch.export, and from a trace
+OPSETS = {"backbone": (18, 19, 20), "detector": (17, 18, 19, 20)}
 INPUT = "image"
 _MAX_ONNX_BYTES = 2**31
 
 logger = logging.getLogger(__name__)
-Runner = Callable[[Tensor], List[Tensor]]  # images -> the outputs, in order
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,24 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What some formats can be told.
+
+    Attributes:
+        opset: of ONNX; 0 for the one that holds all operators.
+        precision: of OpenVINO.
+        quantisation: for int8.
+    """
+
+    opset: int = 0
+    precision: str = "float32"
+    quantisation: Quantisation | None = None
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
 class Format:
     """A file format.
 
@@ -58,27 +80,38 @@ class Format:
         packages: the packages that it needs beside torch.
         write: writes a model to a file, and returns how in a few words.
         load: makes a file runnable.
+        extra: the extra of setup.py that has the packages.
+        more: suffixes of files that belong to it.
     """
 
     suffix: str
     packages: Sequence[str]
-    write: Callable[[ExportModel, Shape, Path], str]
+    write: Callable[..., str]  # of (ExportModel, Shape, Path, Options)
     load: Callable[[Path], Runner]
+    extra: str = "export"
+    more: Sequence[str] = ()
 
-    def require(self, name: str) -> None:
+    def require(self, name: str, *others: str) -> None:
         """Check that its packages are installed.
+
+        Args:
+            others: packages that are needed too.
 
         Raises:
             ImportError: naming the format and what to install.
         """
-        missing = [package for package in self.packages if not importlib.util.find_spec(package)]
+        packages = (*self.packages, *others)
+        missing = [package for package in packages if not importlib.util.find_spec(package)]
         if missing:
             raise ImportError(
-                f"--format {name} needs {', '.join(missing)}: pip install 'fpn_plugin[export]'"
+                f"--format {name} needs {', '.join(missing)}: pip install"
+                f" 'fpn_plugin[{self.extra}]'"
             )
 
 
-def write_torchscript(model: ExportModel, shape: Shape, path: Path) -> str:
+def write_torchscript(
+    model: ExportModel, shape: Shape, path: Path, options: Options = DEFAULTS
+) -> str:
     """Script the network if TorchScript can compile it, which keeps every size; else trace it.
 
     Raises:
@@ -113,7 +146,9 @@ def load_torchscript(path: Path) -> Runner:
     return _flat(torch.jit.load(str(path)))
 
 
-def write_torch_export(model: ExportModel, shape: Shape, path: Path) -> str:
+def write_torch_export(
+    model: ExportModel, shape: Shape, path: Path, options: Options = DEFAULTS
+) -> str:
     torch.export.save(export_program(model, shape, "torch_export"), path)
     return "by torch.export"
 
@@ -122,17 +157,24 @@ def load_torch_export(path: Path) -> Runner:
     return _flat(torch.export.load(path).module())
 
 
-def write_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
+def write_onnx(
+    model: ExportModel, shape: Shape, path: Path, options: Options = DEFAULTS, name: str = "onnx"
+) -> str:
     """Export by `torch.export`, so that errors can name the node of an operator.
+
+    Args:
+        name: of the format, for messages.
 
     Raises:
         ValueError: naming the nodes whose operators have no counterpart in ONNX.
     """
     if sum(p.numel() * p.element_size() for p in model.module.parameters()) > _MAX_ONNX_BYTES:
-        raise ValueError("--format onnx: the weights take more than 2 GB, which no ONNX file holds")
+        raise ValueError(
+            f"--format {name}: the weights take more than 2 GB, which no ONNX file holds"
+        )
     if model.what == "detector":
-        return _trace_to_onnx(model, shape, path)
-    program = export_program(model, shape, "onnx")
+        return _trace_to_onnx(model, shape, path, options.opset or TRACED_OPSET, name)
+    program, opset = export_program(model, shape, name), options.opset or OPSET
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -142,19 +184,19 @@ def write_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
                 dynamic_shapes=_dynamic(model, shape),
                 input_names=[INPUT],
                 output_names=list(model.outputs),
-                opset_version=OPSET,
+                opset_version=opset,
                 verbose=False,
             )
         except Exception as error:  # many types, depending on the stage that failed
-            raise onnx_error(error, operations_of_program(program)) from error
+            raise onnx_error(error, operations_of_program(program), name) from error
     for node in exported.model.graph:  # a third of the file, with paths of this machine
         for key in ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node"):
             node.metadata_props.pop(key, None)
     exported.save(str(path), external_data=False)
-    return f"by torch.onnx, opset {OPSET}"
+    return f"by torch.onnx, opset {opset}"
 
 
-def _trace_to_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
+def _trace_to_onnx(model: ExportModel, shape: Shape, path: Path, opset: int, format: str) -> str:
     """Export by tracing, as Detectron2 does: torch.export cannot follow its heads."""
     axes = {INPUT: {1: "height", 2: "width"}, **{name: {0: "found"} for name in model.outputs}}
     with warnings.catch_warnings(), torch.no_grad():
@@ -168,11 +210,12 @@ def _trace_to_onnx(model: ExportModel, shape: Shape, path: Path) -> str:
                 input_names=[INPUT],
                 output_names=list(model.outputs),
                 dynamic_axes=axes,
-                opset_version=TRACED_OPSET,
+                opset_version=opset,
             )
         except Exception as error:  # many types, depending on the stage that failed
-            raise onnx_error(error, operations_of_trace(_trace(model, shape))) from error
-    return f"by torch.onnx from a trace, opset {TRACED_OPSET}"
+            operations = operations_of_trace(_trace(model, shape))
+            raise onnx_error(error, operations, format) from error
+    return f"by torch.onnx from a trace, opset {opset}"
 
 
 def load_onnx(path: Path) -> Runner:
@@ -181,6 +224,21 @@ def load_onnx(path: Path) -> Runner:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: [torch.from_numpy(y) for y in session.run(None, {name: image.numpy()})]
+
+
+def write_openvino(
+    model: ExportModel, shape: Shape, path: Path, options: Options = DEFAULTS
+) -> str:
+    """Export to ONNX, and let OpenVINO read that.
+
+    Raises:
+        ValueError: as :func:`write_onnx`; or if OpenVINO or NNCF cannot follow the model.
+    """
+    with tempfile.TemporaryDirectory(prefix=".onnx", dir=path.parent) as folder:
+        onnx_file = Path(folder, "model.onnx")
+        how = write_onnx(model, shape, onnx_file, name="openvino")
+        more = openvino_ir.write(onnx_file, path, options.precision, options.quantisation)
+    return f"{how}, {more}"
 
 
 def export_program(model: ExportModel, shape: Shape, name: str) -> Any:
@@ -278,4 +336,12 @@ FORMATS = {
     "torchscript": Format(".ts", (), write_torchscript, load_torchscript),
     "torch_export": Format(".pt2", (), write_torch_export, load_torch_export),
     "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx, load_onnx),
+    "openvino": Format(
+        openvino_ir.SUFFIX,
+        ("onnx", "onnxscript", "openvino"),
+        write_openvino,
+        openvino_ir.load,
+        extra="deploy",
+        more=(openvino_ir.WEIGHTS,),
+    ),
 }

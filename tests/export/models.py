@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -14,7 +16,20 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from helpers import levels_of, randomize
 
 from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
+from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.model import ExportModel, export_backbone
+
+# a parameter per format; one whose packages are not installed here is skipped
+EVERY_FORMAT = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            any(importlib.util.find_spec(package) is None for package in format.packages),
+            reason=f"the packages of {name} are not installed",
+        ),
+    )
+    for name, format in FORMATS.items()
+]
 
 DETECTORS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",

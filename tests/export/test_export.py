@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data.transforms import ResizeShortestEdge
-from models import write_detector
+from models import EVERY_FORMAT, write_detector
 from PIL import Image
 
 from fpn_plugin.data.deep_images import read_image
@@ -59,13 +59,17 @@ def run_example(model: Path, *arguments: str) -> dict[str, np.ndarray]:
     return dict(np.load(saved))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) -> None:
     given = settings(faster_rcnn, name, tmp_path)
     assert [difference.shape[0] for difference in export(given, Bar(True))] == [1, 2, 3]
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == [given.output.name, given.output.name + ".json"]
-    info = json.loads((tmp_path / files[1]).read_text())
+    assert set(files) == {
+        *(given.output.with_suffix(suffix).name for suffix in FORMATS[name].more),
+        given.output.name,
+        given.output.name + ".json",
+    }
+    info = json.loads((tmp_path / files[-1]).read_text())
     assert info["strides"] == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
     assert (info["format"], info["mean"]) == ("BGR", [103.53, 116.28, 123.675])
     pixels = np.random.default_rng(0).integers(0, 256, (150, 170, 3), np.uint8)

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from detectron2.config import get_cfg
-from models import tiny_subject
+from models import EVERY_FORMAT, tiny_subject
 from networks import CASES
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ def with_network(name: str) -> ExportModel:
     return export_backbone(get_cfg(), SimpleNamespace(backbone=pyramid))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_windows_at_any_size_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--format {name}: 'bottom_up.*give --fixed-size HxW"):
         write = FORMATS[name].write
@@ -112,7 +112,7 @@ def test_an_operator_without_a_counterpart_is_named_with_its_node(tmp_path: Path
 ENDLESS = """
 import sys
 from pathlib import Path
-from models import tiny_subject
+from models import EVERY_FORMAT, tiny_subject
 from fpn_plugin.export.formats import FORMATS, Shape
 from fpn_plugin.export.errors import time_limit
 
