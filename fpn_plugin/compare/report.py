@@ -22,8 +22,11 @@ from fpn_plugin.report.tables import Table
 
 JSON, MARKDOWN, HTML = "compare.json", "compare.md", "compare.html"
 RUNS, GROUPS = "runs.csv", "configs.csv"
-# "loss.png" was drawn by earlier versions
-_PICTURES = ("difference_*.png", "sizes_*.png", "ap_*.png", "loss.png", "cost.png")
+_PICTURES = [
+    f"{name}.{suffix}"
+    for name in ("difference_*", "sizes_*", "ap_*", "loss", "cost")
+    for suffix in ("svg", "png")  # earlier versions wrote PNGs, and the losses
+]
 _STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.8rem, 1fr));
   gap: .8rem; margin: 1.4rem 0 }
@@ -73,7 +76,7 @@ def write_comparison(report: Mapping[str, Any], folder: str) -> Path:
         pictures = draw_all(report)
         (root / HTML).write_text(_page(report, tables, pictures), encoding="utf-8")
         for name, (heading, figure) in pictures.items():
-            lines += [f"![{heading}]({save(figure, root / f'{name}.png').name})", ""]
+            lines += [f"![{heading}]({save(figure, root / f'{name}.svg').name})", ""]
     lines += [_on_losses(report), ""]
     (root / MARKDOWN).write_text("\n".join(lines), encoding="utf-8")
     return root / HTML

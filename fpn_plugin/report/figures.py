@@ -29,9 +29,11 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG on white; returns the path."""
+    """Write a figure on white, as PNG or SVG by the suffix; returns the path."""
     FigureCanvasAgg(figure)  # without it a Figure cannot be written in some versions
-    figure.savefig(path, dpi=130, facecolor="white")
+    # the same bytes every time
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, dpi=130, facecolor="white", metadata=metadata)
     return path
 
 

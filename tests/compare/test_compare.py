@@ -75,7 +75,7 @@ def test_the_better_config_is_significant(study: Study) -> None:
 
 def test_all_files_are_there_and_say_the_same(study: Study) -> None:
     names = sorted(path.name for path in study.report.iterdir())
-    assert names == sorted([*FILES, *(f"{name}.png" for name in PICTURES)])
+    assert names == sorted([*FILES, *(f"{name}.svg" for name in PICTURES)])
     with (study.report / "runs.csv").open() as file:
         runs = list(csv.DictReader(file))
     assert [run["name"] for run in runs] == [

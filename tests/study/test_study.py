@@ -201,9 +201,9 @@ def test_what_is_done_is_skipped_and_compared_again(
     assert [run.state() for run in runs] == [DONE, DONE]
     outcome = run_study(study, runs, RunsProgress(quiet=True), local())
     assert (outcome.done, outcome.failures) == (runs, {})
-    assert list((study.output / "report").glob("*.png"))
+    assert list((study.output / "report").glob("*.svg"))
     assert compare_runs(study, outcome.done, quiet=True) == study.output / "report" / "compare.html"
-    assert not list((study.output / "report").glob("*.png"))
+    assert not list((study.output / "report").glob("*.svg"))
 
 
 def test_report_only_compares_what_is_done_and_starts_nothing(
