@@ -46,7 +46,7 @@ EXTRAS["dev"] = [
     *EXTRAS["parity"],
     *EXTRAS["timm"],
     *EXTRAS["fast_eval"],
-    *EXTRAS["export"],
+    *EXTRAS["deploy"],
     *EXTRAS["slurm"],
     *EXTRAS["docs"],
     *EXTRAS["opencv"],

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import DeformConv
 
 from fpn_plugin.checkpoint.checkpointer import write_atomically
+from fpn_plugin.export import tensorrt
 from fpn_plugin.export.accuracy import EVALUATE, MAX_DROP, Evaluation, Judge
 from fpn_plugin.export.calibration import CALIBRATE, calibration_records, prepare_record
 from fpn_plugin.export.errors import time_limit
@@ -129,6 +130,8 @@ def export(
             show(str(evaluation))
             _check_drop(settings, evaluation)
         info = _info(settings, model, shape, how, differences, evaluation)
+        if settings.format == "onnx":
+            info["tensorrt"] = {"list": tensorrt.LIST, "unsupported": tensorrt.unsupported(part)}
         text = json.dumps(info, indent=2) + "\n"
         json_path(settings.output).unlink(missing_ok=True)  # the file never has another's JSON
         for suffix in (*format.more, format.suffix):
