@@ -35,7 +35,7 @@ def calibration_records(sources: Sequence[str], num: int, cfg: CfgNode) -> List[
     for source in sources:
         if source in DatasetCatalog.list() or needed_splits(source):
             register_own(cfg.clone(), needed=needed_splits(source))
-            records += all_records(source)
+            records += all_records(source, CALIBRATE)
             continue
         try:
             records += [{"file_name": str(path)} for path in find_images([source])]

@@ -69,14 +69,17 @@ def dataset_records(name: str, num: int) -> list[dict[str, Any]]:
     return spread(all_records(name), num)
 
 
-def all_records(dataset: str) -> list[dict[str, Any]]:
+def all_records(dataset: str, flag: str = "--dataset") -> list[dict[str, Any]]:
     """All records of a registered dataset.
+
+    Args:
+        flag: that named it, for messages.
 
     Raises:
         KeyError: if there is no such dataset.
     """
     if dataset not in DatasetCatalog.list():
-        raise unknown_name("--dataset", dataset, DatasetCatalog.list(), advice=HOW_TO_ADD)
+        raise unknown_name(flag, dataset, DatasetCatalog.list(), advice=HOW_TO_ADD)
     return DatasetCatalog.get(dataset)
 
 

@@ -76,7 +76,7 @@ def read_test_data(
     known.defrost()
     adopt_classes(known, weights)
     register_own(known, needed=needed_splits(name))
-    records = all_records(name)
+    records = all_records(name, flag)
     check_test_classes(known, name)
     truth = load_truth(name)
     if isinstance(truth, str):
