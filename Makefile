@@ -8,7 +8,8 @@ DETECTRON2 ?=
 TORCH ?=
 DEMO ?= output/demo
 BENCHMARK ?= output/benchmark
-TEST_JOBS ?= 2
+# three for two cores, as some tests wait for clocks
+TEST_JOBS ?= 3
 MASKS ?= output/demo-masks
 
 # torch's OpenMP workers spin while they wait, which makes a busy machine ten to thirty times slower
