@@ -32,6 +32,7 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.run import get_args_parser
 
+from fpn_plugin.engine.interrupt import RESUME_ME
 from fpn_plugin.report.mistakes import PREFIX, mistake_of
 
 # seconds without a sign of life until the kernel asks, between its questions, and how many of these
@@ -147,7 +148,7 @@ class Heartbeat:
         self._silent: set[int] = set()
         self._losses: list[str] = []  # of other kinds than silence
         self._lost: set[int] = set()
-        self._code = os.EX_TEMPFAIL
+        self._code = RESUME_ME
         self._noticed, self._closing = threading.Event(), threading.Event()
         self._wake, self._alarm = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -321,7 +322,7 @@ def _endpoint(agent: int) -> str:
 def heartbeat(address: str) -> Iterator[None]:
     """Watch over the other processes while the body runs; all of them enter it together.
 
-    If one is lost, this process ends with exit code `os.EX_TEMPFAIL`, or the code of an error in
+    If one is lost, this process ends with exit code `RESUME_ME`, or the code of an error in
     that one; one process on each machine says on standard error which host it was and what to do.
 
     Args:

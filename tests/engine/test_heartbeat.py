@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fpn_plugin.engine import heartbeat
 from fpn_plugin.engine.heartbeat import SILENCE, Heartbeat, Peer
+from fpn_plugin.engine.interrupt import RESUME_ME
 
 PEERS = [Peer(rank, rank, name, 100 + rank, f"10.0.0.{rank}") for rank, name in enumerate("abc")]
 
@@ -84,7 +85,7 @@ def test_a_killed_process_is_named_everywhere(run: Run) -> None:
         message, code = run.ends[rank]
         assert message.startswith("rank 1 (process 101) on host b (10.0.0.1) ended without a word")
         assert "Look at b, then start the command on every host again: with --resume" in message
-        assert code == os.EX_TEMPFAIL
+        assert code == RESUME_ME
 
 
 def test_an_error_of_one_ends_all_with_its_message_and_code(run: Run) -> None:
@@ -124,7 +125,7 @@ def test_a_process_without_its_launcher_ends(run: Run, monkeypatch: pytest.Monke
     joined(run, 0, 1, 2)
     said = "its launcher (process 4) is gone"
     for message, code in run.ends.values():
-        assert said in message and "on host b" in message and code == os.EX_TEMPFAIL
+        assert said in message and "on host b" in message and code == RESUME_ME
 
 
 def test_the_kernel_asks_within_half_a_minute(run: Run) -> None:
