@@ -62,7 +62,7 @@ def load_openvino(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
 
     def run(image: np.ndarray) -> list[np.ndarray]:
-        results = compiled([image])
+        results = compiled([image], share_outputs=True)  # no copies: valid until the next call
         return [results[output] for output in compiled.outputs]
 
     return run

@@ -20,7 +20,7 @@ from fpn_plugin.benchmark.equality import (
     rounding_of,
 )
 from fpn_plugin.benchmark.inputs import Inputs
-from fpn_plugin.benchmark.models import BenchmarkModel, build_models
+from fpn_plugin.benchmark.models import BenchmarkModel, build_models, difference_by_design
 from fpn_plugin.benchmark.timing import (
     OK,
     TOO_WIDE,
@@ -44,7 +44,6 @@ SCHEMA = 2
 the timings, no "result" of the ratios, no "ap"."""
 COUNTS = "counts"
 PLAIN = "float32"
-OTHER_WEIGHTS = "other weights"
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
 REFUSED, TOO_FEW_ROUNDS = "refused", "too few rounds"
 MIN_ROUNDS = 6
@@ -99,13 +98,14 @@ class Pair:
     """Two models that are compared.
 
     Attributes:
-        same_weights: whether they have the same weights, and so must give the same outputs.
+        by_design: why their outputs differ, such as "other weights"; "" where they must be the
+            same.
         compared: whether their outputs are compared at all.
     """
 
     model: str
     reference: str
-    same_weights: bool
+    by_design: str = ""
     compared: bool = True
 
     @property
@@ -232,8 +232,8 @@ def section_of(
         workload = WORKLOADS.get(name)(model, inputs)
         section.workloads[model.name] = workload
         for reference in model.config.references:
-            same = model.shapes(workload.part) == models[reference].shapes(workload.part)
-            section.pairs.append(Pair(model.name, reference, same))
+            by_design = difference_by_design(model, models[reference], workload.part)
+            section.pairs.append(Pair(model.name, reference, by_design))
     return section
 
 
@@ -285,7 +285,7 @@ def measure_section(
     timed_pairs = list(pairs)
     if repeated[1] and repeated[0] in works:
         works[again] = repeated[1].work
-        timed_pairs.append(Pair(again, repeated[0], same_weights=True))
+        timed_pairs.append(Pair(again, repeated[0]))
     timed = time_pairs(section.name, works, timed_pairs, clock_for(device), plan, on_round)
     timed["noise"] = {}
     if again in works:
@@ -341,15 +341,15 @@ def noise_of(noise: Mapping[str, Any]) -> float:
 def check_outputs(section: Section, device: str) -> dict[Pair, Equality]:
     """Compare the outputs of every pair that is to be compared."""
     pairs = [pair for pair in section.pairs if pair.compared]
-    needed = {name for pair in pairs if pair.same_weights for name in (pair.model, pair.reference)}
+    needed = {name for pair in pairs if not pair.by_design for name in (pair.model, pair.reference)}
     outputs = {
         name: workload.outputs() for name, workload in section.workloads.items() if name in needed
     }
     roundings: dict[tuple[str, str], dict[str, float]] = {}
     equalities = {}
     for pair in pairs:
-        if not pair.same_weights:
-            equalities[pair] = Equality(NOT_COMPARED, note=OTHER_WEIGHTS)
+        if pair.by_design:
+            equalities[pair] = Equality(NOT_COMPARED, note=pair.by_design)
             continue
         workload, reference = section.workloads[pair.model], section.workloads[pair.reference]
         half = [each.precision for each in (workload, reference) if each.precision != PLAIN]

@@ -22,12 +22,15 @@ from fpn_plugin.checkpoint.fit import find_misfits, require_fit
 from fpn_plugin.checkpoint.load import read_state_dict
 from fpn_plugin.modeling.build import build_model
 from fpn_plugin.modeling.precision import Autocast, amp_dtype, device_type
+from fpn_plugin.modeling.python_config import attached
 from fpn_plugin.modeling.speed import compile_part, prepare_for_inference, prepare_for_training
 
 WEIGHTS = "--weights"
 _RESIDUAL_SCALE = 0.25  # the weight of the last norm of a residual branch
 # what Detectron2's FPN and this plugin's pyramid, and Detectron2's SimpleFeaturePyramid, call it
 _BELOW = ("bottom_up", "net")
+# keys of MODEL.FPN that may change what is computed and not the weights
+_EQUATIONS = ("FUSE_TYPE", "UPSAMPLE", "DOWNSAMPLE", "BLOCK")
 
 
 @dataclass
@@ -60,6 +63,18 @@ class BenchmarkModel:
             for name, value in self.model.state_dict().items()
             if name.startswith(prefix) and not (below and name.startswith(below))
         }
+
+
+def difference_by_design(model: BenchmarkModel, other: BenchmarkModel, part: str) -> str:
+    """Why a part's outputs differ: "other weights", or a key of the pyramid; "" if they must not."""
+    if model.shapes(part) != other.shapes(part):
+        return "other weights"
+    cfgs = [each.config.cfg for each in (model, other)]
+    if any(attached(cfg) is not None for cfg in cfgs):
+        return ""
+    mine, others = (cfg.MODEL.FPN for cfg in cfgs)
+    keys = [key for key in _EQUATIONS if mine[key] != others[key]]
+    return f"other MODEL.FPN.{keys[0]}" if keys else ""
 
 
 def build_models(

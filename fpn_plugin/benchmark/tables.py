@@ -192,11 +192,11 @@ def outputs_compared(report: Mapping[str, Any]) -> str:
     skipped = len(rows) - sum(counts.values())
     texts = [f"{count} {verdict}" for verdict, count in counts.items()]
     if not counts:
-        return f"No outputs were compared: the models of all {len(rows)} pairs have other weights."
+        return f"No outputs were compared: the models of all {len(rows)} pairs differ by design."
     number = sum(counts.values())
     text = f"Outputs of {weights} on noise were compared {_times(number)}: {', '.join(texts)}"
     if skipped:
-        text += f"; {_times(skipped)} they were not, as the models have other weights"
+        text += f"; {_times(skipped)} they were not, as the models differ by design"
     return f"{text}."
 
 

@@ -110,6 +110,17 @@ def test_a_wrong_neck_is_caught(
     assert equality.verdict == DIFFERS and equality.note
 
 
+def test_what_a_key_of_the_pyramid_changes_is_no_fault(
+    models: dict[str, BenchmarkModel], inputs: Inputs
+) -> None:
+    fpn = copy.deepcopy(models["fpn"])
+    fpn.config.cfg.defrost()
+    fpn.config.cfg.MODEL.FPN.FUSE_TYPE = "avg"
+    pair = {"baseline base": models["baseline base"], "fpn": fpn}
+    (equality,) = check_outputs(section_of("neck", pair, inputs, trained=False), "cpu").values()
+    assert (equality.verdict, equality.note) == (NOT_COMPARED, "other MODEL.FPN.FUSE_TYPE")
+
+
 def test_verdicts_of_a_report(report: dict[str, Any]) -> None:
     assert list(report["timings"]) == ["neck", "neck_train", "backbone", "inference", "train"]
     for name, section in report["timings"].items():

@@ -138,7 +138,7 @@ def test_the_result_in_a_sentence(report: dict[str, Any]) -> None:
     assert ap_summary(report) == "AP was not compared (--weights with --dataset does that)."
     text = outputs_compared(report)
     assert text.startswith("Outputs of random weights (--seed 0) on noise were compared ")
-    assert text.endswith(" times they were not, as the models have other weights.")
+    assert text.endswith(" times they were not, as the models differ by design.")
     for data in report["timings"].values():
         data["equality"] = [row for row in data["equality"] if row["verdict"] == "not compared"]
     assert outputs_compared(report).startswith("No outputs were compared: the models of all ")

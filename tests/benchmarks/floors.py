@@ -68,7 +68,7 @@ def add_convolutions(
     for name, model in models.items():
         alone = f"convolutions of {name} alone"
         section.workloads[alone] = convolutions_workload(model, inputs)
-        section.pairs.append(Pair(name, alone, same_weights=False, compared=False))
+        section.pairs.append(Pair(name, alone, compared=False))
 
 
 def ceilings(

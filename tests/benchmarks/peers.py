@@ -336,7 +336,7 @@ class PeersOfModels:
             workload = workload_of(module, maps, PreparedModel(module, inputs.device, None), inputs)
             workload.facts["parameters"] = count_parameters(module)
             section.workloads[name] = workload
-            section.pairs += [Pair(model.name, name, same_weights=True) for model in equals]
+            section.pairs += [Pair(model.name, name) for model in equals]
 
     def _build(
         self, models: Iterable[BenchmarkModel], inputs: Inputs

@@ -14,7 +14,7 @@ TITLE = "Start: importing in fresh processes"
 OURS, THEIRS = "import fpn_plugin", "import detectron2"
 # it has the registries that the plugin registers with: nothing less can do
 FLOOR = "import detectron2.modeling"
-PAIRS = [Pair(OURS, other, same_weights=False, compared=False) for other in (THEIRS, FLOOR)]
+PAIRS = [Pair(OURS, other, compared=False) for other in (THEIRS, FLOOR)]
 
 
 def measure_startup(plan: Plan, on_round: Callable[[int], None] | None = None) -> dict[str, Any]:
