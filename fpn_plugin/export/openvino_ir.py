@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Sequence
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ _HINT = "INFERENCE_PRECISION_HINT"
 _HINTS = {"float32": "f32", "bf16": "bf16", "int8": "f32"}
 _CONVOLUTIONS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData"}
 _PRODUCTS = {*_CONVOLUTIONS, "MatMul"}
+_MAPS = {"ROIAlign", "Relu"}
 _KEPT = {*_PRODUCTS, "Constant", "Parameter", "Result"}
 _BACKBONE = "/backbone/"  # in the names of a detector's operations that are the backbone's
 _NOT_ZERO = 1e-30  # as a bias it changes nothing but exact zeros
@@ -95,6 +97,8 @@ def write(onnx_file: Path, path: Path, precision: str, quantisation: Quantisatio
             how += f", quantised by NNCF on {len(quantisation.images)} images"
         model.set_rt_info(_HINTS[precision], HINT_PATH)
         openvino.save_model(model, str(path), compress_to_fp16=False)
+        if precision == "bf16":
+            _keep_precise(path, precise(model))
     except RuntimeError as error:  # NNCF's are of this type too
         reason = " ".join(str(error).split())[:500]
         raise ValueError(
@@ -153,9 +157,26 @@ def _quantise(model: Any, settings: Quantisation) -> Any:
         )
 
 
+def _keep_precise(path: Path, names: Sequence[str]) -> None:
+    """Mark operations of a file as sensitive to their precision: OpenVINO leaves them in float32.
+
+    Python has no function for this attribute, which OpenVINO reads from the file.
+    """
+    tree, chosen = ElementTree.parse(path), set(names)
+    for layer in tree.getroot().iter("layer"):
+        if layer.get("name") not in chosen:
+            continue
+        info = layer.find("rt_info")
+        if info is None:
+            info = ElementTree.Element("rt_info")
+            layer.insert(0 if layer.find("data") is None else 1, info)
+        ElementTree.SubElement(info, "attribute", {"name": "precise", "version": "0"})
+    tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
 def unquantised(model: Any) -> list[str]:
     """The operations of a whole detector that stay as they are: all outside of the backbone but
-    products. Coordinates of boxes do not survive eight bits."""
+    products. Coordinates of boxes do not survive eight bits, be they integers or bfloat16."""
     names = [node.get_friendly_name() for node in model.get_ops()]
     if not any(_BACKBONE in name for name in names):
         return []
@@ -164,6 +185,15 @@ def unquantised(model: Any) -> list[str]:
         for node in model.get_ops()
         if _BACKBONE not in node.get_friendly_name() and node.get_type_name() not in _KEPT
     ]
+
+
+def precise(model: Any) -> list[str]:
+    """The operations of a detector for bfloat16 that stay in float32: those left unquantised but
+    for two that work on maps, where they cost time and bring no accuracy."""
+    on_maps = {
+        node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in _MAPS
+    }
+    return [name for name in unquantised(model) if name not in on_maps]
 
 
 def _of_backbone(model: Any) -> list[Any]:
