@@ -118,7 +118,10 @@ def export(
     try:
         bar.say(f"Exporting the {model.what} as {settings.format}{_named(settings)}")
         start = time.monotonic()
-        with time_limit(settings.time_limit, "give --fixed-size HxW, or another --format"):
+        hint = "give --fixed-size HxW, or another --format"
+        if settings.accuracy_aware:
+            hint = "--accuracy-aware evaluates again and again: give more, 0 for no limit"
+        with time_limit(settings.time_limit, hint):
             how = format.write(model, shape, part, options)
         how = f"{how} in {time.monotonic() - start:.1f} s"
         bar.say(f"Comparing the file with the model at {len(images)} sizes")
