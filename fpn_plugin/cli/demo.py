@@ -25,8 +25,10 @@ from detectron2.config import CfgNode
 
 from fpn_plugin import plugins
 from fpn_plugin.cli.arguments import OVERRIDES_HELP, command_parser, parse
+from fpn_plugin.compare.runs import RESULTS
 from fpn_plugin.engine.run_folder import METRICS, claim_demo_dir
 from fpn_plugin.engine.setup import load_config
+from fpn_plugin.evaluation.augmentation import KEY, SUFFIX
 from fpn_plugin.evaluation.coco_metrics import detection_limit
 from fpn_plugin.evaluation.scores import Score, load_truth, score_results
 from fpn_plugin.paths import configs_dir, dataset_root, makers_dir
@@ -114,9 +116,12 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(argparse.Namespace(config_file=str(config), opts=args.opts))
     print(f"Training {CONFIGS[args.demo]}", *flags, flush=True)
     train(cfg, args.demo, config, flags, args.output, args.opts)
-    results = args.output / "inference" / "coco_instances_results.json"
-    dataset = cfg.DATASETS.TEST[0]
+    folder, dataset = args.output / "inference", cfg.DATASETS.TEST[0]
+    results, limit = folder / RESULTS, detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     pictures = draw_results(results, dataset, args.output / "pictures")
-    print_ap(results, dataset, detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE))
+    print_ap(results, dataset, limit)
+    if cfg.TEST.AUG.ENABLED:
+        print(f"With test-time augmentation ({KEY}):")
+        print_ap(folder.with_name(folder.name + SUFFIX) / RESULTS, dataset, limit)
     print("Pictures:", *pictures, sep="\n  ")
     print(f"Done in {time.time() - start:.0f} s", flush=True)
