@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Callable, Iterator
@@ -45,8 +46,14 @@ def full_precision(device: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The path of the JSON."""
+    """The path of the JSON, in which every box has its rectangle as a mask."""
     path = write_dataset(tmp_path_factory.mktemp("data"))
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        right, bottom = x + width, y + height
+        annotation["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
+    path.write_text(json.dumps(content))
     register(path)
     return path
 

@@ -48,8 +48,9 @@ def train_by_gloo(rank: int, json_file: str, folder: str, device: str) -> None:
     torch.manual_seed(0)
     keys = {"MODEL__RESNETS__NORM": "FrozenBN", "TEST__EVAL_PERIOD": 0, "MODEL__DEVICE": device}
     trainer = Trainer(tiny_config(Path(folder, "run"), **RETINA, **keys))
-    before = {name: x.cpu() for name, x in trainer.checkpointer.model.state_dict().items()}
+    model = trainer.checkpointer.model
+    before = {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
     trainer.train()
-    after = {name: x.cpu() for name, x in trainer.checkpointer.model.state_dict().items()}
+    after = {name: x.cpu() for name, x in model.state_dict().items()}
     torch.save((before, after), Path(folder, f"rank{rank}.pth"))
     dist.destroy_process_group()

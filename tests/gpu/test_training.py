@@ -111,11 +111,17 @@ DETECTORS = {"RetinaNet": RETINA, "Mask R-CNN": {**OURS, **MASKS}}
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_resume(name: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume(
+    name: str, device: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resumed run ends with the bits of an unbroken one, where torch has a deterministic kernel
     for all of its operations; else it comes close, and the operations are named."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    overrides = {**DETECTORS[name], "TEST__EVAL_PERIOD": 0, "SOLVER__AMP__ENABLED": True}
+    overrides = {
+        **DETECTORS[name],
+        "TEST__EVAL_PERIOD": 0,
+        "SOLVER__AMP__ENABLED": device == "cuda",
+    }
     overrides |= {
         "SOLVER__MAX_ITER": 4,
         "SOLVER__CHECKPOINT_PERIOD": 2,

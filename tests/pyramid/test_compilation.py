@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import (
@@ -9,7 +11,9 @@ from helpers import (
     FromImage,
     assert_same,
     operator_pyramid,
+    pyramid_of,
     rounding_of,
+    small_maps,
     small_pyramid,
 )
 from inline_graphs import INLINE, inline_pyramid
@@ -75,3 +79,17 @@ def test_inductor_gives_the_eager_numbers() -> None:
     torch._dynamo.reset()
     x = torch.randn(1, 3, 64, 96)
     assert_same(torch.compile(model, fullgraph=True)(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("case", [("topology", "bifpn"), ("block", "csp")])
+def test_training_compiles(case: tuple[str, str]) -> None:
+    """In one piece and for any size, with norms that learn; so do their statistics."""
+    require_torch(COMPILE, "torch.compile", "")
+    pyramid = small_pyramid(case[1], norm="BN") if case[0] == "topology" else pyramid_of(*case)
+    compiled = copy.deepcopy(pyramid)
+    torch._dynamo.reset()
+    compiled.compile_graph(backend="eager", fullgraph=True, dynamic=True)
+    for size in ((64, 96), (65, 97)):
+        maps = {name: small_maps(*size, batch=2)[name] for name in pyramid.graph.inputs}
+        assert_same(compiled(maps), pyramid(maps), 1e-5)
+    assert_same(compiled.state_dict(), pyramid.state_dict(), 1e-6)
