@@ -79,7 +79,7 @@ def test_a_detector_as_on_the_cpu(make_config: MakeConfig) -> None:
     results = losses_of(make_config(**{**RETINA, **preset}))
     equality = compare_outputs(expected, results, depth=10)  # a whole detector's
     assert "equal" in equality.verdict, equality
-    assert len(expected) > 100 and all(x > 0 for x in expected.values())
+    assert len(expected) > 80 and all(x > 0 for x in expected.values())
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
@@ -210,7 +210,8 @@ def test_two_processes_of_a_launcher(device: str, dataset: Path, tmp_path: Path)
 def test_the_tools(device: str, dataset: Path, tmp_path: Path) -> None:
     """From a training to pictures, an exported file and a benchmark; its model serves a CPU too."""
     config = write_config(tmp_path / "config.yaml", **OURS, **MASKS, SOLVER__MAX_ITER=2)
-    run, words = tmp_path / "run", training(config, dataset)[1:]
+    data = ("--val-json", str(dataset), "--val-images", str(dataset.parent))
+    run, words = tmp_path / "run", training(config, dataset, *data)[1:]
     words += ["OUTPUT_DIR", str(run), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     run_tool("train", *words, "MODEL.DEVICE", device)
     weights = ["--weights", run / "model_final.pth", "--quiet"]
