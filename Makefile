@@ -11,6 +11,8 @@ BENCHMARK ?= output/benchmark
 # three for two cores, as some tests wait for clocks
 TEST_JOBS ?= 3
 MASKS ?= output/demo-masks
+# of `make benchmark` and `make test-cuda`: cuda for the targets on a GPU
+DEVICE ?=
 
 # torch's OpenMP workers spin while they wait, which makes a busy machine ten to thirty times slower
 export OMP_WAIT_POLICY ?= passive
@@ -34,11 +36,11 @@ NECKS := --variant 'folded: TEST.FOLD_NORMS True' --variant 'recompute: MODEL.FP
   --variant 'compiled: TEST.FOLD_NORMS True MODEL.CHANNELS_LAST True MODEL.COMPILE pyramid'
 SOURCES := fpn_plugin tools tests datasets docs setup.py
 
-.PHONY: help setup demo demo-masks benchmark test test-slurm test-oldest docs lint format lock clean
+.PHONY: help setup demo demo-masks benchmark test test-cuda test-slurm test-oldest docs lint format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (pinned or git) TORCH=$(TORCH) (cpu or default)"
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DETECTRON2=$(DETECTRON2) (pinned or git) TORCH=$(TORCH) (cpu or default) DEVICE=$(DEVICE) (cpu or cuda)"
 
 setup: ## make the environment (.venv, about 6 GB); the other targets do this by themselves
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --detectron2 "$(DETECTRON2)" --torch "$(TORCH)"
@@ -49,8 +51,9 @@ demo: setup ## train a detector on photos of trees on the CPU, evaluate it, draw
 demo-masks: setup ## the same for instance masks, on micrographs of nuclei and micronuclei (10 minutes)
 	@$(PY) tools/demo.py cells --output $(MASKS)
 
-benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against effdet's, each lever alone, on an idle machine (30 minutes)
-	@failed=; run() { name=$$1; shift; $(PY) "$$@" --report $(BENCHMARK)/$$name --overwrite || failed="$$failed $$name"; }; \
+benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against effdet's, each lever alone, on an idle machine (30 minutes); DEVICE=cuda: the targets on a GPU (7 minutes)
+	@if [ "$(DEVICE)" = cuda ]; then PYTHON=$(PY) exec tests/gpu/run --only benchmark; fi; \
+	failed=; run() { name=$$1; shift; $(PY) "$$@" --report $(BENCHMARK)/$$name --overwrite || failed="$$failed $$name"; }; \
 	run inference tests/benchmarks/run.py --config-file $(R50) $(LEVERS) --variant 'folded: TEST.FOLD_NORMS True' --image-size 512 512 \
 	  --what counts,neck,backbone,inference --floors; \
 	run training tools/benchmark.py --config-file $(R50) $(LEVERS) --variant 'fused: SOLVER.FUSED True' --image-size 320 320 --batch 2 --what train; \
@@ -62,6 +65,9 @@ benchmark: setup ## measure Mask R-CNN against Detectron2's own, BiFPN against e
 test: setup ## run all tests, in TEST_JOBS processes of one thread each
 	@mkdir -p .cache
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --basetemp=.cache/pytest -n $(TEST_JOBS) --dist worksteal
+
+test-cuda: setup ## run what needs a GPU, on one of them; a rehearsal on any machine: DEVICE=cpu
+	@PYTHON=$(PY) tests/gpu/run --only tests --device $(or $(DEVICE),cuda)
 
 test-slurm: setup ## the script of docs/launching.md on a real SLURM of this host; root, installs slurm and munge
 	@tests/slurm/run $(PY) || { code=$$?; [ $$code = 77 ] || exit $$code; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Dict, Iterable, Iterator, Mapping
 
 import torch
 from detectron2 import model_zoo, modeling
@@ -26,13 +26,18 @@ from fpn_plugin.pyramid import (
     TOPOLOGIES,
     UPSAMPLE,
 )
+from fpn_plugin.pyramid.build import REGISTRIES
 from fpn_plugin.pyramid.compose import build_graph
+from fpn_plugin.pyramid.graph import Graph, Node, Step, node, op, step
 from fpn_plugin.pyramid.pyramid import Pyramid
 from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import OWN_LEVELS, Style
 
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
 CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 32}
+OPERATORS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
+CASES = [*OPERATORS, *(("topology", name) for name in TOPOLOGIES.names())]
+"""Every name that a pyramid can be made of."""
 
 
 def zoo_config(path: str, *overrides: Any) -> CfgNode:
@@ -118,6 +123,48 @@ def small_pyramid(
     name = re.sub("dyhead|sepc", r"\g<0>(depth=1)", topology)
     graph = build_graph(name, levels_of(topology), Style(), repeats, extra)
     return randomize(Pyramid(graph, CHANNELS, Defaults(32, **defaults)))
+
+
+def operator_pyramid(kind: str, name: str) -> Pyramid:
+    """A node that reads two maps, of which one is resampled, or a step over both, with one of
+    `OPERATORS`."""
+    level, block = 5 if kind == "down" else 4, name if kind == "block" else "conv3x3"
+    given = {"fuse": "sum", "up": "nearest", "down": "maxpool", kind: name}
+    defaults = Defaults(
+        32, op(given["fuse"]), op(given["up"]), op(given["down"]), norm="BN", activation="relu"
+    )
+    last: Node | Step = node("out", level, ["res5", "res4"], block=block)
+    if kind == "step":
+        last = step("out", {4: "res4", 5: "res5"}, name)
+    graph = Graph({"res4": 4, "res5": 5}, (last,), tuple(last.maps()))
+    return randomize(Pyramid(graph, CHANNELS, defaults))
+
+
+def pyramid_of(kind: str, name: str) -> Pyramid:
+    """The pyramid of one of `CASES`."""
+    return small_pyramid(name) if kind == "topology" else operator_pyramid(kind, name)
+
+
+class FromImage(nn.Module):
+    """Computes a pyramid's inputs from an image, so that an export knows how their sizes relate."""
+
+    def __init__(self, pyramid: Pyramid) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        convs, channels, below = {}, 3, 0
+        for name, level in pyramid.graph.inputs.items():
+            convs[name] = nn.Conv2d(
+                channels, CHANNELS[name], 3, stride=2 ** (level - below), padding=1
+            )
+            channels, below = CHANNELS[name], level
+        self.convs = nn.ModuleDict(convs)
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        maps = {}
+        for name, conv in self.convs.items():
+            x = conv(x)
+            maps[name] = x
+        return self.pyramid(maps)
 
 
 def randomize(module: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping
@@ -224,35 +225,26 @@ def calibrate(model: BenchmarkModel, inputs: Inputs) -> float | None:
     Returns:
         the threshold; None for a model without one.
     """
-    detector = model.model
+    detector = copy.deepcopy(model.model).to(inputs.device)
     holders = list(score_holders(detector))
     if not holders:
         return None
-    backbone, thresholds = detector.backbone, [holder.test_score_thresh for holder in holders]
     images = inputs.images(len(detector.pixel_mean))
     wanted = model.config.cfg.TEST.DETECTIONS_PER_IMAGE * len(images)
-    heads = getattr(detector, "roi_heads", None)
-    # what comes after the boxes is left out, except where a panoptic result is made of it
-    optional = () if hasattr(detector, "sem_seg_head") else ("mask_on", "keypoint_on")
-    switches = {name: getattr(heads, name) for name in optional if hasattr(heads, name)}
+    if not hasattr(detector, "sem_seg_head"):  # a panoptic result is made of the masks
+        for name in ("mask_on", "keypoint_on"):  # what comes after the boxes is left out
+            if hasattr(getattr(detector, "roi_heads", None), name):
+                setattr(detector.roi_heads, name, False)
     low, high = math.log(_LOWEST), 0.0
-    try:
-        with torch.no_grad():
-            detector.backbone = FixedMaps(backbone(image_tensor(detector, images)), backbone)
-            for name in switches:
-                setattr(heads, name, False)
-            for _ in range(_STEPS):
-                middle = (low + high) / 2
-                for holder in holders:
-                    holder.test_score_thresh = math.exp(middle)
-                too_few = _count_detections(detector(images)) < wanted
-                low, high = (low, middle) if too_few else (middle, high)
-    finally:
-        detector.backbone = backbone
-        for name, value in switches.items():
-            setattr(heads, name, value)
-        for holder, threshold in zip(holders, thresholds):
-            holder.test_score_thresh = threshold
+    with torch.no_grad():
+        maps = detector.backbone(image_tensor(detector, images))
+        detector.backbone = FixedMaps(maps, detector.backbone)
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            for holder in holders:
+                holder.test_score_thresh = math.exp(middle)
+            too_few = _count_detections(detector(images)) < wanted
+            low, high = (low, middle) if too_few else (middle, high)
     return math.exp(low)
 
 

@@ -38,9 +38,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     statistics, which it leaves as they are, since one value has no deviation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        uses_batch = self.training and x.numel() > x.shape[1]
-        if uses_batch and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        uses_batch = False
+        if self.training and x.numel() > x.shape[1]:
+            uses_batch = True  # a number of Python's, as a compiler of any size takes no other
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
         return F.batch_norm(
             x,
             self.running_mean,

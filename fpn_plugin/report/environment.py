@@ -46,6 +46,7 @@ def collect_environment(device: str) -> dict[str, Any]:
         environment["gpu"] = torch.cuda.get_device_name()
         environment["cuda"] = torch.version.cuda
         environment["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        environment["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
     return environment
 
 

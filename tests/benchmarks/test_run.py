@@ -33,7 +33,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
 def test_peers_and_floors(
     configs: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(floors, "ceilings", lambda device: {"float32_gflops": 50.0})
+    monkeypatch.setattr(
+        floors, "ceilings", lambda device: {"float32_gflops": 50.0, "copy_gbytes": 9.0}
+    )
     args = ["--config-file", configs["fpn"], "--config-file", configs["bifpn"], *FAST]
     args += ["--baseline", "none", "--image-size", 64, 64, "--batch", 2, "--report", tmp_path]
     args += ["--what", "counts,neck,neck_train", "--peers", "effdet,detectron2", "--floors"]
@@ -61,6 +63,11 @@ def test_peers_and_floors(
     assert times[alone["fpn"]]["convolutions"] == 8
     gflops = report["counts"]["fpn"]["neck_gflops"]
     assert times["fpn"]["floor_seconds"] == pytest.approx(2 * gflops / 50)
+    assert times["fpn"]["gflops"] == pytest.approx(2 * gflops / times["fpn"]["seconds"])
+    # two maps read and written by 1x1 and 3x3 convolutions: more than the maps of the result
+    assert times[alone["fpn"]]["gigabytes"] > 2 * 16 * 64 * 64 / 16 * 4 / 1e9
+    moved = times[alone["fpn"]]["gigabytes"] / times["fpn"]["seconds"]
+    assert times["fpn"]["gbytes"] == pytest.approx(moved)
     assert "## Floors" in (tmp_path / "report.md").read_text()
 
 

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from helpers import CHANNELS, assert_same, randomize, rounding_of, small_pyramid
+from helpers import (
+    OPERATORS,
+    FromImage,
+    assert_same,
+    operator_pyramid,
+    pyramid_of,
+    rounding_of,
+    small_maps,
+    small_pyramid,
+)
 from inline_graphs import INLINE, inline_pyramid
-from torch import Tensor, nn
 
 from fpn_plugin.compat import COMPILE, EXPORT, TORCH, require_torch
-from fpn_plugin.pyramid.build import REGISTRIES
-from fpn_plugin.pyramid.graph import Graph, Node, Step, node, op, step
+from fpn_plugin.pyramid.graph import op
 from fpn_plugin.pyramid.pyramid import Pyramid
-from fpn_plugin.pyramid.resolve import Defaults
 from fpn_plugin.pyramid.topologies import TOPOLOGIES
 
-OPERATORS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
 # above the coarsest stride, 128 pixels; torch.export takes a side of one for a constant
 SMALLEST, EXAMPLE, SIZE = 130, (150, 261), (192, 135)
-
-
-class FromImage(nn.Module):
-    """Computes a pyramid's inputs from an image, so that an export knows how their sizes relate."""
-
-    def __init__(self, pyramid: Pyramid) -> None:
-        super().__init__()
-        self.pyramid = pyramid
-        convs, channels, below = {}, 3, 0
-        for name, level in pyramid.graph.inputs.items():
-            convs[name] = nn.Conv2d(
-                channels, CHANNELS[name], 3, stride=2 ** (level - below), padding=1
-            )
-            channels, below = CHANNELS[name], level
-        self.convs = nn.ModuleDict(convs)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = {}
-        for name, conv in self.convs.items():
-            x = conv(x)
-            maps[name] = x
-        return self.pyramid(maps)
 
 
 @torch.no_grad()
@@ -70,17 +55,7 @@ def assert_compiles(pyramid: Pyramid) -> None:
 
 @pytest.mark.parametrize("kind, name", OPERATORS)
 def test_every_operator(kind: str, name: str) -> None:
-    """A node that reads two maps, of which one is resampled, or a step over both."""
-    level, block = 5 if kind == "down" else 4, name if kind == "block" else "conv3x3"
-    given = {"fuse": "sum", "up": "nearest", "down": "maxpool", kind: name}
-    defaults = Defaults(
-        32, op(given["fuse"]), op(given["up"]), op(given["down"]), norm="BN", activation="relu"
-    )
-    last: Node | Step = node("out", level, ["res5", "res4"], block=block)
-    if kind == "step":
-        last = step("out", {4: "res4", 5: "res5"}, name)
-    graph = Graph({"res4": 4, "res5": 5}, (last,), tuple(last.maps()))
-    assert_compiles(randomize(Pyramid(graph, CHANNELS, defaults)))
+    assert_compiles(operator_pyramid(kind, name))
 
 
 @pytest.mark.parametrize("topology", [*TOPOLOGIES.names(), "fpn+pafpn+bfp"])
@@ -104,3 +79,17 @@ def test_inductor_gives_the_eager_numbers() -> None:
     torch._dynamo.reset()
     x = torch.randn(1, 3, 64, 96)
     assert_same(torch.compile(model, fullgraph=True)(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("case", [("topology", "bifpn"), ("block", "csp")])
+def test_training_compiles(case: tuple[str, str]) -> None:
+    """In one piece and for any size, with norms that learn; so do their statistics."""
+    require_torch(COMPILE, "torch.compile", "")
+    pyramid = small_pyramid(case[1], norm="BN") if case[0] == "topology" else pyramid_of(*case)
+    compiled = copy.deepcopy(pyramid)
+    torch._dynamo.reset()
+    compiled.compile_graph(backend="eager", fullgraph=True, dynamic=True)
+    for size in ((64, 96), (65, 97)):
+        maps = {name: small_maps(*size, batch=2)[name] for name in pyramid.graph.inputs}
+        assert_same(compiled(maps), pyramid(maps), 1e-5)
+    assert_same(compiled.state_dict(), pyramid.state_dict(), 1e-6)
