@@ -2,12 +2,14 @@
 copy-paste and test-time augmentation, over seeds.
 
     python tests/benchmarks/learning.py CONFIG [KEY VALUE …] --output FOLDER [--seeds 0,1,2] [--only NAMES]
+        [--augment NAMES]
 
 Each way to train is trained once per seed, with `MODEL.EMA`: as a run is trained the same with and
 without (tests/engine/test_ema.py), it gives the results of both. Each is evaluated as trained and
-averaged, with and without `TEST.AUG`, on `DATASETS.TEST`: name one that may be chosen on. What is
-there is not done again, so that the command goes on where it was interrupted; it ends with the
-table of all that is there.
+averaged, with and without `TEST.AUG` (with masks that may take as long as training: `--augment` names
+the ways that are), on `DATASETS.TEST`: name one that may be chosen on. What is there is not done
+again, so that the command goes on where it was interrupted; it ends with the table of all that is
+there.
 """
 
 from __future__ import annotations
@@ -55,11 +57,13 @@ def train(config: str, folder: Path, keys: dict[str, Any], opts: list[str]) -> N
     subprocess.run([*command, *opts, *options(keys)], check=True)
 
 
-def evaluate(config: str, folder: Path, opts: list[str]) -> dict[str, dict[str, Any]]:
+def evaluate(
+    config: str, folder: Path, opts: list[str], augmented: bool
+) -> dict[str, dict[str, Any]]:
     """The results of a run: those of the weights as trained, and of the averages."""
     args = argparse.Namespace(config_file=config, opts=[*opts, "OUTPUT_DIR", str(folder / "eval")])
     cfg = load_config(args)
-    cfg.TEST.AUG.ENABLED = True
+    cfg.TEST.AUG.ENABLED = augmented
     side = cfg.INPUT.MIN_SIZE_TEST or shorter_side(cfg.DATASETS.TEST)  # 0: as the images are
     cfg.TEST.AUG.MIN_SIZES = tuple(round(scale * side) for scale in SCALES)
     cfg.MODEL.BOTTOM_UP.WEIGHTS = ""
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="steps,cosine,lsj", help=", ".join(TRAININGS))
+    parser.add_argument("--augment", default=",".join(TRAININGS), help="default: all")
     parser.add_argument("opts", nargs="*")
     args = parser.parse_intermixed_args()
     inputs = load_config(argparse.Namespace(config_file=args.config, opts=args.opts)).INPUT
@@ -138,7 +143,7 @@ def main() -> None:
             if keys.get("INPUT.LSJ.ENABLED"):
                 keys["INPUT.LSJ.IMAGE_SIZE"] = side
             train(args.config, folder, keys, args.opts)
-            results = evaluate(args.config, folder, args.opts)
+            results = evaluate(args.config, folder, args.opts, name in args.augment.split(","))
             (folder / "results.json").write_text(json.dumps(results))
             print("\n".join(rows(args.output)), flush=True)
     print("\n".join(rows(args.output)))
