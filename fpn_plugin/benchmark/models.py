@@ -66,7 +66,7 @@ class BenchmarkModel:
 
 
 def difference_by_design(model: BenchmarkModel, other: BenchmarkModel, part: str) -> str:
-    """Why a part's outputs differ: "other weights", or a key of the pyramid; "" if they must not."""
+    """Why a part's outputs differ: other weights, a key of the pyramid; "" if they must not."""
     if model.shapes(part) != other.shapes(part):
         return "other weights"
     cfgs = [each.config.cfg for each in (model, other)]
