@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Callable
@@ -15,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.utils.events import EventStorage
 from test_resume import assert_same
-from tiny import register, write_dataset
+from tiny import add_masks, register, write_dataset
 from torch import Tensor, nn
 
 from fpn_plugin.checkpoint.finite import DivergedError
@@ -88,12 +87,7 @@ DETECTORS: dict[str, tuple[dict[str, Any], float]] = {
 def masked(dataset: Path, tmp_path: Path) -> Any:
     """The dataset with masks, for this test only."""
     path = write_dataset(tmp_path)
-    content = json.loads(path.read_text())
-    for each in content["annotations"]:
-        x, y, width, height = each["bbox"]
-        right, bottom = x + width, y + height
-        each["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
-    path.write_text(json.dumps(content))
+    add_masks(path)
     register(path)
     yield
     register(dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Callable, Iterator
@@ -13,7 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
-from tiny import register, tiny_config, write_dataset  # noqa: E402
+from tiny import add_masks, register, tiny_config, write_dataset  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,12 +47,7 @@ def full_precision(device: str) -> Iterator[None]:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of the JSON, in which every box has its rectangle as a mask."""
     path = write_dataset(tmp_path_factory.mktemp("data"))
-    content = json.loads(path.read_text())
-    for annotation in content["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        right, bottom = x + width, y + height
-        annotation["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
-    path.write_text(json.dumps(content))
+    add_masks(path)
     register(path)
     return path
 
