@@ -105,21 +105,6 @@ def read_yaml(path: str, objects: bool = False) -> dict[str, Any]:
     return content
 
 
-def check_repeated_keys(path: str) -> None:
-    """Refuse a YAML file, which another library reads, with a key twice in one of its sections.
-
-    Raises:
-        ValueError: naming the file, the line and the key.
-    """
-    with PathManager.open(path, "r") as stream:
-        try:
-            _refuse_repeated_keys(yaml.compose(stream, yaml.SafeLoader))
-        except RepeatedKeyError as error:
-            raise ValueError(f"{path}: {_reason(error)}") from error
-        except (ValueError, RecursionError, yaml.YAMLError):
-            pass  # that library says what is wrong
-
-
 class RepeatedKeyError(yaml.constructor.ConstructorError):
     """A section has a key twice."""
 

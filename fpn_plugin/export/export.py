@@ -229,11 +229,6 @@ def _exported_part(settings: Settings, detector: Detector) -> ExportModel:
     return describe(detector.cfg, detector.model)
 
 
-def _build(settings: Settings, bar: Bar) -> ExportModel:
-    """The eager model of a file."""
-    return _exported_part(settings, _load(settings, bar))
-
-
 def _judge(
     settings: Settings, shape: Shape, detector: Detector, model: ExportModel, bar: Bar
 ) -> Judge | None:

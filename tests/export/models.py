@@ -16,8 +16,10 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from helpers import levels_of, randomize
 
 from fpn_plugin import PyramidBackbone, add_fpn_config, resolve_config
+from fpn_plugin.export.export import Settings, _exported_part, _load
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.model import ExportModel, export_backbone
+from fpn_plugin.report.progress import Bar
 
 # a parameter per format; one whose packages are not installed here is skipped
 EVERY_FORMAT = [
@@ -93,3 +95,8 @@ def write_detector(folder: Path, name: str, **overrides: Any) -> tuple[str, str]
     config.write_text(cfg.dump())
     torch.save({"model": model.state_dict()}, weights)
     return str(config), str(weights)
+
+
+def eager_model(settings: Settings) -> ExportModel:
+    """What `export` writes to a file, before it does."""
+    return _exported_part(settings, _load(settings, Bar(quiet=True)))

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data.transforms import ResizeShortestEdge
-from models import EVERY_FORMAT, write_detector
+from models import EVERY_FORMAT, eager_model, write_detector
 from PIL import Image
 
 from fpn_plugin.data.deep_images import read_image
-from fpn_plugin.export.export import Settings, _build, export
+from fpn_plugin.export.export import Settings, export
 from fpn_plugin.export.formats import FORMATS
 from fpn_plugin.export.verify import TOLERANCE
 from fpn_plugin.pyramid.blocks_rep import Rep
@@ -84,7 +84,7 @@ def test_a_backbone_runs_from_its_file_alone(name, faster_rcnn, tmp_path: Path) 
     prepared = detector.preprocess_image([{"image": bgr}]).tensor
     assert torch.allclose(image, prepared, rtol=0, atol=1e-5)
     assert list(maps) == info["outputs"]
-    for y, expected in zip(maps.values(), _build(given, Bar(True)).run(image)):
+    for y, expected in zip(maps.values(), eager_model(given).run(image)):
         assert np.allclose(y, expected.numpy(), rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -105,7 +105,7 @@ def test_norms_and_parallel_convolutions_are_folded(tmp_path: Path) -> None:
     """RT-DETR's encoder: each `rep` of the file is one convolution, and the maps are the model's."""
     detector = write_detector(tmp_path, "faster_rcnn", **HYBRID)
     given = settings(detector, "torchscript", tmp_path)
-    plain = _build(given, Bar(True))
+    plain = eager_model(given)
     given = replace(given, opts=("TEST.FOLD_NORMS", "True"))
     export(given, Bar(True))
     image = torch.randn(2, 3, 192, 257)
@@ -129,7 +129,7 @@ def test_a_detector_runs_from_its_file_alone(detector, name, folder, tmp_path: P
     assert any(difference.found for difference in differences)
     outputs = run_example(given.output)
     assert set(outputs) == {"image", "pred_boxes", "pred_classes", "scores"}
-    boxes = _build(given, Bar(True)).run(torch.from_numpy(outputs["image"]))[0].numpy()
+    boxes = eager_model(given).run(torch.from_numpy(outputs["image"]))[0].numpy()
     assert len(boxes) and np.allclose(outputs["pred_boxes"], boxes, rtol=0, atol=0.05)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from models import tiny_subject, write_detector
+from models import eager_model, tiny_subject, write_detector
 from PIL import Image
 from test_run_exported import run_exported, write_photo
 
@@ -24,7 +24,6 @@ from fpn_plugin.export.accuracy import Evaluation, FileBackbone, Judge, predict_
 from fpn_plugin.export.calibration import calibration_records, prepare_record
 from fpn_plugin.export.export import (
     Settings,
-    _build,
     _check_drop,
     _exported_part,
     _judge,
@@ -129,7 +128,7 @@ def test_boxes_are_not_of_bfloat16(tmp_path: Path) -> None:
         pytest.skip("this CPU has no bfloat16")
     mask_rcnn = write_detector(tmp_path, "mask_rcnn", INPUT__MIN_SIZE_TEST=160)
     given = settings(mask_rcnn, tmp_path, what="detector", precision="bf16")
-    model, shape = _build(given, Bar(True)), Shape(None, 0, (160, 192))
+    model, shape = eager_model(given), Shape(None, 0, (160, 192))
     FORMATS["openvino"].write(model, shape, given.output, Options(precision="bf16"))
     compiled = openvino.Core().compile_model(
         given.output, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
@@ -199,7 +198,7 @@ def test_calibration_images_are_what_inference_gives(faster_rcnn, tmp_path: Path
     photo = write_photo(tmp_path, 300, 231)
     (record,) = calibration_records([str(tmp_path)], 5, SimpleNamespace())
     given = Settings(faster_rcnn[0], "onnx", tmp_path / "m.onnx", faster_rcnn[1])
-    model = _build(given, Bar(True))
+    model = eager_model(given)
     detector = _load(given, Bar(True))
     image = prepare_record(record, detector.mapper, model, None, 0)
     seen: list[np.ndarray] = []
@@ -252,7 +251,7 @@ def test_ap_of_a_file(faster_rcnn, tmp_path: Path) -> None:
             evaluate=name,
         )
         detector = _load(given, Bar(True))
-        model = replace(_build(given, Bar(True)), outputs=("pred_boxes", "pred_classes", "scores"))
+        model = replace(eager_model(given), outputs=("pred_boxes", "pred_classes", "scores"))
         judge = _judge(given, Shape(None, 0, (160, 192)), detector, model, Bar(True))
         assert isinstance(judge, Judge) and set(judge.reference) == {"bbox"}
 
