@@ -4,7 +4,8 @@ copy-paste and test-time augmentation, over seeds.
     python tests/benchmarks/learning.py CONFIG [KEY VALUE …] --output FOLDER [--seeds 0,1,2] [--only NAMES]
         [--augment NAMES]
 
-Each way to train is trained once per seed, with `MODEL.EMA`: as a run is trained the same with and
+Each way to train is trained once per seed, without what else CONFIG may have of these options, and
+with `MODEL.EMA`: as a run is trained the same with and
 without (tests/engine/test_ema.py), it gives the results of both. Each is evaluated as trained and
 averaged, with and without `TEST.AUG` (with masks that may take as long as training: `--augment` names
 the ways that are), on `DATASETS.TEST`: name one that may be chosen on. What is there is not done
@@ -32,6 +33,11 @@ from fpn_plugin.engine.trainer import Trainer
 JITTER = {"INPUT.LSJ.ENABLED": True, "INPUT.LSJ.MIN_SCALE": 0.5}
 PASTE = {"INPUT.COPY_PASTE.ENABLED": True}
 COSINE = {"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"}
+PLAIN = {  # whatever the config has
+    "INPUT.LSJ.ENABLED": False,
+    "INPUT.COPY_PASTE.ENABLED": False,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+}
 TRAININGS: dict[str, dict[str, Any]] = {
     "steps": {},
     "cosine": COSINE,
@@ -48,6 +54,16 @@ SCALES = (0.8, 1.0, 1.25)  # of test-time augmentation
 def options(values: dict[str, Any]) -> list[str]:
     """`KEY VALUE …` as on a command line."""
     return [str(part) for pair in values.items() for part in pair]
+
+
+def training_keys(name: str, seed: int, side: int) -> dict[str, Any]:
+    """What is set in the config for one of `TRAININGS`.
+
+    Args:
+        side: of the images of `INPUT.LSJ`, in pixels.
+    """
+    keys = {**PLAIN, **TRAININGS[name], "SEED": seed}
+    return {**keys, "INPUT.LSJ.IMAGE_SIZE": side} if keys["INPUT.LSJ.ENABLED"] else keys
 
 
 def train(config: str, folder: Path, keys: dict[str, Any], opts: list[str]) -> None:
@@ -139,10 +155,7 @@ def main() -> None:
             folder = args.output / name / f"seed{seed}"
             if (folder / "results.json").is_file():
                 continue
-            keys = {**TRAININGS[name], "SEED": seed}
-            if keys.get("INPUT.LSJ.ENABLED"):
-                keys["INPUT.LSJ.IMAGE_SIZE"] = side
-            train(args.config, folder, keys, args.opts)
+            train(args.config, folder, training_keys(name, seed, side), args.opts)
             results = evaluate(args.config, folder, args.opts, name in args.augment.split(","))
             (folder / "results.json").write_text(json.dumps(results))
             print("\n".join(rows(args.output)), flush=True)

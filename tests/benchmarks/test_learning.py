@@ -1,11 +1,25 @@
-"""The table of `learning.py`: means, spreads and differences with the same seed."""
+"""`learning.py`: what is trained, and its table of means, spreads and differences with the same seed."""
 
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
-from learning import rows
+from learning import JITTER, TRAININGS, options, rows, training_keys
+
+from fpn_plugin.config.resolve import load_config
+
+
+def test_only_what_a_training_names_is_on() -> None:
+    """The quick start has copy-paste by itself."""
+    for name, given in TRAININGS.items():
+        opts = options(training_keys(name, 1, 384))
+        cfg = load_config(Namespace(config_file="quickstart/mask_rcnn_cells_FPN.yaml", opts=opts))
+        assert cfg.INPUT.COPY_PASTE.ENABLED == ("INPUT.COPY_PASTE.ENABLED" in given)
+        assert cfg.INPUT.LSJ.ENABLED == (JITTER.keys() <= given.keys())
+        assert cfg.SOLVER.LR_SCHEDULER_NAME.startswith("WarmupMulti") == ("cosine" not in name)
+        assert cfg.SEED == 1
 
 
 def test_table(tmp_path: Path) -> None:
